@@ -1,0 +1,1 @@
+"""fastjac: exact Jacobian matching without a double backward."""
