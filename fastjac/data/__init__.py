@@ -1,7 +1,7 @@
 """Images with labels, by the name of the data set.
 
-Every image comes as ``[C, H, W]`` float32 in [0, 1], not normalised (the networks do that), with its
-class as an int. Needs torchvision, and scikit-learn for ``digits``.
+Every image comes as ``[C, H, W]`` float32 in [0, 1], not normalised (the networks do that), with
+its class as an int. Needs torchvision, and scikit-learn for ``digits``.
 """
 
 from fastjac.data.batches import epoch_batches

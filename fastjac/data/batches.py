@@ -11,9 +11,9 @@ def epoch_batches(
 ) -> list[list[int]]:
     """The batches of one epoch, as indices into ``images`` images.
 
-    Shuffled passes over the data follow one another until there are ``steps`` batches; ``steps=None``
-    is one pass. A pass leaves out its last batch if that is incomplete, unless it is the only one, so
-    that no BatchNorm sees a stray image or two; the next pass is shuffled anew.
+    Shuffled passes over the data follow one another until there are ``steps`` batches;
+    ``steps=None`` is one pass. A pass leaves out its last batch if that is incomplete, unless it is
+    the only one, so that no BatchNorm sees a stray image or two; the next pass is shuffled anew.
     """
     per_pass = max(1, images // batch_size)
     steps = per_pass if steps is None else steps

@@ -139,7 +139,8 @@ def _cifar100(root: Path, size: int, augment: bool, download: bool) -> ImageData
 def _check_md5(path: Path, expected: str) -> None:
     if not path.is_file():
         raise FastjacError(
-            f"cifar100: {path} is missing; expected the unpacked python version (--download gets it)"
+            f"cifar100: {path} is missing; expected the unpacked python version "
+            "(--download gets it)"
         )
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
