@@ -1,0 +1,60 @@
+# make demo    few-shot distillation on the embedded data set, from nothing to a table
+# make test    the whole test suite
+# make lint    ruff, and clang-format for C++ and CUDA
+# make format  what `make lint` would change
+# make bench   every benchmark of the operators
+#
+# Each sets up what it needs in VENV, once. PYTHON makes the virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+# The pinned versions of the `dev` extra.
+LINTERS := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p; s/.*"\(clang-format==[^"]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-train
+	$(PY) -m fastjac.train
+
+test: $(VENV)/.installed-test
+	$(PY) -m fastjac.info
+	$(PY) -m pytest
+
+bench: $(VENV)/.installed-test
+	$(PY) -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/.linters
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+
+format: $(VENV)/.linters
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+clean:
+	rm -rf build dist *.egg-info fastjac/_build.json fastjac/*.so
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.linters: pyproject.toml | $(PY)
+	$(PIP) install $(LINTERS)
+	@touch $@
+
+# What the extension is built with.
+$(VENV)/.torch: | $(PY)
+	$(PIP) install torch torchvision 'setuptools>=77' ninja
+	@touch $@
+
+$(VENV)/.installed-train: EXTRAS := train
+$(VENV)/.installed-test: EXTRAS := train,test
+$(VENV)/.installed-train $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	$(PIP) install --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,64 @@
+"""``python -m fastjac.info``: what is built, what is loaded, and why anything is not.
+
+Environment variables, read at import: ``FASTJAC_NATIVE=0`` runs without the native operators, on
+their PyTorch references; ``FASTJAC_CPU_ISA=portable|avx2|avx512`` limits the CPU's instruction set.
+When building: ``FASTJAC_NATIVE=0`` and ``FASTJAC_CUDA=0`` leave out native and CUDA code,
+``FASTJAC_CUDA=1`` insists on CUDA, ``TORCH_CUDA_ARCH_LIST`` chooses its architectures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fastjac.ops import _library
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _built(library: _library.NativeLibrary, record: dict) -> str:
+    if library.path is None:
+        return "no"
+    details = record.get("libraries", {}).get(library.name)
+    if details is None:
+        return f"{library.path}, by an earlier build"
+    shown = ", ".join(f"{key} {value}" for key, value in details.items())
+    return f"{library.path}, with PyTorch {record['torch']}, {shown}"
+
+
+def _cpu_isa() -> str:
+    get = ctypes.CDLL(str(_library.CPU.path)).fastjac_cpu_isa
+    get.restype = ctypes.c_char_p
+    return get().decode()
+
+
+def report() -> str:
+    """The text that ``python -m fastjac.info`` prints."""
+    cpu, cuda, record = _library.CPU, _library.CUDA, _library.build_record()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = {
+        "fastjac": f"{_version('fastjac')} in {_library.PACKAGE}",
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
+        "GPUs": ", ".join(devices) or "none",
+        "threads": str(torch.get_num_threads()),
+        "cpu built": _built(cpu, record),
+        "cpu loaded": f"yes, {_cpu_isa()}" if cpu.loaded else f"no: {cpu.problem}",
+        "cuda built": _built(cuda, record),
+        "cuda loaded": "yes" if cuda.loaded else f"no: {cuda.problem}",
+    }
+    if cpu.path is None or cuda.path is None or cpu.broken or cuda.broken:
+        rows["to build"] = _library.REBUILD
+    return "\n".join(f"{key + ':':13}{value}" for key, value in rows.items())
+
+
+if __name__ == "__main__":
+    print(report())

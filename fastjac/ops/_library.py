@@ -1,0 +1,118 @@
+"""Loads the native operators, and puts their references in the place of those that are missing.
+
+Every operator exists, with the same derivative and the same errors, whatever could be loaded. On a
+device that has no native kernel for it, its reference runs, and says so once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent.parent
+REBUILD = "pip install --no-build-isolation ."
+EXPLAIN = "python -m fastjac.info"
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """One shared object: where it is, and why it is not loaded (None: it is)."""
+
+    name: str
+    path: Path | None
+    problem: str | None
+    broken: bool = False  # it is there, and should have loaded
+
+    @property
+    def loaded(self) -> bool:
+        return self.problem is None
+
+
+def build_record() -> dict:
+    """What ``setup.py`` noted about the last build; empty if nothing was built."""
+    try:
+        return json.loads((PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load(name: str, needs: NativeLibrary | None = None) -> NativeLibrary:
+    path = next(iter(sorted(PACKAGE.glob(f"_{name}.*.so"))), None)
+    if os.environ.get("FASTJAC_NATIVE") == "0":
+        return NativeLibrary(name, path, "FASTJAC_NATIVE=0 is set")
+    if name == "cuda" and torch.version.cuda is None:
+        return NativeLibrary(name, path, f"PyTorch {torch.__version__} has no CUDA")
+    if path is None:
+        reason = build_record().get("missing", {}).get(name, "it was not built")
+        return NativeLibrary(name, None, reason)
+    if needs is not None and not needs.loaded:
+        return NativeLibrary(name, path, f"{needs.name} is not loaded: {needs.problem}")
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        return NativeLibrary(name, path, f"{path.name} does not load: {reason}", broken=True)
+    return NativeLibrary(name, path, None)
+
+
+def _warn(message: str) -> None:
+    # Attributed to no file: Python would print a line of this one below the message.
+    warnings.warn_explicit(message, RuntimeWarning, "fastjac", 1)
+
+
+CPU = _load("cpu")
+CUDA = _load("cuda", needs=CPU)  # the schemas are in the CPU's
+
+if not CPU.loaded:
+    _warn(
+        f"running without native operators, on their PyTorch references ({CPU.problem}); "
+        f"to build them: {REBUILD}; for details: {EXPLAIN}"
+    )
+elif CUDA.broken:
+    _warn(f"running without CUDA operators ({CUDA.problem}); to rebuild: {REBUILD}")
+
+
+def define(schema: str, reference: Callable) -> None:
+    """Makes ``torch.ops.fastjac.<name>`` exist, with ``reference`` where there is no native kernel.
+
+    Args:
+        schema: the operator's declaration, the same as in ``csrc/schema.cpp``.
+        reference: takes and returns what the schema says.
+
+    Raises:
+        ImportError: the native library declares another schema, so it was built from other sources.
+    """
+    name = schema.partition("(")[0]
+    qualified = f"fastjac::{name}"
+    if hasattr(torch.ops.fastjac, name):
+        found = str(getattr(torch.ops.fastjac, name).default._schema)
+        if found != str(torch._C.parse_schema(f"fastjac::{schema}")):
+            raise ImportError(
+                f"{CPU.path} was built from other sources: it declares {found}, expected {schema}; "
+                f"rebuild it: {REBUILD}"
+            )
+    else:
+        torch.library.define(qualified, schema.removeprefix(name))
+        if CPU.loaded:
+            _warn(f"{CPU.path} was built before {name} existed; to rebuild it: {REBUILD}")
+
+    said: set[str] = set()
+
+    @torch.library.impl(qualified, "default")
+    def run_reference(*args):
+        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        # On the CPU the import has said it.
+        if device != "cpu" and device not in said:
+            said.add(device)
+            reason = CUDA.problem if device == "cuda" else "there is no native kernel"
+            _warn(
+                f"{name} runs its PyTorch reference on {device!r} ({reason}); "
+                f"for details: {EXPLAIN}"
+            )
+        return reference(*args)

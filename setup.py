@@ -1,0 +1,201 @@
+"""Builds the native operators: ``fastjac/_cpu.abi3.so`` and ``fastjac/_cuda.abi3.so``.
+
+What can be built is built, and what can't is left to PyTorch, with the reason kept for
+``python -m fastjac.info``:
+
+* CPU operators need PyTorch and a C++ compiler; ``FASTJAC_NATIVE=0`` leaves out all native code;
+* CUDA operators need a PyTorch with CUDA and its toolkit as well, but no GPU. ``FASTJAC_CUDA=1``
+  insists on them, ``FASTJAC_CUDA=0`` leaves them out; ``TORCH_CUDA_ARCH_LIST`` chooses devices.
+
+A compiler that is there and fails is an error: nobody gets the slow path by accident.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+PACKAGE = ROOT / "fastjac"
+# PyTorch's stable ABI as of 2.11: what is built here loads in every later PyTorch and Python.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+# No contraction: equal Jacobians must give a difference of exactly zero, on every instruction set.
+# No trapping, no errno: a loop with a selection or a square root in it vectorises.
+HOST_FLAGS = [
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+]
+CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0+PTX"]
+
+
+class Unavailable(Exception):
+    """Why something can't be built here."""
+
+
+def toolkit_root(nvcc: str) -> str:
+    """Where nvcc's toolkit is. The command on the PATH may be a wrapper that lies elsewhere."""
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return str(Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent)
+
+
+def torch_extension():
+    """``torch.utils.cpp_extension``, where there is a C++ compiler to use it with."""
+    if os.environ.get("FASTJAC_NATIVE") == "0":
+        raise Unavailable("built with FASTJAC_NATIVE=0")
+    if nvcc := shutil.which("nvcc"):
+        os.environ.setdefault("CUDA_HOME", toolkit_root(nvcc))
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        raise Unavailable(f"PyTorch was not there to build with ({sys.executable})") from None
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise Unavailable(f"no C++ compiler was found ({compiler!r} is not on the PATH)")
+    return cpp_extension
+
+
+def cuda_toolkit(cpp_extension) -> str:
+    """The release of the CUDA toolkit that PyTorch's extension builder will use."""
+    import torch
+
+    wanted = os.environ.get("FASTJAC_CUDA")
+    if wanted == "0":
+        raise Unavailable("built with FASTJAC_CUDA=0")
+    try:
+        if torch.version.cuda is None:
+            raise Unavailable(f"PyTorch {torch.__version__}, which it was built with, has no CUDA")
+        home = cpp_extension.CUDA_HOME
+        nvcc = Path(home or "", "bin", "nvcc")
+        if home is None or not nvcc.exists():
+            raise Unavailable("no CUDA toolkit was found (set CUDA_HOME, or put nvcc on the PATH)")
+        said = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+        release = re.search(r"release (\d+\.\d+)", said).group(1)
+        if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+            raise Unavailable(
+                f"the CUDA toolkit is {release}, but PyTorch's CUDA is {torch.version.cuda}"
+            )
+        return release
+    except Unavailable as reason:
+        if wanted == "1":
+            sys.exit(f"fastjac: FASTJAC_CUDA=1 asks for the CUDA operators, but {reason}")
+        raise
+
+
+def sources(*folders: str) -> list[str]:
+    return [
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for pattern in ("*.cpp", "*.cu")
+        for path in sorted((ROOT / "csrc" / folder).glob(pattern))
+    ]
+
+
+def headers() -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.*h"))]
+
+
+def cpu_extension(cpp_extension):
+    return cpp_extension.CppExtension(
+        "fastjac._cpu",
+        sources(".", "cpu"),
+        depends=headers(),
+        extra_compile_args={"cxx": [*HOST_FLAGS, *STABLE_ABI]},
+        py_limited_api=True,
+    )
+
+
+def cuda_extension(cpp_extension):
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(CUDA_ARCHITECTURES))
+    extension = cpp_extension.CUDAExtension(
+        "fastjac._cuda",
+        sources("cuda"),
+        depends=headers(),
+        extra_compile_args={
+            "cxx": [*HOST_FLAGS, *STABLE_ABI, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "--threads=2", *STABLE_ABI, "-DUSE_CUDA"],
+        },
+        py_limited_api=True,
+    )
+    # The static runtime, so that the library asks for no CUDA release at run time.
+    extension.libraries = [
+        "cudart_static" if name == "cudart" else name for name in extension.libraries
+    ]
+    extension.libraries += ["rt", "dl", "pthread"]
+    return extension
+
+
+class Package(build_py):
+    """Keeps a record of the build beside the package, and no library of an older build."""
+
+    record: dict
+
+    def run(self):
+        for name in self.record["missing"]:
+            for stale in PACKAGE.glob(f"_{name}.*.so"):
+                stale.unlink()
+        (PACKAGE / "_build.json").write_text(json.dumps(self.record, indent=2) + "\n")
+        super().run()
+
+
+def build_command(cpp_extension):
+    class Build(cpp_extension.BuildExtension):
+        """Leaves the libraries in the source tree too, which Python imports if started there."""
+
+        def run(self):
+            super().run()
+            if not self.inplace:
+                self.copy_extensions_to_source()
+
+    return Build
+
+
+def main() -> None:
+    record: dict = {"libraries": {}, "missing": {}}
+    extensions, commands = [], {"build_py": Package}
+    try:
+        cpp_extension = torch_extension()
+    except Unavailable as reason:
+        record["missing"] = {"cpu": str(reason), "cuda": str(reason)}
+    else:
+        import torch
+
+        record["torch"] = torch.__version__
+        commands["build_ext"] = build_command(cpp_extension)
+        extensions.append(cpu_extension(cpp_extension))
+        record["libraries"]["cpu"] = {"compiler": cpp_extension.get_cxx_compiler()}
+        try:
+            release = cuda_toolkit(cpp_extension)
+            extensions.append(cuda_extension(cpp_extension))
+            architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+            record["libraries"]["cuda"] = {"toolkit": release, "architectures": architectures}
+        except Unavailable as reason:
+            record["missing"]["cuda"] = str(reason)
+
+    for name, reason in record["missing"].items():
+        print(f"fastjac: building without {name.upper()} operators: {reason}", file=sys.stderr)
+    Package.record = record
+    setup(
+        ext_modules=extensions,
+        cmdclass=commands,
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+    )
+
+
+main()
