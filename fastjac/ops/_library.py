@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
+
+from fastjac.errors import FastjacError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 REBUILD = "pip install --no-build-isolation ."
@@ -56,7 +59,8 @@ def _load(name: str, needs: NativeLibrary | None = None) -> NativeLibrary:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # PyTorch says that it failed, and its cause says why.
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         return NativeLibrary(name, path, f"{path.name} does not load: {reason}", broken=True)
     return NativeLibrary(name, path, None)
 
@@ -102,13 +106,25 @@ def define(schema: str, reference: Callable) -> None:
         if CPU.loaded:
             _warn(f"{CPU.path} was built before {name} existed; to rebuild it: {REBUILD}")
 
-    said: set[str] = set()
+    torch.library.impl(qualified, "default")(_stand_in(name, reference))
 
-    @torch.library.impl(qualified, "default")
-    def run_reference(*args):
+
+def refuse_forward_mode(name: str, *tensors: torch.Tensor) -> None:
+    """Raises where a tensor carries a forward-mode tangent, which PyTorch would drop silently."""
+    # The level is -1 outside of forward mode; unpack_dual alone would cost every call.
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            if forward_ad.unpack_dual(x).tangent is not None:
+                raise FastjacError(f"{name}: forward-mode derivatives (jvp) are not supported")
+
+
+def _stand_in(name: str, reference: Callable) -> Callable:
+    """``reference``, saying once for each device type that it runs and why."""
+    said = {"cpu"}  # the import has said it
+
+    def run(*args):
         device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
-        # On the CPU the import has said it.
-        if device != "cpu" and device not in said:
+        if device not in said:
             said.add(device)
             reason = CUDA.problem if device == "cuda" else "there is no native kernel"
             _warn(
@@ -116,3 +132,5 @@ def define(schema: str, reference: Callable) -> None:
                 f"for details: {EXPLAIN}"
             )
         return reference(*args)
+
+    return run

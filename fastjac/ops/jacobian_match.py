@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import define
+from fastjac.ops._library import define, refuse_forward_mode
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,7 +43,7 @@ def jacobian_match(
 
     Raises:
         FastjacError: an argument is of the wrong kind; or ``jt`` requires a gradient, which is not
-            supported; or, in backward, a second derivative is asked for.
+            supported; or a second or a forward-mode derivative is asked for.
 
     ``loss`` can be differentiated once, in ``js``; ``v`` is not differentiable. The result is the
     same from run to run, and on a CPU for any number of threads. No copy is made where each sample
@@ -51,6 +51,7 @@ def jacobian_match(
     is.
     """
     _check(js, jt, eps)
+    refuse_forward_mode("jacobian_match", js, jt)
     return torch.ops.fastjac.jacobian_match(js, jt, normalize, eps)
 
 

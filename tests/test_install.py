@@ -1,0 +1,185 @@
+"""What can be built, what it contains, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastjac
+from fastjac.ops import _library
+from fastjac.ops.jacobian_match import jacobian_match_ref
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(fastjac.__file__).parent
+
+MATCH = """
+import torch, fastjac
+from fastjac.ops import jacobian_match, jacobian_match_ref
+js, jt = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(2, 3, 8, 8)
+loss, v = jacobian_match(js, jt)
+assert not v.requires_grad
+expected = jacobian_match_ref(js.detach(), jt)
+torch.testing.assert_close((loss, v), expected)
+(grad,) = torch.autograd.grad(loss.sum(), js, create_graph=True)
+torch.testing.assert_close(grad, expected[1])
+try:
+    grad.sum().backward()
+except fastjac.FastjacError as error:
+    assert "second derivative" in str(error)
+else:
+    raise SystemExit("no error for the second derivative")
+"""
+
+
+def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """Runs code in a new interpreter that finds the package in cwd first."""
+    environment = {**os.environ, "PYTHONPATH": str(cwd), **env}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what the package is built from, with no build in it."""
+    target = tmp_path / "source"
+    ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for folder in ("csrc", "fastjac"):
+        shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+def wheel(source: Path, **env: str) -> subprocess.CompletedProcess:
+    options = ["-v", "--no-build-isolation", "--no-deps", "--no-index", "-w", "dist"]
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, "."],
+        cwd=source,
+        env={**os.environ, "MAX_JOBS": "2", **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def built(source: Path, **env: str) -> tuple[str, list[str], str]:
+    """The wheel's name, its files, and what the build said; unpacked into source/unpacked."""
+    run = wheel(source, **env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(source / "unpacked")
+        return path.name, archive.namelist(), run.stdout + run.stderr
+
+
+def test_import_needs_torch_alone():
+    forbidden = [
+        *("torchvision", "timm", "numpy", "yaml", "jsonargparse", "tqdm", "torchmetrics", "PIL"),
+        *("matplotlib", "safetensors", "sklearn", "tensorboard", "pandas", "scipy"),
+    ]
+    block = f"import sys; sys.modules.update(dict.fromkeys({forbidden!r}))\n"
+    python(block + MATCH, cwd=PACKAGE.parent)
+
+
+def test_the_installed_build_is_whole():
+    missing = _library.build_record().get("missing", {})
+    for library in (_library.CPU, _library.CUDA):
+        assert not library.broken, library.problem
+        if library.name not in missing and os.environ.get("FASTJAC_NATIVE") != "0":
+            assert library.loaded or torch.version.cuda is None, library.problem
+
+
+def test_info_says_what_is_loaded_and_why_not():
+    code = "import runpy; runpy.run_module('fastjac.info', run_name='__main__')"
+    rows = dict(
+        re.split(r":\s+", line, maxsplit=1)
+        for line in python(code, PACKAGE.parent).stdout.splitlines()
+    )
+    assert rows["torch"].startswith(torch.__version__)
+    for library in (_library.CPU, _library.CUDA):
+        assert rows[f"{library.name} loaded"].startswith("yes" if library.loaded else "no: ")
+        assert (str(library.path) in rows[f"{library.name} built"]) == (library.path is not None)
+
+    off = python(code, PACKAGE.parent, FASTJAC_NATIVE="0").stdout
+    assert "cpu loaded:  no: FASTJAC_NATIVE=0 is set" in off
+    assert "cuda loaded: no: FASTJAC_NATIVE=0 is set" in off
+
+
+def warning(run: subprocess.CompletedProcess) -> str:
+    """The one line that running without native operators prints."""
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("fastjac:1: RuntimeWarning: running without native operators")
+    assert "pip install --no-build-isolation ." in line
+    return line
+
+
+def test_without_native_operators():
+    assert "FASTJAC_NATIVE=0 is set" in warning(python(MATCH, PACKAGE.parent, FASTJAC_NATIVE="0"))
+
+
+def test_a_library_that_does_not_load_gives_the_reason(source):
+    (source / "fastjac" / "_cpu.abi3.so").write_bytes(b"not a library")
+    line = warning(python(MATCH, source))
+    assert "_cpu.abi3.so does not load:" in line
+    assert "invalid ELF header" in line or "file too short" in line
+
+
+def test_a_library_from_other_sources_is_refused():
+    with pytest.raises(ImportError, match=r"built from other sources.*jacobian_match\(Tensor js,"):
+        _library.define("jacobian_match(Tensor js, Tensor jt) -> Tensor", jacobian_match_ref)
+
+
+def test_a_device_without_a_kernel_runs_the_reference_and_says_so_once(recwarn):
+    run = _library._stand_in("some_op", lambda x: x + 1)
+    assert run(torch.zeros(2)).tolist() == [1, 1]
+    assert not recwarn
+    for _ in range(3):
+        assert run(torch.zeros(2, device="meta")).shape == (2,)
+    (said,) = recwarn
+    assert str(said.message).startswith("some_op runs its PyTorch reference on 'meta' (there is")
+
+
+def test_a_wheel_holds_the_operators_and_no_pytorch(source):
+    name, files, _ = built(source, FASTJAC_CUDA="0")
+    assert re.fullmatch(r"fastjac-[\d.]+-cp310-abi3-\w+\.whl", name)
+    assert [f for f in files if ".so" in f] == ["fastjac/_cpu.abi3.so"]
+    for path in (source / "fastjac").rglob("*.yaml"):
+        assert str(path.relative_to(source)) in files
+    assert not any(f.startswith(("tests", "benchmarks", "csrc")) for f in files)
+    record = json.loads((source / "unpacked/fastjac/_build.json").read_text())
+    assert record["missing"] == {"cuda": "built with FASTJAC_CUDA=0"}
+
+    assert python(MATCH, source / "unpacked").stderr == ""
+    # The source tree has its copy, for Python started there.
+    assert python(MATCH, source).stderr == ""
+
+
+def test_without_a_compiler_the_wheel_is_pure(source):
+    stale = source / "fastjac" / "_cpu.abi3.so"
+    stale.write_bytes(b"of an older build")
+    name, files, said = built(source, CXX="no-such-compiler")
+    assert name.endswith("-py3-none-any.whl")
+    assert not [f for f in files if ".so" in f]
+    assert not stale.exists()
+    reason = "no C++ compiler was found ('no-such-compiler' is not on the PATH)"
+    assert f"fastjac: building without CPU operators: {reason}" in said
+    assert reason in warning(python(MATCH, source / "unpacked"))
+
+
+def test_asking_for_cuda_without_a_toolkit_is_an_error(source, tmp_path):
+    run = wheel(source, FASTJAC_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert run.returncode != 0
+    said = run.stdout + run.stderr
+    assert "fastjac: FASTJAC_CUDA=1 asks for the CUDA operators, but " in said
+    assert not list(source.glob("dist/*.whl"))
