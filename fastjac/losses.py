@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastjac.errors import FastjacError
+from fastjac.ops import jacobian_match
 
 
 def _same_shape(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
@@ -46,6 +47,4 @@ def jacobian_match_loss(js: Tensor, jt: Tensor, normalize: bool = True) -> Tenso
     ``js``, ``jt``: ``[B, ...]``, one shape, dtype and device. Returns a scalar in fp32 or wider,
     differentiable once, in ``js``.
     """
-    from fastjac.ops import jacobian_match
-
     return jacobian_match(js, jt, normalize)[0].mean()

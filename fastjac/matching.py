@@ -8,14 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastjac import reference
+from fastjac import engine, reference
 from fastjac.errors import FastjacError, unknown
 from fastjac.features import find_layer
+from fastjac.graph import Network
 from fastjac.losses import jacobian_match_loss
+from fastjac.ops import jacobian_match
 from fastjac.targets import AttentionWindow, LabelLogit, Target
 
 STRATEGIES = ("auto", "local", "dense", "autograd")
 BATCH_STATS = ("frozen", "batch")
+
+Place = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -115,6 +119,7 @@ class JacobianMatching(nn.Module):
             find_layer(teacher, target.for_teacher().layer, "the teacher")
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
+        self._student, self._teacher = Network(student), Network(teacher)
 
     def train(self, mode: bool = True) -> JacobianMatching:
         """Set the student's mode; the teacher stays in eval mode."""
@@ -126,23 +131,55 @@ class JacobianMatching(nn.Module):
         _check_input(x, self.student, "student")
         _check_input(x, self.teacher, "teacher")
         target, teacher_target = self.target, self.target.for_teacher()
-        _available(self.strategy)
+        if self.strategy == "autograd":
+            return self._by_autograd(x, y, target, teacher_target)
+        with torch.no_grad():
+            tape = engine.forward(self._teacher, x, teacher_target.layer, self.batch_stats)
+            logits_t, features_t = tape.logits, tape.features
+            position = None if features_t is None else teacher_target.position(features_t)
+            jt = engine.pullback(
+                tape, teacher_target, y, position, "dense" if self.strategy == "dense" else "auto"
+            )
+        tape = engine.forward(self._student, x, target.layer, self.batch_stats)
+        with torch.no_grad():
+            if tape.features is not None:
+                position = self._place(target, position, features_t)(tape.features)
+            js = engine.pullback(tape, target, y, position, self.strategy)
+            student, teacher, back = engine.in_common(js, jt)
+            losses, v = jacobian_match(student, teacher, self.normalize)
+            loss = losses.mean()
+        if torch.is_grad_enabled():
+            loss = engine.pushforward(tape, js, back(v / len(x)), loss)
+        return MatchingOutput(tape.logits, logits_t, tape.features, features_t, loss)
+
+    def _by_autograd(
+        self, x: Tensor, y: Tensor | None, target: Target, teacher_target: Target
+    ) -> MatchingOutput:
         with torch.no_grad():
             logits_t, features_t, jt = reference.forward_and_jacobian(
                 self.teacher, x, teacher_target, y, None, self.batch_stats
             )
-        place = None
-        if isinstance(target, AttentionWindow) and target.anchor == "teacher":
-            position = teacher_target.position(features_t)
-
-            def place(features: Tensor) -> Tensor:
-                return target.transfer(position, features_t, features)
-
+            position = None if features_t is None else teacher_target.position(features_t)
         logits_s, features_s, js = reference.forward_and_jacobian(
-            self.student, x, target, y, place, self.batch_stats, torch.is_grad_enabled()
+            self.student,
+            x,
+            target,
+            y,
+            self._place(target, position, features_t),
+            self.batch_stats,
+            torch.is_grad_enabled(),
         )
         loss = jacobian_match_loss(js, jt, self.normalize)
         return MatchingOutput(logits_s, logits_t, features_s, features_t, loss)
+
+    @staticmethod
+    def _place(target: Target, position: Tensor | None, features_t: Tensor | None) -> Place | None:
+        """From the student's features to where its window stands."""
+        if isinstance(target, LabelLogit):
+            return None
+        if target.anchor == "own":
+            return target.position
+        return lambda features: target.transfer(position, features_t, features)
 
 
 def input_jacobian(
@@ -163,13 +200,19 @@ def input_jacobian(
     """
     _check_target(target)
     _check_choice("batch_stats", batch_stats, BATCH_STATS)
-    _available(_check_choice("strategy", strategy, STRATEGIES))
+    _check_choice("strategy", strategy, STRATEGIES)
     _check_input(x, model, "model")
     place = None if position is None else _fixed_position(target, x, position)
-    return reference.input_jacobian(model, x, target, y, place, batch_stats)
+    if strategy == "autograd":
+        return reference.input_jacobian(model, x, target, y, place, batch_stats)
+    with torch.no_grad():
+        tape = engine.forward(Network(model), x, target.layer, batch_stats)
+        if isinstance(target, AttentionWindow):
+            position = (place or target.position)(tape.features)
+        return engine.pullback(tape, target, y, position, strategy).full()
 
 
-def _fixed_position(target: Target, x: Tensor, position: Tensor) -> Callable[[Tensor], Tensor]:
+def _fixed_position(target: Target, x: Tensor, position: Tensor) -> Place:
     if isinstance(target, LabelLogit):
         raise FastjacError("position is for AttentionWindow; the target is LabelLogit")
     if position.dtype != torch.int64 or position.shape != (len(x), 2):
@@ -186,11 +229,3 @@ def _fixed_position(target: Target, x: Tensor, position: Tensor) -> Callable[[Te
         return position
 
     return place
-
-
-def _available(strategy: str) -> None:
-    if strategy in ("local", "dense"):
-        raise FastjacError(
-            f"strategy={strategy!r} is not available in this version; "
-            "expected 'auto' or 'autograd'"
-        )

@@ -92,6 +92,22 @@ def _uses_batch_statistics(module: nn.Module) -> bool:
     )
 
 
+class _Forward(nn.Module):
+    def __init__(self, model: nn.Module, layer: str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return forward_with_features(self.model, x, self.layer)
+
+
+def _without_trace(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Tensor, Tensor | None]:
+    """Logits and features, the model's buffers left as they are."""
+    buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
+    return torch.func.functional_call(_Forward(model, layer), buffers, (x,))
+
+
 def forward_and_jacobian(
     model: nn.Module,
     x: Tensor,
@@ -120,7 +136,7 @@ def forward_and_jacobian(
             leaf = x.detach().requires_grad_()
             statistics.replay = iter(statistics.recorded)
             with statistics, same_random_numbers(x, state):
-                differentiated = forward_with_features(model, leaf, target.layer)
+                differentiated = _without_trace(model, leaf, target.layer)
         if isinstance(target, LabelLogit):
             phi = target.scalar(differentiated[0], y)
         else:

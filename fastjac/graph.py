@@ -1,0 +1,216 @@
+"""Trace a network into a list of operations (torch.fx), and find a layer's output in it."""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastjac.errors import FastjacError
+from fastjac.features import find_layer
+
+IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand"}
+VIEWS |= {"chunk", "split", "getitem", "narrow", "select", "t", "unbind"}
+
+
+class _Tracer(fx.Tracer):
+    """Symbolic tracing with torch.nn's own modules as leaves; notes what every module returned."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.outputs: dict[str, list[Any]] = {}
+        self.path: list[str] = []
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        self.path.append(self.path_of_module(m))
+        value = super().call_module(m, forward, args, kwargs)
+        self.outputs.setdefault(self.path.pop(), []).append(value)
+        return value
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled():
+            raise FastjacError("part of the forward runs under torch.no_grad()")
+        return super().create_node(*args, **kwargs)
+
+
+def target_name(node: fx.Node) -> str:
+    """The name of what a node calls: a method's, a function's, a module's path."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+
+
+def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node overwrites its first argument."""
+    if node.op == "call_module":
+        return getattr(root.get_submodule(node.target), "inplace", False) is True
+    name = target_name(node)
+    return (
+        node.target in IN_PLACE_OPERATORS
+        or node.kwargs.get("inplace") is True
+        or (name.endswith("_") and not name.endswith("__"))
+        or name == "setitem"
+    )
+
+
+def _resolve_in_place(graph: fx.Graph, root: nn.Module) -> None:
+    """Let whoever reads a value after it was overwritten read the operation that overwrote it."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.op not in ("call_module", "call_function", "call_method"):
+            continue
+        if not writes_in_place(node, root) or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if target_name(node) == "setitem" or (
+            source.op != "call_module"
+            and target_name(source) in VIEWS
+            and any(order[user] > order[node] for user in source.all_input_nodes[0].users)
+        ):
+            raise FastjacError(f"{describe(node)} writes in place to a view of another value")
+        for user in list(source.users):
+            if order[user] > order[node]:
+                user.replace_input_with(source, node)
+
+
+def describe(node: fx.Node) -> str:
+    """A node as an error names it."""
+    if node.op == "call_module":
+        return f"module {node.target!r}"
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack), "") if stack else ""
+    return f"{target_name(node)} ({node.name}" + (f", in module {path!r})" if path else ")")
+
+
+@dataclass
+class Program:
+    """A traced network: its nodes in order, with the modules still in ``root``."""
+
+    root: nn.Module
+    graph: fx.Graph
+    input: fx.Node
+    output: fx.Node
+    layers: dict[str, list[Any]]
+    rules: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.modules = list(self.root.modules())  # alive, so that none's id is used again
+        self._leading: dict[fx.Node, set[fx.Node]] = {}
+        live = set(self.leading_to(self.output))
+        for node in self.graph.nodes:
+            called = node.op in ("call_function", "call_method")
+            if node.op == "call_module" or (called and writes_in_place(node, self.root)):
+                live |= self.leading_to(node)
+        self.nodes = [n for n in self.graph.nodes if n in live]
+        last = {source: node for node in self.nodes for source in node.all_input_nodes}
+        self.last_read: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last.items():
+            if source is not self.output:
+                self.last_read.setdefault(node, []).append(source)
+
+    def find(self, layer: str | None) -> fx.Node:
+        """The node whose value ``layer`` returns; the logits' for None."""
+        if layer is None:
+            return self.output
+        find_layer(self.root, layer)
+        values = self.layers.get(layer, [])
+        if len(values) != 1:
+            raise FastjacError(
+                f"layer {layer!r} runs {len(values)} times in one forward; expected once"
+            )
+        if not isinstance(values[0], fx.Proxy):
+            raise FastjacError(
+                f"layer {layer!r} is not a feature map: it returns {type(values[0]).__name__}"
+            )
+        if values[0].node not in self.nodes:
+            raise FastjacError(f"layer {layer!r} has no influence on the model's output")
+        return values[0].node
+
+    def leading_to(self, node: fx.Node) -> set[fx.Node]:
+        """``node`` and every node that its value depends on."""
+        if node not in self._leading:
+            found, todo = set(), [node]
+            while todo:
+                current = todo.pop()
+                if current not in found:
+                    found.add(current)
+                    todo.extend(current.all_input_nodes)
+            self._leading[node] = found
+        return self._leading[node]
+
+
+def trace(model: nn.Module) -> Program:
+    """Trace ``model`` as it stands (its modes are read now).
+
+    Raises :class:`FastjacError` naming the place that cannot be traced.
+    """
+    tracer = _Tracer()
+    try:
+        with torch.enable_grad():
+            graph = tracer.trace(model)
+        _resolve_in_place(graph, model)
+    except Exception as err:
+        raise FastjacError(_why_untraceable(model, tracer, err)) from err
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    if not inputs or any(not n.args for n in inputs[1:]):
+        raise FastjacError(
+            f"{type(model).__name__}.forward takes {len(inputs)} inputs; expected one, x"
+        )
+    output = next(n for n in graph.nodes if n.op == "output").args[0]
+    if not isinstance(output, fx.Node):
+        raise FastjacError(
+            f"{type(model).__name__} must return one tensor of logits; "
+            f"got {type(output).__name__}"
+        )
+    return Program(model, graph, inputs[0], output, tracer.outputs)
+
+
+def _why_untraceable(model: nn.Module, tracer: _Tracer, err: Exception) -> str:
+    place = f"module {tracer.path[-1]!r}" if tracer.path else type(model).__name__
+    frames = [f for f in traceback.extract_tb(err.__traceback__) if "/torch/" not in f.filename]
+    own = [f for f in frames if not f.filename.endswith("fastjac/graph.py")]
+    line = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    reason = str(err).strip().split("\n")[0]
+    return (
+        f"cannot trace {type(model).__name__}: {place}{line}: {reason}; "
+        "strategy='autograd' needs no trace"
+    )
+
+
+class Network:
+    """A model and its traces, one for each way that its modules are set (train, eval, replaced)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._programs: dict[tuple[tuple[int, bool], ...], Program] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "_programs": {}}
+
+    def program(self) -> Program:
+        """The trace of the model as it is set now."""
+        key = tuple((id(m), m.training) for m in self.model.modules())
+        if key not in self._programs:
+            if len(self._programs) >= 8:
+                self._programs.clear()
+            self._programs[key] = trace(self.model)
+        return self._programs[key]
+
+
+def active(value: Any) -> bool:
+    """Whether a value can carry a derivative."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return isinstance(value, tuple | list) and any(active(v) for v in value)
