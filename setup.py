@@ -37,7 +37,8 @@ HOST_FLAGS = [
     "-fno-math-errno",
     "-fvisibility=hidden",
 ]
-CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0+PTX"]
+# Those that the toolkit knows, and PTX of the last for what comes after.
+CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 class Unavailable(Exception):
@@ -121,8 +122,18 @@ def cpu_extension(cpp_extension):
     )
 
 
+def cuda_architectures(nvcc: Path) -> str:
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = listed.stdout.split()
+    return (
+        ";".join(a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
+    )
+
+
 def cuda_extension(cpp_extension):
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(CUDA_ARCHITECTURES))
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(nvcc)
     extension = cpp_extension.CUDAExtension(
         "fastjac._cuda",
         sources("cuda"),
