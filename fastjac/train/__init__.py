@@ -1,0 +1,1 @@
+"""The trainer: ``python -m fastjac.train``. It needs the ``train`` extra."""

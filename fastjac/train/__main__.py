@@ -1,0 +1,88 @@
+"""``python -m fastjac.train [demo|teacher|student|table|evaluate] [options]``.
+
+Exit status: 0; 1 if the training failed; 2 for bad input; 130 if interrupted. Each of the last
+three comes with one line on the standard error. Any other exception is a bug, and is shown whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastjac.errors import FastjacError, unknown
+from fastjac.train.options import (
+    DemoOptions,
+    EvaluateOptions,
+    StudentOptions,
+    TableOptions,
+    TeacherOptions,
+)
+
+USAGE = """usage: python -m fastjac.train [COMMAND] [OPTIONS]
+
+commands (COMMAND --help tells the options):
+  demo      a teacher, a hundred students, a table and two pictures (the default)
+  teacher   train a network
+  student   train a network with the help of a teacher
+  table     students by several methods, on few images per class, over seeds
+  evaluate  score a trained network
+
+On the CPU the process keeps the memory it has had from the system (glibc's mallopt), up to its
+peak: mapping it anew at every step costs more than the arithmetic."""
+
+
+def _commands() -> dict[str, tuple[type, Callable[[Any], str]]]:
+    from fastjac.train.commands import score, train
+    from fastjac.train.table import tabulate
+
+    return {
+        "demo": (DemoOptions, tabulate),
+        "teacher": (TeacherOptions, train),
+        "student": (StudentOptions, train),
+        "table": (TableOptions, tabulate),
+        "evaluate": (EvaluateOptions, score),
+    }
+
+
+def run(argv: Sequence[str]) -> str:
+    """Do what the command line says; the line that reports it."""
+    from fastjac.train.parse import parse
+
+    commands = _commands()
+    command, rest = ("demo", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    if command not in commands:
+        raise unknown("command", command, commands)
+    options_class, do = commands[command]
+    return do(parse(command, options_class, rest))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; report on the standard output, or say in one line what was wrong; the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    try:
+        from fastjac.train.loop import TrainingFailed
+
+        try:
+            print(run(argv))
+        except TrainingFailed as error:
+            return _say(error, 1)
+    except FastjacError as error:
+        return _say(error, 2)
+    except KeyboardInterrupt as stop:
+        return _say(stop, 130)
+    return 0
+
+
+def _say(error: BaseException, status: int) -> int:
+    # A loader's worker process sends its error after a traceback: the last line is the news.
+    lines = str(error).strip().splitlines() or ["interrupted"]
+    print(f"fastjac: {lines[-1].removeprefix('fastjac.errors.FastjacError: ')}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""What a run is made of, from its options; whatever is wrong with them is found here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fastjac.data import ImageData, load_data
+from fastjac.errors import FastjacError
+from fastjac.models import (
+    ModelSpec,
+    check_image_size,
+    create_model,
+    load_weights,
+    read_weights,
+)
+from fastjac.models.weights import read_checkpoint
+from fastjac.train.options import RunOptions
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; by default a GPU where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FastjacError(f"--device {name} is not to be had: {reason}") from error
+    return device
+
+
+def build_data(options: RunOptions) -> ImageData:
+    """The data set, with as many classes as the options expect."""
+    data = load_data(
+        options.dataset, options.data_dir, options.img_size, options.augment, options.download
+    )
+    if options.num_classes not in (None, len(data.classes)):
+        raise FastjacError(
+            f"--num-classes {options.num_classes}: {data.name} has {len(data.classes)} classes"
+        )
+    return data
+
+
+def build_model(options: RunOptions, data: ImageData) -> tuple[nn.Module, ModelSpec]:
+    """The network to train, and the spec that builds it again."""
+    spec = ModelSpec(
+        options.model,
+        len(data.classes),
+        data.channels,
+        options.width,
+        options.plan,
+        None if options.pretrained else data.mean,
+        None if options.pretrained else data.std,
+    )
+    model = create_model(spec, options.pretrained)
+    check_image_size(model, data.channels, data.size)
+    if options.weights is not None:
+        load_weights(model, read_weights(options.weights), options.weights)
+    mean, std = model.normalize.mean.flatten().tolist(), model.normalize.std.flatten().tolist()
+    return model, replace(spec, mean=tuple(mean), std=tuple(std))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that was trained here, and what it was trained for."""
+
+    model: nn.Module
+    spec: ModelSpec
+    dataset: str
+    size: int
+    classes: list[str]
+    source: Path
+
+
+def load_trained(source: str | Path) -> Trained:
+    """The network in a run's folder, a checkpoint (``.pt``), or a ``model.safetensors``."""
+    path = Path(source)
+    if path.is_dir():
+        inside = [path / name for name in ("model.safetensors", "last.pt")]
+        path = next((p for p in inside if p.is_file()), inside[0])
+    if not path.is_file():
+        raise FastjacError(f"{path}: no such file; expected a checkpoint or model.safetensors")
+    if path.suffix == ".safetensors":
+        beside = path.with_name("config.json")
+        try:
+            about = json.loads(beside.read_text())
+        except FileNotFoundError as error:
+            raise FastjacError(f"{beside} is missing; it says what {path.name} is") from error
+        except json.JSONDecodeError as error:
+            raise FastjacError(f"{beside} is not JSON: {error}") from error
+    else:
+        about = read_checkpoint(path).get("about")
+    try:
+        spec = ModelSpec(**about["spec"])
+        dataset, size, classes = about["dataset"], about["size"], about["classes"]
+    except (TypeError, KeyError) as error:
+        raise FastjacError(
+            f"{path} does not say what network it is of; expected a run's"
+        ) from error
+    model = create_model(spec)
+    load_weights(model, read_weights(path), path)
+    return Trained(model, spec, dataset, size, classes, path)
+
+
+def describe(spec: ModelSpec, data: ImageData) -> dict[str, Any]:
+    """What :func:`load_trained` needs beside the weights; goes into checkpoints and config.json."""
+    return {
+        "spec": asdict(spec),
+        "dataset": data.name,
+        "size": data.size,
+        "classes": list(data.classes),
+    }
+
+
+def build_optimizer(options: RunOptions, model: nn.Module) -> Optimizer:
+    """The optimiser over all parameters of ``model``."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if options.opt == "sgd":
+        return torch.optim.SGD(
+            parameters, options.lr, options.momentum, weight_decay=options.weight_decay
+        )
+    adam = torch.optim.Adam if options.opt == "adam" else torch.optim.AdamW
+    return adam(parameters, options.lr, weight_decay=options.weight_decay, foreach=True)
+
+
+def lr_factor(options: RunOptions, steps_per_epoch: int) -> Callable[[int], float]:
+    """The factor on the learning rate as a function of the step."""
+    import math
+
+    def factor(step: int) -> float:
+        if options.sched == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / (options.epochs * steps_per_epoch)))
+        done = step // steps_per_epoch
+        return options.decay_rate ** sum(done >= m for m in options.decay_milestones)
+
+    return factor

@@ -1,0 +1,75 @@
+"""The commands, one function each, from options to a line that says what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastjac.errors import FastjacError
+from fastjac.train.build import build_data, build_model, load_trained, pick_device
+from fastjac.train.loop import Training, evaluate
+from fastjac.train.memory import keep_pages
+from fastjac.train.objective import classification, distillation
+from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
+
+
+def prepare(options: RunOptions) -> Training:
+    """The run of ``options``, ready to go; nothing is written yet. Sets torch's global seed."""
+    kind = "student" if isinstance(options, StudentOptions) else "teacher"
+    if options.experiment is None:
+        name = f"{kind}-{options.dataset}-{options.model.replace('/', '-')}"
+        options = replace(options, experiment=name)
+    if pick_device(options.device).type == "cpu":
+        keep_pages()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    data = build_data(options)
+    torch.manual_seed(options.seed)
+    model, spec = build_model(options, data)
+    if isinstance(options, StudentOptions):
+        objective = distillation(options, model, data)
+    else:
+        objective = classification(model)
+    torch.manual_seed(options.seed)
+    return Training(options, data, model, spec, objective)
+
+
+def train(options: RunOptions) -> str:
+    """``teacher`` and ``student``."""
+    training = prepare(options)
+    result = training.run()
+    return (
+        f"{100 * result['test_accuracy']:.2f} % of {len(training.data.test)} test images right "
+        f"after {result['epoch']} epochs; results in {training.folder.path}"
+    )
+
+
+def score(options: EvaluateOptions) -> str:
+    """``evaluate``."""
+    device = pick_device(options.device)
+    trained = load_trained(options.checkpoint)
+    settings: dict[str, Any] = {
+        "dataset": options.dataset or trained.dataset,
+        "data_dir": options.data_dir,
+        "download": options.download,
+        "img_size": trained.size,
+    }
+    data = build_data(RunOptions(**settings))
+    if list(data.classes) != list(trained.classes):
+        raise FastjacError(
+            f"{trained.source} knows {len(trained.classes)} classes, {data.name} has "
+            f"{len(data.classes)}, or others"
+        )
+    result = evaluate(
+        trained.model.to(device),
+        data.test,
+        len(data.classes),
+        options.batch_size,
+        options.workers,
+    )
+    return (
+        f"{100 * result['accuracy']:.2f} % of {len(data.test)} test images right, "
+        f"loss {result['loss']:.4f}; {trained.source}"
+    )

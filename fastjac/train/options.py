@@ -1,0 +1,214 @@
+"""What the commands take: a dataclass each, whose fields are the flags and the keys of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+from fastjac.errors import FastjacError
+
+TERMS = ("ce", "activations", "attention", "jacobians")
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """What every run of training takes."""
+
+    config: str | None = _option(
+        None, "recipe (digits, cifar100, mit67) or YAML file; flags override"
+    )
+    dataset: str = _option("digits", "digits, cifar100, mit67 or folder")
+    data_dir: str | None = _option(None, "folder of the data set's files")
+    download: bool = _option(False, "fetch cifar100 where it is missing")
+    img_size: int | None = _option(None, "height and width of the images; default: the data set's")
+    augment: bool = _option(False, "random crops and flips of the training images")
+    num_classes: int | None = _option(None, "classes to expect; default: as many as there are")
+    samples_per_class: int | None = _option(None, "train on that many images of each class")
+
+    model: str = _option("vgg4", "vgg4, vgg9, vgg (with --plan), torchvision/NAME or timm/NAME")
+    plan: str | None = _option(None, "layers of the model vgg, such as '16 M 32 M 64 M'")
+    width: float = _option(1.0, "factor on the widths of a VGG")
+    pretrained: bool = _option(False, "start from the weights of torchvision or timm")
+    weights: str | None = _option(
+        None, "start from the weights in a .safetensors, .pth or .pt file"
+    )
+
+    epochs: int = _option(30, "epochs to train")
+    epoch_steps: int | None = _option(None, "steps of an epoch; default: one pass over the images")
+    batch_size: int = _option(128, "images of a step")
+    opt: Literal["adam", "adamw", "sgd"] = _option("adam", "optimiser")
+    lr: float = _option(1e-3, "learning rate at the start")
+    momentum: float = _option(0.9, "momentum of sgd")
+    weight_decay: float = _option(0.0, "weight decay")
+    sched: Literal["none", "multistep", "cosine"] = _option("none", "learning rate over the epochs")
+    decay_milestones: list[int] = _option([], "multistep: epochs after which the rate drops")
+    decay_rate: float = _option(0.1, "multistep: factor of each drop")
+
+    amp: bool = _option(False, "mixed precision")
+    amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "type for --amp")
+    channels_last: bool = _option(False, "channels-last memory layout")
+    torchcompile: bool = _option(False, "compile the network (not with --attention or --jacobians)")
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    seed: int = _option(0, "of weights, batches, augmentation and the subset")
+    workers: int = _option(0, "processes that load images")
+    threads: int | None = _option(None, "CPU threads of the training; default: as torch has it")
+
+    output: str = _option("runs", "folder of all experiments")
+    experiment: str | None = _option(
+        None, "folder of this one; default: command, dataset and model"
+    )
+    resume: bool = _option(False, "go on where the experiment's last checkpoint is")
+    val_interval: int = _option(1, "epochs between evaluations")
+    tensorboard: bool = _option(False, "write TensorBoard events too")
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "lr", "width", "decay_rate", "val_interval")
+        positive += ("img_size", "num_classes", "samples_per_class", "epoch_steps", "threads")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise FastjacError(f"{flag(name)}: expected more than 0, got {value}")
+        for name in ("workers", "weight_decay", "momentum", "seed"):
+            if not getattr(self, name) >= 0:
+                raise FastjacError(f"{flag(name)}: expected 0 or more, got {getattr(self, name)}")
+        if bool(self.decay_milestones) != (self.sched == "multistep"):
+            raise FastjacError("--decay-milestones goes with --sched multistep, and only with it")
+        if self.pretrained and self.weights:
+            raise FastjacError("--pretrained and --weights: give one of them")
+
+
+@dataclass(kw_only=True)
+class TeacherOptions(RunOptions):
+    """Train a network with cross-entropy."""
+
+
+@dataclass(kw_only=True)
+class StudentOptions(RunOptions):
+    """Distil a teacher into a student."""
+
+    teacher: str | None = _option(
+        None, "its run folder, checkpoint or model.safetensors; or torchvision/NAME, timm/NAME"
+    )
+    teacher_weights: str | None = _option(
+        None, "weights for a teacher given by name; default: its library's pretrained ones"
+    )
+    ce: float = _option(1.0, "weight of cross-entropy with the labels")
+    activations: float = _option(0.0, "weight of the squared error of the logits")
+    attention: float = _option(0.0, "weight of the distance of the attention maps")
+    jacobians: float = _option(0.0, "weight of the distance of the input Jacobians")
+    target: Literal["label-logit", "attention-window"] = _option(
+        "label-logit", "the scalar whose Jacobian is matched"
+    )
+    level: int = _option(1, "feature level of the attention map")
+    layer: str | None = _option(None, "layer of the student, in place of --level")
+    teacher_layer: str | None = _option(None, "layer of the teacher, in place of --level")
+    window: float = _option(0.2, "side of the attention window, as a share of the map's height")
+    power: float = _option(2.0, "power of the features in the attention map")
+    anchor: Literal["teacher", "own"] = _option("teacher", "whose brightest window is taken")
+    normalize: bool | None = _option(
+        None, "scale the Jacobians to unit norm; default: for attention-window only"
+    )
+    batch_stats: Literal["frozen", "batch"] = _option(
+        "frozen", "BatchNorm's batch statistics in the Jacobian: constants, or differentiated"
+    )
+    strategy: Literal["auto", "local", "dense", "autograd"] = _option(
+        "auto", "how the Jacobian term is computed"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for term in TERMS:
+            if not getattr(self, term) >= 0:
+                raise FastjacError(f"--{term}: expected 0 or more, got {getattr(self, term)}")
+        if self.torchcompile and (self.attention or self.jacobians):
+            raise FastjacError("--torchcompile does not go with --attention or --jacobians")
+
+
+@dataclass(kw_only=True)
+class TableOptions(StudentOptions):
+    """Train students by several methods on few images, over several seeds."""
+
+    methods: list[str] = _option(
+        ["ce", "ce+activations", "ce+jacobians", "ce+activations+jacobians"],
+        "sums of terms, each at its weight",
+    )
+    samples: list[int] = _option([1, 2, 5, 10, 20], "images per class")
+    seeds: list[int] = _option([0, 1, 2, 3, 4], "seeds of the students")
+    jobs: int | None = _option(None, "students at a time; default: one per CPU, or 1 on a GPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.jobs is not None and self.jobs < 1:
+            raise FastjacError(f"--jobs: expected at least 1, got {self.jobs}")
+        for name in ("methods", "samples", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise FastjacError(f"--{name}: expected different values, got {values}")
+        for method in self.methods:
+            self.terms(method)
+
+    def terms(self, method: str) -> dict[str, float]:
+        """The weight of every term in ``method``."""
+        from fastjac.errors import unknown
+
+        chosen = method.split("+")
+        for term in chosen:
+            if term not in TERMS:
+                raise unknown("term", term, TERMS, f"method {method!r}")
+            if getattr(self, term) == 0:
+                raise FastjacError(f"method {method!r}: the weight --{term} is 0")
+        return {term: getattr(self, term) if term in chosen else 0.0 for term in TERMS}
+
+
+@dataclass(kw_only=True)
+class DemoOptions(TableOptions):
+    """The recipe ``digits``: a teacher, a hundred students, a table and two pictures."""
+
+    config: str | None = _option("digits", "recipe or YAML file; flags override")
+    experiment: str | None = _option("demo", "folder of this one")
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """Score a trained network on the test images."""
+
+    checkpoint: str = _option(MISSING, "run folder, last.pt, best.pt or model.safetensors")
+    dataset: str | None = _option(None, "default: the one that it was trained on")
+    data_dir: str | None = _option(None, "folder of the data set's files")
+    download: bool = _option(False, "fetch cifar100 where it is missing")
+    batch_size: int = _option(256, "images at a time")
+    workers: int = _option(0, "processes that load images")
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
+
+
+# These may differ between a run and its resumption: they say where and how, not what.
+ELSEWHERE = {
+    "config", "data_dir", "download", "device", "workers", "threads", "output", "experiment",
+    "resume", "tensorboard", "jobs",
+}  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The options that would make another run of it, as ``--lr (was 0.1, now 0.2)``."""
+    free = ELSEWHERE | ({"epochs"} if now.get("sched") != "cosine" else set())
+    return [
+        f"{flag(k)} (was {before.get(k)}, now {now.get(k)})"
+        for k in {**now, **before}
+        if k not in free and before.get(k) != now.get(k)
+    ]
+
+
+def names(cls: type) -> list[str]:
+    """The fields of an options class."""
+    return [f.name for f in fields(cls)]

@@ -1,0 +1,76 @@
+"""Options from a command line and a recipe."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from fastjac.errors import FastjacError, unknown
+from fastjac.train.options import flag
+from fastjac.train.recipes import SECTIONS, read_recipe
+
+Options = TypeVar("Options")
+
+
+def parse(
+    command: str,
+    cls: type[Options],
+    argv: Sequence[str],
+    overrides: dict[str, Any] | None = None,
+) -> Options:
+    """``argv`` as the options of ``command``: flags over the recipe over the defaults.
+
+    ``overrides`` stand over everything. Raises for what is unknown (with the nearest right names)
+    or of the wrong type. ``--help`` prints and exits.
+    """
+    parser = _parser(command, cls)
+    flags = {option for action in parser._actions for option in action.option_strings}
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in flags:
+            raise unknown("option", name, flags)
+    try:
+        chosen = parser.parse_args(list(argv))
+        recipe = chosen.get("config")
+        if recipe is not None:
+            section = command if command in SECTIONS else "table"
+            values = parser.parse_object(read_recipe(recipe, section))
+            parser.set_defaults(values.as_dict())
+            parser.set_defaults({"config": recipe})
+            chosen = parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise FastjacError(_one_line(error)) from error
+    return cls(**{**chosen.as_dict(), **(overrides or {})})
+
+
+def _parser(command: str, cls: type) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"python -m fastjac.train {command}",
+        description=cls.__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        kind, text = hints[f.name], f.metadata["help"]
+        if default is MISSING:
+            parser.add_argument(f.name, type=kind, help=text)
+        elif kind in (bool, bool | None):
+            yes_no = ActionYesNo(yes_prefix="", no_prefix="no-")
+            parser.add_argument(flag(f.name), action=yes_no, default=default, help=text)
+        elif get_origin(kind) is list:
+            (item,) = get_args(kind)
+            parser.add_argument(flag(f.name), type=item, nargs="+", default=default, help=text)
+        else:
+            parser.add_argument(flag(f.name), type=kind, default=default, help=text)
+    return parser
+
+
+def _one_line(error: ArgumentError) -> str:
+    text = " ".join(str(error).split())
+    return text.replace("<class '", "").replace("'>", "").replace("typing.", "")

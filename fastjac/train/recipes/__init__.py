@@ -1,0 +1,70 @@
+"""Recipes: YAML files of options, by name or by path.
+
+A key is an option of a command. A mapping under a command's name (``teacher:``, ``student:``,
+``table:``) holds options for that command alone, over the shared ones.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastjac.errors import FastjacError, unknown
+from fastjac.train.options import StudentOptions, TableOptions, TeacherOptions, names
+
+SECTIONS: dict[str, type] = {
+    "teacher": TeacherOptions,
+    "student": StudentOptions,
+    "table": TableOptions,
+}
+
+
+def known() -> list[str]:
+    """The names of the recipes that come with the package."""
+    found = (Path(entry.name) for entry in files(__name__).iterdir())
+    return sorted(path.stem for path in found if path.suffix == ".yaml")
+
+
+def read_recipe(name: str, command: str) -> dict[str, Any]:
+    """The options that recipe ``name`` (or the YAML file of that path) has for ``command``.
+
+    Raises for an unknown recipe or key, with the nearest right names.
+    """
+    if name in known():
+        text = files(__name__).joinpath(f"{name}.yaml").read_text()
+    elif Path(name).is_file():
+        text = Path(name).read_text()
+    elif Path(name).suffix in (".yaml", ".yml"):
+        raise FastjacError(f"--config {name}: no such file")
+    else:
+        raise unknown("recipe", name, known())
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise FastjacError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise FastjacError(f"{name}: expected a mapping of options to values")
+    shared, sections = {}, {}
+    for key, value in content.items():
+        key = str(key)
+        if isinstance(value, dict) and key in SECTIONS:
+            sections[key] = {str(k): v for k, v in value.items()}
+        else:
+            shared[key] = value
+    everywhere = sorted({n for cls in SECTIONS.values() for n in names(cls)})
+    _check_keys(shared, everywhere, name)
+    for section, values in sections.items():
+        _check_keys(values, names(SECTIONS[section]), f"{name}, section {section!r}")
+    own = names(SECTIONS[command])
+    merged = {**shared, **sections.get(command, {})}
+    options = {key.replace("-", "_"): value for key, value in merged.items()}
+    return {key: value for key, value in options.items() if key in own and key != "config"}
+
+
+def _check_keys(values: dict[str, Any], right: list[str], where: str) -> None:
+    for key in values:
+        if key.replace("-", "_") not in right:
+            raise unknown("recipe key", key, [n.replace("_", "-") for n in right], where)
