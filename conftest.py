@@ -1,4 +1,4 @@
-"""What every test may use: the marker of tests that need a GPU, and the operators' devices."""
+"""What tests and benchmarks share: the marker of those that need a GPU, and the devices."""
 
 from __future__ import annotations
 
