@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
@@ -116,6 +116,7 @@ class Training:
             raise FastjacError(
                 f"{folder.path} holds a run: --resume goes on with it, --experiment names another"
             )
+        self._try_once()
         folder.open(asdict(options))
         if self.subset is not None:
             folder.save_subset(self.subset)
@@ -141,6 +142,15 @@ class Training:
         about = describe(self.spec, self.data) | {"accuracy": result["test_accuracy"]}
         folder.save_model(self.model.state_dict(), about)
         return result
+
+    def _try_once(self) -> None:
+        """Compute the loss of two test images: what does not fit is found before any writing."""
+        x, y = default_collate([self.data.test[i] for i in range(min(2, len(self.data.test)))])
+        self.model.eval()
+        with torch.no_grad():
+            self.objective(
+                x.to(self.device).contiguous(memory_format=self.layout), y.to(self.device)
+            )
 
     def _epoch(self, bar: tqdm) -> dict[str, Any]:
         """Train for one epoch, evaluate if it is time to, save."""
