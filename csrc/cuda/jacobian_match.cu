@@ -96,9 +96,9 @@ void match(
 std::tuple<Tensor, Tensor> jacobian_match_cuda(
     const Tensor& js, const Tensor& jt, bool normalize, double eps
 ) {
-  const torch::stable::accelerator::DeviceGuard guard(js.get_device_index());
   return allocate_and_run(
       js, jt, eps, [&](const Tensor& s, const Tensor& t, const Tensor& v, const Tensor& loss) {
+        const torch::stable::accelerator::DeviceGuard guard(s.get_device_index());
         switch (s.scalar_type()) {
           case ScalarType::Double:
             return match<double>(s, t, v, loss, normalize, eps);
