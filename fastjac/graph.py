@@ -20,14 +20,23 @@ VIEWS |= {"chunk", "split", "getitem", "narrow", "select", "t", "unbind"}
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing with torch.nn's own modules as leaves; notes what every module returned."""
+    """Symbolic tracing with torch.nn's own modules, and ``opaque`` ones, as leaves.
+
+    Notes what every module returned.
+    """
 
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
-        super().__init__(param_shapes_constant=True)
+    def __init__(self, opaque: set[str]) -> None:
+        super().__init__()
+        self.opaque = opaque
         self.outputs: dict[str, list[Any]] = {}
         self.path: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.opaque or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
     def call_module(
         self,
@@ -154,15 +163,23 @@ class Program:
 def trace(model: nn.Module) -> Program:
     """Trace ``model`` as it stands (its modes are read now).
 
+    A submodule whose forward cannot be traced (control flow on values, ``torch.no_grad``) becomes one
+    node.
     Raises :class:`FastjacError` naming the place that cannot be traced.
     """
-    tracer = _Tracer()
-    try:
-        with torch.enable_grad():
-            graph = tracer.trace(model)
-        _resolve_in_place(graph, model)
-    except Exception as err:
-        raise FastjacError(_why_untraceable(model, tracer, err)) from err
+    opaque: set[str] = set()
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            with torch.enable_grad():
+                graph = tracer.trace(model)
+            _resolve_in_place(graph, model)
+            break
+        except Exception as err:
+            # A module whose own code cannot be traced becomes one node, differentiated as a whole.
+            if not tracer.path or tracer.path[-1] in opaque:
+                raise FastjacError(_why_untraceable(model, tracer, err)) from err
+            opaque.add(tracer.path[-1])
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     if not inputs or any(not n.args for n in inputs[1:]):
         raise FastjacError(

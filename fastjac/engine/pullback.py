@@ -89,8 +89,6 @@ def pullback(
         frame.crops.forget()
     _link(records)
     delta = _down(tape, records, seed, frame)
-    if delta is None:
-        delta = torch.zeros(tape.shape, dtype=tape.logits.dtype, device=tape.logits.device)
     region = None if frame is None else frame.regions[tape.program.input]
     return Pulled(delta, tape.shape, frame, region, records, curvature)
 
@@ -194,11 +192,11 @@ def _link(records: dict[fx.Node, Record]) -> None:
 
 def _down(
     tape: Tape, records: dict[fx.Node, Record], seed: Tensor, frame: Frame | None
-) -> Tensor | None:
+) -> Tensor:
     deltas: dict[fx.Node, Any] = {tape.target: seed}
     for node, record in list(reversed(records.items())):
         delta = deltas.pop(node, None)
-        if delta is None or not record.inputs:
+        if delta is None:  # a value that the target's does not come from
             del records[node]
             continue
         if frame is not None:
@@ -214,10 +212,8 @@ def _down(
                 cotangent = frame.write(source, record.edge_regions[i], cotangent)
             deltas[source] = _plus(deltas.get(source), cotangent)
         del delta, cotangents
-    result = deltas.get(tape.program.input)
-    if frame is not None and result is not None:
-        result = frame.inside(tape.program.input, result)
-    return result
+    result = deltas[tape.program.input]
+    return result if frame is None else frame.inside(tape.program.input, result)
 
 
 def _recomputes(record: Record) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastjac.engine.rules.base import Rule
-from fastjac.engine.rules.generic import Generic, Pick, SmoothPointwise
+from fastjac.engine.rules.generic import Generic, Pick, ReverseOverForward, SmoothPointwise
 from fastjac.engine.rules.layers import BatchNorm, Convolution, Linear
 from fastjac.engine.rules.pointwise import (
     Concatenation,
@@ -34,6 +34,10 @@ aten = torch.ops.aten
 
 def _relu(delta: Tensor, y: Tensor) -> Tensor:
     return aten.threshold_backward(delta, y, 0)
+
+
+def _hardsigmoid(delta: Tensor, y: Tensor) -> Tensor:
+    return delta * ((y > 0) & (y < 1)) / 6
 
 
 def _clipped(low: float, high: float) -> Gate:
@@ -147,7 +151,7 @@ def _dropout_module(function: Callable[..., Tensor]) -> Callable[[nn.Module], Ru
 
 
 _ONE_BY_ONE = (nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.ELU, nn.CELU, nn.SELU)
-_ONE_BY_ONE += (nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Softsign)
+_ONE_BY_ONE += (nn.Mish, nn.Hardswish, nn.LogSigmoid, nn.Softsign)
 _LINEAR = (nn.Flatten, nn.Unflatten, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.PixelShuffle)
 _LINEAR += (nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool3d, nn.PixelUnshuffle, nn.ZeroPad2d)
 
@@ -156,6 +160,8 @@ MODULES: dict[type[nn.Module], Callable[[Any], Rule]] = {
     nn.ReLU: lambda m: Gate(_relu),
     nn.ReLU6: lambda m: _clipped(0, 6),
     nn.Hardtanh: lambda m: _clipped(m.min_val, m.max_val),
+    nn.Hardsigmoid: lambda m: Gate(_hardsigmoid),
+    nn.GroupNorm: lambda m: ReverseOverForward(),
     nn.LeakyReLU: lambda m: _leaky(m.negative_slope),
     nn.Linear: lambda m: Linear(lambda x: m.weight),
     nn.MaxPool2d: _max_pool_module,
@@ -223,7 +229,9 @@ FUNCTIONS: dict[Any, Callable[[fx.Node], Rule]] = {
     **dict.fromkeys((F.adaptive_avg_pool2d, F.pixel_shuffle, F.pixel_unshuffle), _MAP),
     **dict.fromkeys((F.silu, F.gelu, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh), _SMOOTH),
     **dict.fromkeys((F.softplus, F.elu, F.celu, F.selu, F.mish, F.hardswish), _SMOOTH),
-    **dict.fromkeys((F.hardsigmoid, F.logsigmoid, F.softsign), _SMOOTH),
+    **dict.fromkeys((F.logsigmoid, F.softsign), _SMOOTH),
+    F.hardsigmoid: _always(Gate(_hardsigmoid)),
+    F.group_norm: _always(ReverseOverForward()),
 }
 
 METHODS: dict[str, Callable[[fx.Node], Rule]] = {

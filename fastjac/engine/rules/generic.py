@@ -1,8 +1,11 @@
 """The rule of every node that has none of its own: autograd on that node alone.
 
-Right wherever PyTorch has the operation's backward and forward derivatives, if slower: the pullback
-runs the node again and differentiates it; the pushforward runs it on dual numbers (forward mode) and
-differentiates the tangent, so that no graph of a backward is ever made.
+Right wherever PyTorch has the operation's derivatives, if slower: the pullback runs the node again and
+differentiates it; the pushforward runs node and backward on dual numbers (forward over reverse), so
+that no graph of a backward is ever made. The tangent of the backward's result is the gradient of
+<delta, jvp(f, x, x')>. The other order, differentiating the jvp, is right for a few operations alone
+(PyTorch's jvp of a layer, instance or batch norm takes its statistics as constants, and says nothing);
+:class:`ReverseOverForward` is for those of them whose backward has no forward derivative.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from fastjac.engine.record import Edges, Record, Sink
 from fastjac.engine.rules.base import Rule
 from fastjac.errors import FastjacError
 from fastjac.graph import active, describe
-from fastjac.reference import random_state, same_random_numbers
+from fastjac.reference import BatchStatistics, random_state, same_random_numbers
 from fastjac.support import Region
 
 
@@ -43,21 +46,22 @@ class Generic(Rule):
     def forward(
         self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        values = record.values_in
-        varying = [n for n in record.node.all_input_nodes if n in record.varying_nodes]
-        if record.in_place:
-            first = record.node.args[0]
-            values = {**values, first: values[first].clone()}
-        record.inputs = tuple(varying)
-        record.constants = {n: v for n, v in values.items() if n not in record.varying_nodes}
-        record.graphs = [values[n] for n in varying]
+        given = record.values_in
+        record.inputs = tuple(n for n in record.node.all_input_nodes if n in record.varying_nodes)
+        record.constants = {n: v for n, v in given.items() if n not in record.varying_nodes}
+        record.graphs = [given[n] for n in record.inputs]
         record.values = [_each(lambda t: record.keep(t.detach()), g) for g in record.graphs]
-        if record.in_place:
-            record.values = [_each(Tensor.clone, v) for v in record.values]
         first = next(t for t in _flat(record.values) if isinstance(t, Tensor))
         state = random_state(first)
-        args, kwargs = _arguments(record, values)
-        y = call(*args, **kwargs)
+        statistics = BatchStatistics()
+        with statistics:
+            y = call(*_ahead(record, args), **kwargs)
+        if statistics.recorded and record.batch_stats == "frozen":
+            raise FastjacError(
+                f"{describe(record.node)} normalises with batch statistics where no trace reaches; "
+                "batch_stats='frozen' is unsupported there: use batch_stats='batch' or "
+                "strategy='autograd'"
+            )
         drew = any(not torch.equal(a, b) for a, b in zip(state, random_state(first)))
         record.random = (first, state) if drew else None
         return y
@@ -76,8 +80,7 @@ class Generic(Rule):
         return [t if active(t) else None for t in _flat(out)]
 
     def _run(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if record.in_place:
-            args = (args[0].clone(), *args[1:])
+        args = _ahead(record, args)
         if record.module is None:
             return record.raw(*args, **kwargs)
         buffers = {f"inner.{k}": b.clone() for k, b in record.module.named_buffers()}
@@ -87,12 +90,7 @@ class Generic(Rule):
         with torch.enable_grad():
             leaves = [_leaf(v) for v in record.values]
             flat = _flat(leaves)
-            pairs = [
-                (y, d)
-                for y, d in zip(self._again(record, leaves), _flat(delta))
-                if y is not None and d is not None and y.requires_grad
-            ]
-            grads = iter(_gradients(pairs, flat))
+            grads = iter(_gradients(_pairs(self._again(record, leaves), _flat(delta)), flat))
         return [_like(leaf, grads) for leaf in leaves]
 
     def pushforward(self, record: Record, tangents: list[Any], delta: Any, sink: Sink) -> Any:
@@ -103,14 +101,14 @@ class Generic(Rule):
             given = iter(duals)
             try:
                 outputs = self._again(record, [_like(leaf, given) for leaf in leaves])
+                pushed = [None if y is None else fwAD.unpack_dual(y).tangent for y in outputs]
+                if record.differentiable:
+                    self._sink(record, flat, duals, outputs, pushed, delta, sink)
             except NotImplementedError as err:
                 raise FastjacError(
-                    f"{describe(record.node)} has no forward derivative in PyTorch; "
-                    "strategy='autograd' needs none"
+                    f"{describe(record.node)} has no forward derivative in PyTorch "
+                    f"({str(err).split('. ')[0]}); strategy='autograd' needs none"
                 ) from err
-            pushed = [None if y is None else fwAD.unpack_dual(y).tangent for y in outputs]
-            if record.differentiable:
-                self._sink(record, flat, pushed, delta, sink)
         out = [
             None if y is None else torch.zeros_like(y) if t is None else t.detach()
             for y, t in zip(outputs, pushed)
@@ -118,18 +116,20 @@ class Generic(Rule):
         return out if isinstance(delta, list | tuple) else out[0]
 
     def _sink(
-        self, record: Record, flat: list[Tensor], pushed: list[Any], delta: Any, sink: Sink
+        self,
+        record: Record,
+        flat: list[Tensor],
+        duals: list[Tensor],
+        outputs: list[Tensor | None],
+        pushed: list[Tensor | None],
+        delta: Any,
+        sink: Sink,
     ) -> None:
         constants = [t for t in record.constants.values() if isinstance(t, Tensor)]
         if record.module is not None:
             constants += record.module.parameters()
         constants = [t for t in constants if t.requires_grad]
-        pairs = [
-            (t, d)
-            for t, d in zip(pushed, _flat(delta))
-            if t is not None and d is not None and t.requires_grad
-        ]
-        grads = _gradients(pairs, flat + constants, allow_none=True)
+        grads = self._gradients_of_tangent(flat, duals, constants, outputs, pushed, _flat(delta))
         for tensor, grad in zip(_flat(record.graphs), grads):
             if grad is not None:
                 record.curve(sink, tensor, grad)
@@ -137,8 +137,37 @@ class Generic(Rule):
             if grad is not None:
                 sink.add(tensor, grad)
 
+    def _gradients_of_tangent(
+        self,
+        flat: list[Tensor],
+        duals: list[Tensor],
+        constants: list[Tensor],
+        outputs: list[Tensor | None],
+        pushed: list[Tensor | None],
+        deltas: list[Any],
+    ) -> list[Tensor | None]:
+        """The gradient of <delta, y'> with respect to the inputs, then the constants."""
+        pairs = _pairs(outputs, deltas)
+        grads = _gradients(pairs, duals + constants, allow_none=True)
+        return [None if g is None else fwAD.unpack_dual(g).tangent for g in grads]
 
-class SmoothPointwise(Generic):
+
+class ReverseOverForward(Generic):
+    """For operations whose jvp PyTorch differentiates rightly, and whose backward has no jvp."""
+
+    def _gradients_of_tangent(
+        self,
+        flat: list[Tensor],
+        duals: list[Tensor],
+        constants: list[Tensor],
+        outputs: list[Tensor | None],
+        pushed: list[Tensor | None],
+        deltas: list[Any],
+    ) -> list[Tensor | None]:
+        return _gradients(_pairs(pushed, deltas), flat + constants, allow_none=True)
+
+
+class SmoothPointwise(ReverseOverForward):
     """A smooth function of each element, finite with its derivatives at 0: it has crops."""
 
     def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
@@ -184,6 +213,11 @@ def _each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return function(value) if isinstance(value, Tensor) else value
 
 
+def _ahead(record: Record, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments for a call: of one in place, a copy of what it overwrites."""
+    return (args[0].clone(), *args[1:]) if record.in_place else args
+
+
 def _arguments(record: Record, values: dict[fx.Node, Any]) -> tuple[Any, Any]:
     """The node's arguments, with ``values`` for the nodes in them."""
     return fx.node.map_arg((record.node.args, record.node.kwargs), values.__getitem__)
@@ -198,6 +232,15 @@ def _like(value: Any, flat: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_like(item, flat) for item in value]
     return next(flat)
+
+
+def _pairs(values: list[Tensor | None], deltas: list[Any]) -> list[tuple[Tensor, Tensor]]:
+    """Those values that have a graph and a cotangent, with it."""
+    return [
+        (y, d)
+        for y, d in zip(values, deltas)
+        if y is not None and d is not None and y.requires_grad
+    ]
 
 
 def _gradients(

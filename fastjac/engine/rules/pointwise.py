@@ -182,6 +182,10 @@ class Product(Pointwise):
         return record.on_crops(values=tuple(crops.gather(v, region) for v in record.values))
 
 
+def _dimension(tensors: Any, dim: int = 0) -> int:
+    return dim
+
+
 class Concatenation(Pointwise):
     """torch.cat; over the channels it has crops."""
 
@@ -192,9 +196,9 @@ class Concatenation(Pointwise):
         self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         y = call(*args, **kwargs)
-        record.dim = _argument(args, kwargs, 1, "dim", 0) % y.dim()
+        record.dim = _dimension(*args, **kwargs) % y.dim()
         nodes = record.node.args[0] if record.node.args else record.node.kwargs["tensors"]
-        record.parts = [(n if n in record.inputs else None, t.shape) for n, t in zip(nodes, args[0])]
+        record.parts = [(n if n in record.varying_nodes else None, t.shape) for n, t in zip(nodes, args[0])]
         record.inputs = tuple(n for n, _ in record.parts if n is not None)
         return y
 

@@ -137,7 +137,13 @@ class Map(Rule):
             return list(torch.autograd.grad(record.map(x.requires_grad_()), x, delta))
 
     def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
-        return record.map(tangents[0])
+        tangent = tangents[0]
+        if tangent.stride() != record.strides:  # a view may need the layout that the forward had
+            like = torch.empty_strided(
+                record.shape, record.strides, dtype=tangent.dtype, device=tangent.device
+            )
+            tangent = like.copy_(tangent)
+        return record.map(tangent)
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:
