@@ -28,6 +28,7 @@
 namespace fastjac::jacobian_match {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksPerProcessor = 4; // 64 registers: room for the loads in flight, no spills
 constexpr int kWarp = 32;
 constexpr int64_t kElementsPerThread =
     16; // at least: two to eight 16-byte loads in flight from each input
@@ -154,7 +155,7 @@ __device__ inline void for_chunk(
 }
 
 template <int kVector, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) sum_squares(
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) sum_squares(
     const scalar_t* __restrict__ js, // [B, N]
     const scalar_t* __restrict__ jt, // [B, N]
     Sums<acc_t>* __restrict__ norms, // [B, chunks]
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) sum_squares(
 }
 
 template <int kVector, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) sum_difference(
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) sum_difference(
     const scalar_t* __restrict__ js, // [B, N]
     const scalar_t* __restrict__ jt, // [B, N]
     const Sums<acc_t>* __restrict__ norms, // [B, chunks]
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) sum_difference(
 }
 
 template <int kVector, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) write_gradient(
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) write_gradient(
     const scalar_t* __restrict__ js, // [B, N]
     const scalar_t* __restrict__ jt, // [B, N]
     const Sums<acc_t>* __restrict__ norms, // [B, chunks]
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) write_gradient(
 }
 
 template <int kVector, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) match_raw(
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) match_raw(
     const scalar_t* __restrict__ js, // [B, N]
     const scalar_t* __restrict__ jt, // [B, N]
     scalar_t* __restrict__ v, // [B, N]
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) match_raw(
 
 // One block per sample.
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads) write_loss(
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) write_loss(
     const Sums<acc_t>* __restrict__ differences, // [B, chunks]
     acc_t* __restrict__ loss, // [B]
     int64_t chunks
