@@ -22,14 +22,13 @@ KEEP_PAGES := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_P
 .PHONY: demo test lint format bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed-train
+demo: $(VENV)/.installed
 	$(PY) -m fastjac.train
 
-test: $(VENV)/.installed-test
-	$(PY) -m fastjac.info
+test: $(VENV)/.installed
 	$(PY) -m pytest
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed
 	$(PY) -m pytest benchmarks $(BENCH_OPTIONS)
 	$(KEEP_PAGES) $(PY) -m pytest benchmarks $(BENCH_OPTIONS)
 
@@ -58,8 +57,7 @@ $(VENV)/.torch: | $(PY)
 	$(PIP) install torch torchvision 'setuptools>=77' ninja
 	@touch $@
 
-$(VENV)/.installed-train: EXTRAS := train
-$(VENV)/.installed-test: EXTRAS := train,test
-$(VENV)/.installed-train $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
-	$(PIP) install --no-build-isolation -e '.[$(EXTRAS)]'
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	$(PIP) install --no-build-isolation -e '.[train,test]'
+	$(PY) -m fastjac.info
 	@touch $@
