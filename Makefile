@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # The pinned versions of the `dev` extra.
-LINTERS := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p; s/.*"\(clang-format==[^"]*\)".*/\1/p' pyproject.toml)
+LINTERS := $(shell grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
 
 BENCH_OPTIONS := --benchmark-enable --benchmark-only --benchmark-quiet
 # An allocator that keeps its pages: else a CPU's page faults are timed, not its arithmetic.
