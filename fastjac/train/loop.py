@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from fastjac.data import ImageData, class_balanced, epoch_batches
@@ -37,6 +36,8 @@ def evaluate(
 
     Runs in eval mode and leaves the model in the mode it was in.
     """
+    from torchmetrics.classification import MulticlassAccuracy  # seconds to import
+
     device = next(model.parameters()).device
     accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False).to(device)
     loss = torch.zeros((), device=device)

@@ -71,13 +71,13 @@ def draw_jacobians(options: TableOptions, cells: Sequence[StudentOptions], path:
     """Test images, and the label logit's input Jacobian of the teacher and of two students.
 
     The students are a plain and a matched one of the first seed, trained on the same images: the
-    middle number per class. Nothing is drawn unless there are both.
+    largest number per class. Nothing is drawn unless there are both.
     """
     plain = next((m for m in options.methods if m == "ce"), None)
     matched = next((m for m in options.methods if "jacobians" in m.split("+")), None)
     if plain is None or matched is None or options.target != "label-logit":
         return []
-    count, seed = sorted(options.samples)[len(options.samples) // 2], options.seeds[0]
+    count, seed = max(options.samples), options.seeds[0]
     folders = {
         label(method): str(Path(cell.output) / str(cell.experiment))
         for method in (plain, matched)

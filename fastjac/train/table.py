@@ -24,7 +24,6 @@ from fastjac.train.commands import prepare
 from fastjac.train.files import RunFolder, write_csv
 from fastjac.train.options import StudentOptions, TableOptions, TeacherOptions, changed, names
 from fastjac.train.parse import parse
-from fastjac.train.plots import draw_jacobians, draw_table
 
 Row = dict[str, Any]
 
@@ -55,6 +54,8 @@ def tabulate(options: TableOptions) -> str:
     RunFolder(options.output, str(options.experiment)).open(asdict(options))
     jobs = options.jobs or (1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
     _train_all(todo, jobs, str(options.experiment), path)
+    from fastjac.train.plots import draw_jacobians, draw_table
+
     rows = [_result(options, cell) for cell in cells]
     write_csv(path / "runs.csv", rows)
     table = summarize(rows)
