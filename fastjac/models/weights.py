@@ -19,7 +19,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FastjacError(f"{path}: no such file; expected weights (.safetensors, .pth or .pt)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
         raise FastjacError(
             f"{path} is not a readable PyTorch file of plain tensors: "
             f"{str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"

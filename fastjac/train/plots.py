@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fastjac import LabelLogit, input_jacobian
@@ -15,9 +15,6 @@ from fastjac.data import ImageData
 from fastjac.train.build import build_data, load_trained
 from fastjac.train.files import replacing
 from fastjac.train.options import StudentOptions, TableOptions
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 COLUMNS = 10  # test images in jacobians.png
 LABELS = {
@@ -37,7 +34,8 @@ def draw_table(table: Sequence[dict[str, Any]], path: Path) -> str:
     """Accuracy over images per class, a line per method, one standard deviation as error bar."""
     methods = list(dict.fromkeys(row["method"] for row in table))
     counts = sorted({row["samples_per_class"] for row in table})
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
     for i, method in enumerate(methods):
         rows = sorted(
             (row for row in table if row["method"] == method),
@@ -90,13 +88,9 @@ def draw_jacobians(options: TableOptions, cells: Sequence[StudentOptions], path:
     jacobians = {
         name: _jacobian(load_trained(folder).model, x, y) for name, folder in names.items()
     }
-    figure, grid = plt.subplots(
-        1 + len(jacobians),
-        len(x),
-        figsize=(1.05 * len(x) + 1.3, 1.25 * (1 + len(jacobians)) + 0.5),
-        layout="constrained",
-        squeeze=False,
-    )
+    rows = 1 + len(jacobians)
+    figure = Figure(figsize=(1.05 * len(x) + 1.3, 1.25 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, len(x), squeeze=False)
     for column, image in enumerate(x):
         pixels = image[0] if data.channels == 1 else image.permute(1, 2, 0)
         grid[0, column].imshow(pixels, cmap="gray", vmin=0, vmax=1)
@@ -145,8 +139,7 @@ def _jacobian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return input_jacobian(model.eval(), x, LabelLogit(), y)
 
 
-def _save(figure: Any, path: Path) -> str:
+def _save(figure: Figure, path: Path) -> str:
     with replacing(path) as draft:
         figure.savefig(draft, dpi=160, format="png")
-    plt.close(figure)
     return path.name
