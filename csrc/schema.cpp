@@ -10,4 +10,21 @@ STABLE_TORCH_LIBRARY(fastjac, m) {
   m.def(
       "jacobian_match(Tensor js, Tensor jt, bool normalize, float eps) -> (Tensor loss, Tensor v)"
   );
+  m.def("channel_statistics(Tensor u) -> (Tensor mean, Tensor var)");
+  m.def(
+      "norm_act_pool(Tensor u, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor invstd, str activation, float slope, str pool) -> Tensor y"
+  );
+  m.def(
+      "norm_act_pool_backward(Tensor gy, Tensor u, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor invstd, str activation, float slope, str pool, bool training, "
+      "Tensor? coefficient, Tensor? curvature, bool[] mask) "
+      "-> (Tensor gu, Tensor gresidual, Tensor gweight, Tensor gbias)"
+  );
+  m.def(
+      "norm_act_pool_pushforward(Tensor tu, Tensor? tresidual, Tensor gy, Tensor u, "
+      "Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
+      "str activation, float slope, str pool, str statistics, bool curvature) "
+      "-> (Tensor ty, Tensor gweight, Tensor coefficient, Tensor kappa)"
+  );
 }

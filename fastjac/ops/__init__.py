@@ -1,5 +1,28 @@
 """The native operators, each with its PyTorch reference."""
 
 from fastjac.ops.jacobian_match import jacobian_match, jacobian_match_ref
+from fastjac.ops.norm_act_pool import (
+    NormActPool,
+    channel_statistics,
+    channel_statistics_ref,
+    norm_act_pool,
+    norm_act_pool_backward,
+    norm_act_pool_backward_ref,
+    norm_act_pool_pushforward,
+    norm_act_pool_pushforward_ref,
+    norm_act_pool_ref,
+)
 
-__all__ = ["jacobian_match", "jacobian_match_ref"]
+__all__ = [
+    "NormActPool",
+    "channel_statistics",
+    "channel_statistics_ref",
+    "jacobian_match",
+    "jacobian_match_ref",
+    "norm_act_pool",
+    "norm_act_pool_backward",
+    "norm_act_pool_backward_ref",
+    "norm_act_pool_pushforward",
+    "norm_act_pool_pushforward_ref",
+    "norm_act_pool_ref",
+]

@@ -1,0 +1,71 @@
+"""What operators on feature maps [B, C, H, W] check, and the layouts that their kernels know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastjac.errors import FastjacError
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layout(u: Tensor) -> torch.memory_format:
+    if not u.is_contiguous() and u.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def dense(u: Tensor) -> Tensor:
+    return u.contiguous(memory_format=layout(u))
+
+
+def check_map(op: str, name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        expected = ", ".join(str(d) for d in DTYPES)
+        raise FastjacError(f"{op}: {name} must be one of {expected}, got {x.dtype}")
+    if x.dim() != 4:
+        raise FastjacError(f"{op}: {name} must be [B, C, H, W], got {list(x.shape)}")
+
+
+def check_like(
+    op: str, name: str, x: Tensor, shape: Sequence[int], owner: str, u: Tensor
+) -> Tensor:
+    """x in u's layout, once it has ``owner``'s shape and u's dtype and device."""
+    if not isinstance(x, Tensor):
+        raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    for what in ("dtype", "device"):
+        if getattr(x, what) != getattr(u, what):
+            raise FastjacError(
+                f"{op}: {name} must have u's {what}, {getattr(u, what)}, got {getattr(x, what)}"
+            )
+    if tuple(x.shape) != tuple(shape):
+        raise FastjacError(
+            f"{op}: {name} must have {owner}'s shape, {list(shape)}, got {list(x.shape)}"
+        )
+    return x.contiguous(memory_format=layout(u))
+
+
+def check_channels(op: str, u: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
+    """Vectors ``[C]`` in the accumulator dtype; mean and invstd must be there."""
+    result: list[Tensor | None] = []
+    for name, x in vectors.items():
+        if x is None and name not in ("mean", "invstd"):
+            result.append(None)
+            continue
+        if not isinstance(x, Tensor):
+            raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        if x.shape != u.shape[1:2]:
+            raise FastjacError(f"{op}: {name} must be [{u.shape[1]}], got {list(x.shape)}")
+        if x.device != u.device:
+            raise FastjacError(f"{op}: {name} must have u's device, {u.device}, got {x.device}")
+        result.append(x.to(accumulator(u.dtype)).contiguous())
+    return result

@@ -1,0 +1,605 @@
+"""BatchNorm, activation and max-pool as one node that keeps its input alone, and its derivatives.
+
+With u ``[B, C, H, W]`` BatchNorm's input, per channel c
+
+.. math::
+    \\hat x = (u - μ_c)\\,r_c, \\qquad z = γ_c r_c\\,u + (β_c - μ_c γ_c r_c) + \\text{residual},
+    \\qquad a = \\mathrm{act}(z), \\qquad y = \\mathrm{pool}(a)
+
+What follows is recomputed from u wherever it is needed: z, the activation's slope, the pool's
+choice. Each derivative is affine in a few sums per channel, so it reads its inputs twice at most.
+
+* activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (with ``slope``), ``"silu"``;
+  at a kink its derivative is PyTorch's (0 for ReLU and ReLU6, ``slope`` for LeakyReLU).
+* pool: ``"none"``, ``"2x2"`` (stride 2), ``"3x3"`` (stride 2, padding 1), ``"3x3-unpadded"`` (stride
+  2, for a crop that brings its own border); sizes are rounded down. Of equal values the first in
+  row order is chosen, and a NaN before any number, as PyTorch does.
+
+Common to all: u is float64, float32, bfloat16 or float16, and every other map has its dtype.
+Statistics, ``weight``, ``bias`` and sums per channel are kept in the *accumulator* dtype, float64 for
+float64 and float32 else; all arithmetic is done in it, and rounded once. Maps are contiguous or
+channels-last; a u of other strides is copied into a contiguous one first, and the other maps into
+u's layout if they have another. Results have u's layout. Every result is the same from run to run,
+and on a CPU for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastjac.errors import FastjacError
+from fastjac.ops._library import define, refuse_forward_mode
+from fastjac.ops._maps import accumulator, check_channels, check_like, check_map, dense, layout
+
+aten = torch.ops.aten
+
+
+class _Activation(NamedTuple):
+    value: Callable[[Tensor, float], Tensor]  # (z, slope)
+    backward: Callable[[Tensor, Tensor, float], Tensor]  # (cotangent or tangent, z, slope)
+
+
+_ACTIVATIONS = {
+    "none": _Activation(lambda z, slope: z, lambda g, z, slope: g),
+    "relu": _Activation(
+        lambda z, slope: z.relu(), lambda g, z, slope: aten.threshold_backward(g, z, 0)
+    ),
+    "relu6": _Activation(
+        lambda z, slope: F.hardtanh(z, 0, 6),
+        lambda g, z, slope: aten.hardtanh_backward(g, z, 0, 6),
+    ),
+    "leaky_relu": _Activation(
+        lambda z, slope: F.leaky_relu(z, slope),
+        lambda g, z, slope: aten.leaky_relu_backward(g, z, slope, False),
+    ),
+    "silu": _Activation(lambda z, slope: F.silu(z), lambda g, z, slope: aten.silu_backward(g, z)),
+}
+_POOLS = {"none": None, "2x2": (2, 2, 0), "3x3": (3, 2, 1), "3x3-unpadded": (3, 2, 0)}  # k, s, p
+_STATISTICS = ("fixed", "batch")
+
+
+def channel_statistics(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, over batch and map.
+
+    Args:
+        u: ``[B, C, H, W]``.
+
+    Returns:
+        ``mean`` and ``var``, ``[C]``, in the accumulator dtype; zeros where there are no values.
+
+    Raises:
+        FastjacError: u is of the wrong kind; or a derivative is asked for.
+
+    u is read once. Deviations are summed, in float64, so neither cancels for a large mean.
+    """
+    check_map("channel_statistics", "u", u)
+    refuse_forward_mode("channel_statistics", u)
+    return torch.ops.fastjac.channel_statistics(dense(u))
+
+
+def channel_statistics_ref(u: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`channel_statistics` in plain PyTorch."""
+    if u.numel() == 0:
+        return _zeros(u), _zeros(u)
+    x = u.to(accumulator(u.dtype))
+    mean = x.mean((0, 2, 3))
+    return mean, (x - _column(mean)).square().mean((0, 2, 3))
+
+
+def norm_act_pool(
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str = "relu",
+    slope: float = 0.01,
+    pool: str = "none",
+) -> Tensor:
+    """``pool(act(weight * (u - mean) * invstd + bias + residual))``: one read of u, one write of y.
+
+    Args:
+        u: ``[B, C, H, W]``, BatchNorm's input.
+        residual: added before the activation; of u's shape, dtype and device.
+        weight, bias: γ and β, ``[C]``, of any floating dtype; None is 1 and 0.
+        mean, invstd: μ and r = 1 / sqrt(var + eps), ``[C]``.
+        activation, slope, pool: see this module's text.
+
+    Returns:
+        y ``[B, C, h, w]``, of u's dtype and layout.
+
+    Raises:
+        FastjacError: an argument is of the wrong kind; or a derivative is asked for
+            (:class:`NormActPool` is differentiable).
+    """
+    op = "norm_act_pool"
+    u, residual = _check(op, u, {"residual": residual}, activation, slope, pool)
+    channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    refuse_forward_mode(op, *_present(u, residual, weight, bias, mean, invstd))
+    return torch.ops.fastjac.norm_act_pool(u, residual, *channels, activation, float(slope), pool)
+
+
+def norm_act_pool_ref(
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    slope: float,
+    pool: str,
+) -> Tensor:
+    """:func:`norm_act_pool` in plain PyTorch."""
+    _, z = _normalise(u, residual, weight, bias, mean, invstd)
+    a = _ACTIVATIONS[activation].value(z, slope)
+    return _like(u, _choose(a, pool)[0])
+
+
+def norm_act_pool_backward(
+    gy: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str = "relu",
+    slope: float = 0.01,
+    pool: str = "none",
+    training: bool = True,
+    coefficient: Tensor | None = None,
+    curvature: Tensor | None = None,
+    mask: Sequence[bool] = (True, True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    r"""The cotangents of :func:`norm_act_pool`'s inputs, from u alone.
+
+    With g = act'(z) · unpool(gy), m the mean over batch and map, N the number of values per channel:
+
+    .. math::
+        \bar u &= γ r\,(g - m(g) - \hat x\,m(g\hat x))\ \text{(training), else}\ γ r g,
+            \quad + \text{coefficient}_c\,\hat x + \text{curvature} \\
+        \overline{\text{residual}} &= g, \qquad \bar γ = Σ g\hat x, \qquad \bar β = Σ g
+
+    Args:
+        gy: y's cotangent.
+        u, residual, weight, bias, mean, invstd, activation, slope, pool: as in the forward.
+        training: whether mean and invstd are u's own statistics, and vary with it.
+        coefficient: ``[C]``; curvature: of u's shape. Both are added to u's cotangent as above.
+        mask: which of u, residual, weight and bias want theirs. Residual's needs a residual.
+
+    Returns:
+        Four, None where not wanted. Those of weight and bias are in the accumulator dtype.
+
+    Raises:
+        FastjacError: an argument is of the wrong kind; or a derivative is asked for.
+
+    Two passes over memory; one, where not training and neither sum is wanted.
+    """
+    op = "norm_act_pool_backward"
+    maps = {"residual": residual, "curvature": curvature}
+    u, residual, curvature = _check(op, u, maps, activation, slope, pool)
+    gy = _check_output(op, "gy", gy, u, pool)
+    channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    (coefficient,) = check_channels(op, u, coefficient=coefficient)
+    mask = [bool(wanted) for wanted in mask]
+    if len(mask) != 4:
+        raise FastjacError(f"{op}: mask must have 4 entries, got {len(mask)}")
+    if mask[1] and residual is None:
+        raise FastjacError(f"{op}: mask[1] asks for residual's cotangent, but residual is None")
+    refuse_forward_mode(op, *_present(gy, u, residual, weight, bias, coefficient, curvature))
+    results = torch.ops.fastjac.norm_act_pool_backward(
+        *(gy, u, residual, *channels, activation, float(slope), pool),
+        *(training, coefficient, curvature, mask),
+    )
+    return tuple(x if wanted else None for x, wanted in zip(results, mask))
+
+
+def norm_act_pool_backward_ref(
+    gy: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    slope: float,
+    pool: str,
+    training: bool,
+    coefficient: Tensor | None,
+    curvature: Tensor | None,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`norm_act_pool_backward` in plain PyTorch; empty where not wanted."""
+    xhat, z = _normalise(u, residual, weight, bias, mean, invstd)
+    g = _unpool(gy, z, activation, slope, pool)
+    gu = _column(_scale(weight, invstd)) * (_project(g, xhat) if training else g)
+    if coefficient is not None:
+        gu = gu + _column(coefficient) * xhat
+    if curvature is not None:
+        gu = gu + curvature
+    results = (_like(u, gu), _like(u, g), _sum(g * xhat), _sum(g))
+    return tuple(x if wanted else u.new_empty(0) for x, wanted in zip(results, mask))
+
+
+def norm_act_pool_pushforward(
+    tu: Tensor,
+    tresidual: Tensor | None,
+    gy: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str = "relu",
+    slope: float = 0.01,
+    pool: str = "none",
+    statistics: str = "fixed",
+    curvature: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    r"""y's tangent for a tangent of u, and what ⟨gy, y's tangent⟩ gives to γ and to u.
+
+    With g = act'(z) · unpool(gy) and P(g) = g − m(g) − x̂ m(g x̂); for fixed statistics P is the
+    identity:
+
+    .. math::
+        \dot n &= γ r\,P(\dot u), \qquad \dot z = \dot n + \dot{\text{residual}}, \qquad
+            \dot y = \mathrm{act}'(z)\,\dot z\ \text{where the pool chose} \\
+        T &= r\,Σ P(g)\,\dot u, \qquad \bar γ = T, \qquad \text{coefficient} = -γ r\,T/N \\
+        \text{curvature} &= -r\,[γ r\,P(g)\,m(\hat x\dot u) + \dot n\,m(g\hat x)]
+
+    so that the cotangent of u is coefficient · x̂ + curvature: what
+    :func:`norm_act_pool_backward` adds (DESIGN: the table of nodes). Running statistics do not vary
+    with u: take T, and leave out the coefficient.
+
+    Args:
+        tu: u's tangent; tresidual: residual's, None for zero.
+        gy: y's cotangent in the pullback.
+        u, residual, weight, bias, mean, invstd, activation, slope, pool: as in the forward. The
+            activation must be piecewise linear.
+        statistics: ``"fixed"`` (constants in ∂/∂x: frozen or running), or ``"batch"``.
+        curvature: whether the curvature is wanted; there is one for batch statistics alone.
+
+    Returns:
+        y's tangent, like y; γ's gradient T and the coefficient, ``[C]``, in the accumulator dtype;
+        the curvature, like u, or None.
+
+    Raises:
+        FastjacError: an argument is of the wrong kind; the activation is SiLU, whose curvature this
+            leaves out; or a derivative is asked for.
+
+    Two passes over memory; one for fixed statistics. On a crop, N is the number of values in the crop:
+    take the coefficient from T.
+    """
+    op = "norm_act_pool_pushforward"
+    maps = {"tu": tu, "tresidual": tresidual, "residual": residual}
+    u, tu, tresidual, residual = _check(op, u, maps, activation, slope, pool)
+    if tu is None:
+        raise FastjacError(f"{op}: tu must be a tensor, got NoneType")
+    if activation == "silu":
+        raise FastjacError(f"{op}: activation must be piecewise linear, got 'silu'")
+    if statistics not in _STATISTICS:
+        raise FastjacError(f"{op}: statistics must be one of {_STATISTICS}, got {statistics!r}")
+    if curvature and statistics == "fixed":
+        raise FastjacError(f"{op}: curvature=True needs statistics='batch', got 'fixed'")
+    gy = _check_output(op, "gy", gy, u, pool)
+    channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    refuse_forward_mode(op, *_present(tu, tresidual, gy, u, residual, weight, bias))
+    ty, gweight, coefficient, kappa = torch.ops.fastjac.norm_act_pool_pushforward(
+        *(tu, tresidual, gy, u, residual, *channels, activation, float(slope), pool),
+        *(statistics, curvature),
+    )
+    return ty, gweight, coefficient, kappa if curvature else None
+
+
+def norm_act_pool_pushforward_ref(
+    tu: Tensor,
+    tresidual: Tensor | None,
+    gy: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    slope: float,
+    pool: str,
+    statistics: str,
+    curvature: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`norm_act_pool_pushforward` in plain PyTorch; curvature is empty where not wanted."""
+    xhat, z = _normalise(u, residual, weight, bias, mean, invstd)
+    tu, scale, r = tu.to(z.dtype), _column(_scale(weight, invstd)), _column(invstd)
+    g = _unpool(gy, z, activation, slope, pool)
+    unit, tn = r * g, scale * tu
+    if statistics == "batch":
+        unit, tn = r * _project(g, xhat), scale * _project(tu, xhat)
+    tz = tn if tresidual is None else tn + tresidual
+    ta = _ACTIVATIONS[activation].backward(tz, z, slope)
+    _, index = _choose(_ACTIVATIONS[activation].value(z, slope), pool)
+    ty = ta if index is None else ta.flatten(2).gather(2, index.flatten(2)).view_as(index)
+    total = _sum(unit * tu)
+    coefficient = -_scale(weight, invstd) * total / max(u.numel() // max(u.shape[1], 1), 1)
+    kappa = u.new_empty(0)
+    if curvature:
+        gamma = 1 if weight is None else _column(weight)
+        kappa = -r * (gamma * unit * _mean(xhat * tu) + tn * _mean(g * xhat))
+        kappa = _like(u, kappa)
+    return _like(u, ty), total, coefficient, kappa
+
+
+class NormActPool(torch.autograd.Function):
+    """:func:`norm_act_pool` with its statistics, differentiable once; keeps u (and residual) alone.
+
+    ``NormActPool.apply(u, residual, weight, bias, running_mean, running_var, training, momentum, eps,
+    activation, slope, pool)`` gives y; the mean and 1/sqrt(var + eps) ``[C]`` that it used, not
+    differentiable; and two slots, whose gradients are added to u's cotangent: ``coefficient`` ``[C]``
+    as coefficient · x̂, and ``curvature`` (of u's shape, without storage of its own) as it is.
+
+    In training, the statistics are u's own, and the running ones, if given, are updated as
+    ``torch.batch_norm`` does. Else, the running ones are used, which must be given.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str,
+        slope: float,
+        pool: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        mean, var = _statistics(u, running_mean, running_var, training, momentum)
+        invstd = (var + eps).rsqrt()
+        y = norm_act_pool(u, residual, weight, bias, mean, invstd, activation, slope, pool)
+        ctx.save_for_backward(u, residual, weight, bias, mean, invstd)
+        ctx.options, ctx.training = (activation, slope, pool), training
+        ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)
+        return y, mean, invstd, torch.zeros_like(mean), u.new_zeros(()).expand(u.shape)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        gy: Tensor | None,
+        _mean: None,
+        _invstd: None,
+        coefficient: Tensor | None,
+        curvature: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise FastjacError(
+                "NormActPool differentiates once; got a backward with create_graph=True "
+                "(norm_act_pool_ref can be differentiated further)"
+            )
+        u, residual, weight, bias, mean, invstd = ctx.saved_tensors
+        if gy is None:  # only the slots have a gradient
+            gy = u.new_zeros(_output_shape("NormActPool", u, ctx.options[2]))
+        gu, gresidual, gweight, gbias = norm_act_pool_backward(
+            *(gy, u, residual, weight, bias, mean, invstd, *ctx.options),
+            *(ctx.training, coefficient, curvature, ctx.needs_input_grad[:4]),
+        )
+        gweight = None if gweight is None else gweight.to(weight.dtype)
+        gbias = None if gbias is None else gbias.to(bias.dtype)
+        return gu, gresidual, gweight, gbias, *[None] * 8
+
+
+def _statistics(
+    u: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """The mean and biased variance to normalise with; updates the running ones in training."""
+    if not training:
+        if running_mean is None or running_var is None:
+            raise FastjacError("NormActPool: training=False needs running_mean and running_var")
+        acc = accumulator(u.dtype)
+        return running_mean.to(acc, copy=True), running_var.to(acc)
+    mean, var = channel_statistics(u)
+    count = u.numel() // max(u.shape[1], 1)
+    if count == 1:
+        raise FastjacError(
+            f"NormActPool: training needs more than 1 value per channel, got u {list(u.shape)}"
+        )
+    if count:
+        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            if running is not None:
+                running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
+    return mean, var
+
+
+# The pieces of the equations, in plain PyTorch.
+
+
+def _column(x: Tensor) -> Tensor:
+    return x.view(1, -1, 1, 1)
+
+
+def _zeros(u: Tensor) -> Tensor:
+    return u.new_zeros(u.shape[1], dtype=accumulator(u.dtype))
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((0, 2, 3))
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean((0, 2, 3), keepdim=True)
+
+
+def _project(x: Tensor, xhat: Tensor) -> Tensor:
+    """P(x) = x − m(x) − x̂ m(x x̂)."""
+    return x - _mean(x) - xhat * _mean(x * xhat)
+
+
+def _scale(weight: Tensor | None, invstd: Tensor) -> Tensor:
+    return invstd if weight is None else weight * invstd
+
+
+def _normalise(
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x̂ and z."""
+    x, scale = u.to(mean.dtype), _scale(weight, invstd)
+    shift = -mean * scale if bias is None else bias - mean * scale
+    z = x * _column(scale) + _column(shift)
+    xhat = (x - _column(mean)) * _column(invstd)
+    return xhat, z if residual is None else z + residual
+
+
+def _choose(a: Tensor, pool: str) -> tuple[Tensor, Tensor | None]:
+    """pool(a), and where in each flattened map it came from."""
+    if _POOLS[pool] is None:
+        return a, None
+    if a.numel() == 0:
+        shape = _output_shape("norm_act_pool", a, pool)
+        return a.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=a.device)
+    return F.max_pool2d(a, *_POOLS[pool], return_indices=True)
+
+
+def _unpool(gy: Tensor, z: Tensor, activation: str, slope: float, pool: str) -> Tensor:
+    """g = act'(z) · unpool(gy)."""
+    act = _ACTIVATIONS[activation]
+    _, index = _choose(act.value(z, slope), pool)
+    gy = gy.to(z.dtype)
+    if index is not None:
+        flat = torch.zeros_like(z).contiguous().flatten(2)
+        gy = flat.scatter_add_(2, index.flatten(2), gy.flatten(2)).view(z.shape)
+    return act.backward(gy, z, slope)
+
+
+def _like(u: Tensor, x: Tensor) -> Tensor:
+    """x in u's dtype and layout, never an alias of an input."""
+    out = torch.empty(x.shape, dtype=u.dtype, device=u.device, memory_format=layout(u))
+    return out.copy_(x)
+
+
+# What the wrappers check.
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _output_shape(op: str, u: Tensor, pool: str) -> tuple[int, int, int, int]:
+    batch, channels, *size = u.shape
+    if _POOLS[pool] is not None:
+        k, s, p = _POOLS[pool]
+        if min(size) + 2 * p < k:
+            raise FastjacError(
+                f"{op}: pool {pool!r} needs a map of at least {k - 2 * p}x{k - 2 * p}, got "
+                f"{size[0]}x{size[1]}"
+            )
+        size = [(n + 2 * p - k) // s + 1 for n in size]
+    return batch, channels, size[0], size[1]
+
+
+def _check(
+    op: str, u: Tensor, maps: dict[str, Tensor | None], activation: str, slope: float, pool: str
+) -> list[Tensor | None]:
+    """u and the other maps, in one layout."""
+    check_map(op, "u", u)
+    if activation not in _ACTIVATIONS:
+        known = ", ".join(map(repr, _ACTIVATIONS))
+        raise FastjacError(f"{op}: activation must be one of {known}, got {activation!r}")
+    if pool not in _POOLS:
+        known = ", ".join(map(repr, _POOLS))
+        raise FastjacError(f"{op}: pool must be one of {known}, got {pool!r}")
+    if not isinstance(slope, int | float):
+        raise FastjacError(f"{op}: slope must be a number, got {type(slope).__name__}")
+    _output_shape(op, u, pool)
+    u = dense(u)
+    like = [
+        None if x is None else check_like(op, name, x, u.shape, "u", u) for name, x in maps.items()
+    ]
+    return [u, *like]
+
+
+def _check_output(op: str, name: str, x: Tensor, u: Tensor, pool: str) -> Tensor:
+    return check_like(op, name, x, _output_shape(op, u, pool), "y", u)
+
+
+# Registration.
+
+_PARAMETERS = "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd"
+_OPTIONS = "str activation, float slope, str pool"
+
+define("channel_statistics(Tensor u) -> (Tensor mean, Tensor var)", channel_statistics_ref)
+define(
+    f"norm_act_pool(Tensor u, Tensor? residual, {_PARAMETERS}, {_OPTIONS}) -> Tensor y",
+    norm_act_pool_ref,
+)
+define(
+    f"norm_act_pool_backward(Tensor gy, Tensor u, Tensor? residual, {_PARAMETERS}, {_OPTIONS}, "
+    "bool training, Tensor? coefficient, Tensor? curvature, bool[] mask) "
+    "-> (Tensor gu, Tensor gresidual, Tensor gweight, Tensor gbias)",
+    norm_act_pool_backward_ref,
+)
+define(
+    "norm_act_pool_pushforward(Tensor tu, Tensor? tresidual, Tensor gy, Tensor u, "
+    f"Tensor? residual, {_PARAMETERS}, {_OPTIONS}, str statistics, bool curvature) "
+    "-> (Tensor ty, Tensor gweight, Tensor coefficient, Tensor kappa)",
+    norm_act_pool_pushforward_ref,
+)
+
+
+def _empty_map(u: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=layout(u))
+
+
+@torch.library.register_fake("fastjac::channel_statistics")
+def _statistics_fake(u):
+    return _zeros(u), _zeros(u)
+
+
+@torch.library.register_fake("fastjac::norm_act_pool")
+def _forward_fake(u, residual, weight, bias, mean, invstd, activation, slope, pool):
+    return _empty_map(u, _output_shape("norm_act_pool", u, pool))
+
+
+@torch.library.register_fake("fastjac::norm_act_pool_backward")
+def _backward_fake(gy, u, *args):
+    results = (_empty_map(u, u.shape), _empty_map(u, u.shape), _zeros(u), _zeros(u))
+    return tuple(x if wanted else u.new_empty(0) for x, wanted in zip(results, args[-1]))
+
+
+@torch.library.register_fake("fastjac::norm_act_pool_pushforward")
+def _pushforward_fake(tu, tresidual, gy, u, *args):
+    kappa = _empty_map(u, u.shape) if args[-1] else u.new_empty(0)
+    return _empty_map(u, gy.shape), _zeros(u), _zeros(u), kappa
+
+
+def _refuse(name: str, instead: str) -> None:
+    def backward(ctx, *_):
+        raise FastjacError(f"{name}: its derivative is not supported; {instead}")
+
+    torch.library.register_autograd(f"fastjac::{name}", backward)
+
+
+_refuse("channel_statistics", "NormActPool is differentiable")
+_refuse("norm_act_pool", "NormActPool is differentiable")
+_refuse("norm_act_pool_backward", "norm_act_pool_ref can be differentiated further")
+_refuse("norm_act_pool_pushforward", "norm_act_pool_ref can be differentiated further")
