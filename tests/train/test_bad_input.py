@@ -1,0 +1,218 @@
+"""Whatever is wrong: one line, the right status, no traceback, nothing written."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from fastjac.models import VGG
+
+
+@pytest.fixture
+def refused(trainer, tmp_path):
+    """Runs what must fail with status 2 and one line; the line. Nothing may be written."""
+
+    def run(*words):
+        status, out, err = trainer(*words)
+        assert (status, out) == (2, "")
+        assert err.startswith("fastjac: ")
+        assert err.count("\n") == 1
+        assert not (tmp_path / "runs").exists()
+        return err.removeprefix("fastjac: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def images(tmp_path):
+    """An ImageFolder of two classes."""
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (20, 20), (80 * i, 9, 9)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tech"], "unknown command 'tech'; nearest: 'teacher'"),
+        (["teacher", "--dataset", "digit"], "unknown dataset 'digit'; nearest: 'digits', 'mit67'"),
+        (["teacher", "--model", "vgg7"], "unknown model 'vgg7'; nearest: 'vgg', 'vgg9', 'vgg4'"),
+        (["teacher", "--config", "cifar10"], "unknown recipe 'cifar10'; nearest: 'cifar100'"),
+        (["teacher", "--config", "no.yaml"], "--config no.yaml: no such file"),
+        (["teacher", "--batchsize", "3"], "unknown option '--batchsize'; nearest: '--batch-size'"),
+        (["teacher", "extra"], "nrecognized arguments: extra"),
+        (["teacher", "--epochs", "many"], 'Parser key "epochs": Expected a int. Got value: many'),
+        (["teacher", "--opt", "adm"], "Literal['adam', 'adamw', 'sgd']. Got value: adm"),
+        (["teacher", "--epochs", "0"], "--epochs: expected more than 0, got 0"),
+        (["teacher", "--lr", "nan"], "--lr: expected more than 0, got nan"),
+        (["teacher", "--workers", "-1"], "--workers: expected 0 or more, got -1"),
+        (["teacher", "--sched", "multistep"], "--decay-milestones goes with --sched multistep"),
+        (["teacher", "--device", "gpu"], "--device gpu is not to be had"),
+        (["teacher", "--num-classes", "5"], "--num-classes 5: digits has 10 classes"),
+        (["teacher", "--model", "vgg9"], "1 x 16 x 16 images are too small: the 5 max-pools"),
+        (["teacher", "--img-size", "4", "--model", "vgg4"], "need at least 8 x 8"),
+        (["teacher", "--model", "torchvision/resnet18"], "takes 3 channels, the images have 1"),
+        (["teacher", "--weights", "no.pth"], "no.pth: no such file; expected weights"),
+        (["teacher", "--samples-per-class", "500"], "asked for 500, class '0' has 128 training"),
+        (
+            ["teacher", "--dataset", "cifar100", "--data-dir", "no"],
+            "no/cifar-100-python/train is m",
+        ),
+        (["teacher", "--dataset", "mit67", "--data-dir", "no"], "no/TrainImages.txt is missing"),
+        (["teacher", "--dataset", "folder", "--data-dir", "no"], "no/train is missing; expected"),
+        (["student", "--jacobians", "1"], "--teacher is missing; --jacobians needs one"),
+        (["student", "--jacobians", "-1"], "--jacobians: expected 0 or more, got -1.0"),
+        (["student", "--ce", "0"], "every weight is 0"),
+        (["student", "--jacobians", "1", "--teacher", "no"], "no: no such file; expected"),
+        (["student", "--jacobians", "1", "--torchcompile"], "--torchcompile does not go with"),
+        (["table"], "--teacher is missing, and without --config"),
+        (["table", "--methods", "ce+jacobian"], "unknown term 'jacobian' in method 'ce+jacobian'"),
+        (["table", "--methods", "jacobians"], "method 'jacobians': the weight --jacobians is 0"),
+        (["table", "--methods", "ce", "--seeds", "1", "1"], "--seeds: expected different values"),
+        (["demo", "--samples", "500"], "asked for 500, class '0' has 128 training images"),
+        (["demo", "--resume"], "a table always goes on where it was"),
+        (["demo", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["evaluate", "no"], "no: no such file; expected a checkpoint"),
+    ],
+)
+def test_command_lines(refused, words, message):
+    assert message in refused(*words)
+
+
+def test_layers(refused, small, teacher):
+    words = ["student", *small, "--teacher", teacher, "--attention", 1]
+    nearest = refused(*words, "--layer", "pool3")
+    assert "unknown layer 'pool3' in the student; nearest: 'pool2'" in nearest
+    assert "in the teacher" in refused(*words, "--teacher-layer", "pools")
+    assert refused(*words, "--level", 2) == "level 2: VGG has levels 1 to 1 (pool2)"
+    assert "not a feature map" in refused(*words, "--layer", "fc", "--target", "attention-window")
+    message = refused(*words, "--layer", "pool1")
+    assert "attention_match_loss" in message, "maps of two sizes"
+
+
+def test_jacobians_with_attention_need_one_target(refused, small, teacher):
+    words = ["student", *small, "--teacher", teacher, "--attention", 1, "--jacobians", 1]
+    assert "needs --target attention-window" in refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown recipe key 'epoch' in {}; nearest: 'epochs'"),
+        ("teacher: {ce: 1}", "unknown recipe key 'ce' in {}, section 'teacher'"),
+        ("epochs: many", 'Parser key "epochs": Expected a int. Got value: many'),
+        ("epochs: [1", "{} is not YAML: "),
+        ("- epochs", "{}: expected a mapping of options to values"),
+        ("decay-milestones: 3\nsched: multistep", "decay"),
+    ],
+)
+def test_recipes(refused, tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert message.format(path) in refused("teacher", "--config", path)
+
+
+def test_a_teacher_of_other_classes(refused, small, teacher, images):
+    words = ["student", *small, "--teacher", teacher, "--dataset", "folder", "--data-dir", images]
+    words += ["--img-size", 16]
+    assert "has 10 classes, folder has 2" in refused(*words, "--activations", 1)
+    assert "this VGG takes 1 channels" in refused(*words, "--attention", 1)
+
+
+def test_weights_of_another_model(refused, small, tmp_path):
+    torch.save(VGG("4 M 9 M", 10, 1).state_dict(), tmp_path / "w.pth")
+    message = refused("teacher", *small, "--weights", tmp_path / "w.pth")
+    assert "w.pth holds another model than this VGG: conv2.weight is [9, 4, 3, 3]" in message
+
+
+def test_checkpoints_that_are_none(refused, trainer, teacher, tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
+    for words in (["evaluate", tmp_path / "w.pt"], ["student", "--teacher", tmp_path / "w.pt"]):
+        extra = ["--activations", 1] if words[0] == "student" else []
+        assert "does not say what network it is of" in refused(*words, *extra)
+    (tmp_path / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes())
+    assert "config.json is missing" in refused("evaluate", tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not JSON" in refused("evaluate", tmp_path)
+
+
+def test_evaluate_on_other_classes(refused, teacher, images):
+    words = ["evaluate", teacher, "--dataset", "folder", "--data-dir", images]
+    assert "knows 10 classes, folder has 2" in refused(*words)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_turns_out_corrupt(trainer, small, images, tmp_path, workers):
+    """Found on the way, in this process or in a loader's: one line that names it."""
+    bad = images / "train" / "b" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    words = ["teacher", *small, "--dataset", "folder", "--data-dir", images, "--img-size", 16]
+    status, _, err = trainer(*words, "--workers", workers, "--batch-size", 2, "--experiment", "x")
+    assert status == 2
+    assert err.startswith(f"fastjac: {bad} is not a readable image: ")
+    assert err.count("\n") == 1
+    assert torch.load(tmp_path / "runs" / "x" / "last.pt", weights_only=True)["epoch"] == 0
+
+
+def test_an_output_that_cannot_be(trainer, small, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = trainer("teacher", *small, output=tmp_path / "file")
+    assert status == 2
+    assert "cannot be made: Not a directory" in err
+    assert err.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite(trainer, small, tmp_path):
+    """Status 1; the last checkpoint is from before."""
+    status, out, err = trainer(
+        "teacher", *small, "--opt", "sgd", "--lr", 1e30, "--experiment", "x", "--epoch-steps", 40
+    )
+    folder = tmp_path / "runs" / "x"
+    assert (status, out) == (1, "")
+    assert err.startswith("fastjac: the loss is nan in epoch 1, by step ")
+    assert err.endswith(f"; {folder / 'last.pt'} holds epoch 0; try a lower --lr\n")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert not (folder / "config.json").exists()
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fastjac.train", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_exit_status_of_the_process():
+    done = command("teacher", "--dataset", "digit")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "fastjac: unknown dataset 'digit'; nearest: 'digits', 'mit67'\n"
+
+
+def test_help():
+    done = command("--help")
+    assert done.returncode == 0
+    for name in ("demo", "teacher", "student", "table", "evaluate"):
+        assert f"\n  {name} " in done.stdout
+    done = command("student", "--help")
+    assert done.returncode == 0
+    for flag in ("--batch-size", "--amp", "--no-normalize", "--decay-milestones", "--resume"):
+        assert flag in done.stdout
+
+
+def test_a_bug_keeps_its_traceback(trainer, small, monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("fastjac.train.loop.epoch_batches", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        trainer("teacher", *small)

@@ -1,0 +1,128 @@
+"""Real processes, really killed: what is left is whole, and resuming gives the same weights."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from fastjac.train.build import load_trained
+
+
+@pytest.fixture
+def long_run(small, teacher):
+    """A student with all there is to restore: a cosine schedule, Adam, a subset, a teacher."""
+    words = ["student", *small, "--epochs", 40, "--epoch-steps", 20, "--samples-per-class", 4]
+    return [*words, "--sched", "cosine", "--teacher", teacher, "--jacobians", 0.1]
+
+
+def wait_for_epoch(folder, epoch, process):
+    """Until ``metrics.jsonl`` has that epoch."""
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= epoch:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"no epoch {epoch}: {process.stderr.read() if process.poll() is not None else ''}")
+
+
+def lines(folder):
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def test_killed_and_resumed(start, trainer, long_run, tmp_path):
+    assert trainer(*long_run, "--experiment", "whole")[0] == 0
+    whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
+    process = start(*long_run, "--experiment", "cut")
+    wait_for_epoch(cut, 3, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (cut / "model.safetensors").exists()
+    reached = torch.load(cut / "last.pt", weights_only=True)["epoch"]
+    assert 3 <= reached < 40
+    status, _, err = trainer(*long_run, "--experiment", "cut", "--resume")
+    assert (status, err) == (0, "")
+    assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+    assert lines(whole) == lines(cut)
+    assert (whole / "subset.json").read_bytes() == (cut / "subset.json").read_bytes()
+    assert not [p for p in cut.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_ctrl_c(start, trainer, long_run, tmp_path):
+    folder = tmp_path / "runs" / "x"
+    process = start(*long_run, "--experiment", "x", "--epochs", 4000)
+    wait_for_epoch(folder, 2, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    last = torch.load(folder / "last.pt", weights_only=True)
+    assert err == (
+        f"fastjac: interrupted; {folder / 'last.pt'} holds epoch {last['epoch']} of 4000, "
+        "--resume goes on from there\n"
+    )
+    assert last["epoch"] >= 2
+    assert len(lines(folder)) == last["epoch"]
+    assert trainer("evaluate", folder)[0] == 0
+    assert load_trained(folder).source == folder / "last.pt"
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of a few images with something to crop and flip."""
+    for part in ("train", "val"):
+        for k, name in enumerate(("a", "b")):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                image = Image.effect_noise((24, 24), 60 + 60 * k).convert("RGB")
+                image.save(folder / f"{i}.png")
+    return ["--dataset", "folder", "--data-dir", tmp_path / "images", "--img-size", 16]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--augment"],
+        ["--augment", "--workers", "1"],
+        ["--augment", "--amp", "--amp-dtype", "float16"],
+        ["--opt", "sgd", "--sched", "multistep", "--decay-milestones", "1"],
+    ],
+)
+def test_resumed_with_more_epochs(trainer, small, photographs, tmp_path, flags):
+    """Augmentation, loaders, the scaler and the schedule go on as if nothing had been."""
+    words = ["teacher", *small, *photographs, "--batch-size", 2, *flags]
+    assert trainer(*words, "--epochs", 3, "--experiment", "whole")[0] == 0
+    assert trainer(*words, "--epochs", 2, "--experiment", "cut")[0] == 0
+    assert trainer(*words, "--epochs", 3, "--experiment", "cut", "--resume")[0] == 0
+    whole, cut = (tmp_path / "runs" / name for name in ("whole", "cut"))
+    assert lines(whole) == lines(cut)
+    assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+
+
+def test_resume_refuses_what_is_not_the_same_run(trainer, small, tmp_path):
+    folder = tmp_path / "runs" / "x"
+    status, _, err = trainer("teacher", *small, "--experiment", "x", "--resume")
+    assert (status, err) == (2, f"fastjac: nothing to resume: {folder / 'last.pt'} is missing\n")
+    assert not folder.exists()
+    trainer("teacher", *small, "--experiment", "x")
+    before = (folder / "last.pt").read_bytes()
+    for flags, message in (
+        ([], f"{folder} holds a run: --resume goes on with it, --experiment names another"),
+        (["--resume", "--plan", "4 M"], "last.pt is of another model: plan (was 4 M 8 M, now 4 M)"),
+        (
+            ["--resume", "--lr", 1],
+            "last.pt is of a run with other options: --lr (was 0.01, now 1.0)",
+        ),
+    ):
+        status, _, err = trainer("teacher", *small, "--experiment", "x", *flags)
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1
+    assert (folder / "last.pt").read_bytes() == before

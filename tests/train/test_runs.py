@@ -1,0 +1,258 @@
+"""What teacher and student compute and leave behind."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+
+from fastjac import JacobianMatching, LabelLogit, activation_match_loss, attention_match_loss
+from fastjac.data import load_data
+from fastjac.features import forward_with_features
+from fastjac.train.build import load_trained
+from fastjac.train.commands import prepare
+from fastjac.train.loop import evaluate
+from fastjac.train.options import StudentOptions
+
+FILES = {"args.yaml", "metrics.jsonl", "summary.csv", "last.pt", "best.pt"}
+FILES |= {"model.safetensors", "config.json"}
+
+
+def test_a_run_leaves_its_files(trainer, small, tmp_path):
+    status, out, err = trainer("student", *small, "--samples-per-class", 3, "--experiment", "a/b")
+    folder = tmp_path / "runs" / "a" / "b"
+    assert (status, err) == (0, "")
+    assert {p.name for p in folder.iterdir()} == FILES | {"subset.json"}
+    assert len({oct(p.stat().st_mode & 0o777) for p in folder.iterdir()}) == 1
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    with (folder / "summary.csv").open() as file:
+        assert [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)] == rows
+    assert out.startswith(f"{100 * rows[-1]['test_accuracy']:.2f} % of 500 test images right after")
+    subset = json.loads((folder / "subset.json").read_text())
+    labels = load_data("digits").labels
+    assert sorted(labels[i] for i in subset["indices"]) == sorted([*range(10)] * 3)
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert (args["samples_per_class"], args["plan"]) == (3, "4 M 8 M")
+
+
+def test_args_yaml_makes_the_run_again(trainer, small, tmp_path):
+    trainer("teacher", *small, "--experiment", "a")
+    folder = tmp_path / "runs"
+    status, *_ = trainer("teacher", "--config", folder / "a" / "args.yaml", "--experiment", "b")
+    assert status == 0
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_the_seed_counts(trainer, small, tmp_path):
+    for seed in (0, 1):
+        trainer("teacher", *small, "--experiment", seed, "--seed", seed)
+    one, two = (load_trained(tmp_path / "runs" / str(seed)).model for seed in (0, 1))
+    assert not torch.equal(one.conv1.weight, two.conv1.weight)
+
+
+def test_the_teacher_learns(teacher):
+    trained = load_trained(teacher)
+    data = load_data("digits")
+    score = evaluate(trained.model, data.test, 10, 100)
+    assert score["accuracy"] > 0.8
+    x, y = data.test.tensors
+    with torch.no_grad():
+        logits = trained.model.eval()(x)
+    assert score["accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    assert score["loss"] == pytest.approx(cross_entropy(logits, y).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("target", ["label-logit", "attention-window"])
+@pytest.mark.parametrize("terms", [{"jacobians": 0.3}, {}])
+def test_the_loss_is_the_weighted_sum(teacher, tmp_path, target, terms):
+    """Each term by the library's own functions, on networks of the same weights."""
+    weights = {"ce": 0.5, "activations": 0.2, **terms}
+    if target == "attention-window" or not terms:
+        weights["attention"] = 2.0
+    options = StudentOptions(
+        model="vgg", plan="4 M 6 M", teacher=str(teacher), target=target, **weights,
+        output=str(tmp_path), experiment="x", normalize=True, strategy="autograd",
+    )  # fmt: skip
+    training = prepare(options)
+    trained = load_trained(teacher).model.eval()
+    x, y = load_data("digits").train[:6]
+    step = training.objective(x, y)
+    student = prepare(options).model.train()
+    logits, features = forward_with_features(student, x, "pool2")
+    logits_t, features_t = forward_with_features(trained, x, "pool2")
+    expected = 0.5 * cross_entropy(logits, y) + 0.2 * activation_match_loss(logits, logits_t)
+    if "attention" in weights:
+        expected = expected + 2.0 * attention_match_loss(features, features_t)
+    if terms:
+        from fastjac import AttentionWindow
+
+        goal = LabelLogit() if target == "label-logit" else AttentionWindow("pool2")
+        twin = prepare(options).model
+        matching = JacobianMatching(twin, trained, goal, True, strategy="autograd").train()
+        expected = expected + 0.3 * matching(x, y).jacobian_loss
+    assert set(step.terms) == set(weights)
+    torch.testing.assert_close(step.loss, expected)
+    torch.testing.assert_close(step.logits, logits)
+
+
+def test_a_step_moves_the_student_and_not_the_teacher(teacher, tmp_path):
+    options = StudentOptions(
+        model="vgg", plan="4 M 6 M", teacher=str(teacher), jacobians=1, activations=1,
+        output=str(tmp_path), experiment="x", epochs=1, epoch_steps=3,
+    )  # fmt: skip
+    training = prepare(options)
+    before = {k: v.clone() for k, v in training.objective.state_dict().items()}
+    training.run()
+    changed = {
+        k for k, v in training.objective.state_dict().items() if not torch.equal(v, before[k])
+    }
+    assert {"student.conv1.weight", "student.norm2.running_mean", "student.fc.bias"} <= changed
+    assert not any(k.startswith("teacher.") for k in changed)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp"],
+        ["--amp", "--amp-dtype", "float16"],
+        ["--channels-last"],
+        ["--workers", "1"],
+        ["--opt", "sgd", "--weight-decay", "1e-4"],
+    ],
+)
+def test_ways_to_train(trainer, small, teacher, flags):
+    words = ["student", *small, "--teacher", teacher, "--jacobians", 0.1, "--strategy", "autograd"]
+    status, _, err = trainer(*words, "--epochs", 1, *flags)
+    assert (status, err) == (0, "")
+
+
+def test_compiles(trainer, small, tmp_path, monkeypatch):
+    """One epoch, captured by torch.compile and not: the same loss, to rounding."""
+    calls, losses, compile_in_place = [], [], torch.nn.Module.compile
+
+    def compile(module):
+        calls.append(module)
+        compile_in_place(module, backend="aot_eager")  # without the minute of a C++ compiler
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    for flags in ([], ["--torchcompile"]):
+        words = ["teacher", *small, "--epochs", 1, "--experiment", f"c{len(flags)}"]
+        assert trainer(*words, *flags)[0] == 0
+        text = (tmp_path / "runs" / f"c{len(flags)}" / "metrics.jsonl").read_text()
+        losses.append(json.loads(text)["train_loss"])
+    assert len(calls) == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        (["--sched", "none"], [0.01] * 4),
+        (["--sched", "multistep", "--decay-milestones", 1, 3], [0.01, 0.001, 0.001, 0.0001]),
+        (["--sched", "cosine"], [0.01, 0.0085355, 0.005, 0.0014645]),
+    ],
+)
+def test_learning_rates(trainer, small, tmp_path, flags, rates):
+    trainer("teacher", *small, "--epochs", 4, *flags, "--experiment", "x", "--epoch-steps", 2)
+    lines = (tmp_path / "runs" / "x" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in lines] == pytest.approx(rates, rel=1e-4)
+
+
+def test_evaluations_by_interval(trainer, small, tmp_path):
+    trainer("teacher", *small, "--epochs", 5, "--val-interval", 2, "--experiment", "x")
+    lines = (tmp_path / "runs" / "x" / "metrics.jsonl").read_text().splitlines()
+    assert [i for i, line in enumerate(lines, 1) if "test_accuracy" in line] == [2, 4, 5]
+
+
+def test_best_is_the_best(trainer, small, tmp_path):
+    """With a learning rate that ruins the network after the first epoch."""
+    words = ["--opt", "sgd", "--lr", 1e-9, "--sched", "multistep", "--decay-milestones", 1]
+    trainer("teacher", *small, "--epochs", 3, "--experiment", "x", *words, "--decay-rate", 1e10)
+    folder = tmp_path / "runs" / "x"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = [row["test_accuracy"] for row in rows]
+    best = torch.load(folder / "best.pt", weights_only=True)
+    assert best["epoch"] == 1 + scores.index(max(scores))
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize("name", ["", "last.pt", "best.pt", "model.safetensors"])
+def test_evaluate(trainer, teacher, name):
+    status, out, err = trainer("evaluate", teacher / name)
+    rows = [json.loads(line) for line in (teacher / "metrics.jsonl").read_text().splitlines()]
+    scores = [row["test_accuracy"] for row in rows]
+    expected = max(scores) if name == "best.pt" else scores[-1]
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{100 * expected:.2f} % of 500 test images right")
+
+
+def test_weights_go_in(trainer, small, teacher, tmp_path):
+    words = ["--weights", teacher / "model.safetensors", "--lr", 1e-12, "--plan", "8 M 16 M 32 M"]
+    trainer("teacher", *small, *words, "--experiment", "x")
+    model = load_trained(tmp_path / "runs" / "x").model
+    torch.testing.assert_close(model.conv1.weight, load_trained(teacher).model.conv1.weight)
+
+
+def test_a_teacher_by_name_with_other_classes(trainer, tmp_path):
+    """Transfer at a layer needs no common classes: a torchvision network, its weights from a file."""
+    import torchvision
+    from PIL import Image
+
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (40, 40), (90 * i, 50, 200)).save(folder / f"{i}.png")
+    torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), tmp_path / "r.pth")
+    words = ["student", "--dataset", "folder", "--data-dir", tmp_path / "images", "--img-size", 64]
+    words += ["--model", "vgg4", "--width", 0.1, "--batch-size", 2, "--epochs", 1, "--threads", 1]
+    words += ["--teacher", "torchvision/resnet18", "--teacher-weights", tmp_path / "r.pth"]
+    words += ["--target", "attention-window", "--attention", 10, "--jacobians", 10]
+    status, out, err = trainer(*words)
+    assert (status, err) == (0, "")
+    assert "4 test images" in out
+    status, _, err = trainer(*words, "--activations", 1, "--experiment", "x")
+    assert status == 2
+    assert "the teacher torchvision/resnet18 has 1000 classes, folder has 2" in err
+
+
+def test_tensorboard(trainer, small, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert trainer("teacher", *small, "--tensorboard", "--experiment", "x")[0] == 0
+    assert list((tmp_path / "runs" / "x").glob("events.out.tfevents*"))
+
+
+def test_a_bar_on_a_terminal(small, tmp_path):
+    """Through a pseudo-terminal: loss and accuracies are shown."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [sys.executable, "-m", "fastjac.train", "teacher", *small, "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(leader, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(leader)
+    assert process.wait() == 0
+    text = shown.decode()
+    for part in ("8/8", "loss=", "train=", "test=", "epoch=2"):
+        assert part in text
