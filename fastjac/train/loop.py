@@ -104,10 +104,10 @@ class Training:
         options = self.options
         return epoch_batches(len(self.images), options.batch_size, options.epoch_steps, generator)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, bar: bool = True) -> dict[str, Any]:
         """Train to the last epoch; the last row of the history.
 
-        Writes the run's folder. Raises :class:`TrainingFailed` if the loss is not finite, and
+        Shows a bar if it may and the standard error is a terminal. Writes the run's folder. Raises :class:`TrainingFailed` if the loss is not finite, and
         KeyboardInterrupt, with a message that says what is saved, if interrupted.
         """
         options, folder = self.options, self.folder
@@ -128,9 +128,9 @@ class Training:
         if options.torchcompile:
             self.model.compile()
         try:
-            with self._bar() as bar, self._events() as events:
+            with self._bar(bar) as progress, self._events() as events:
                 while self.epoch < options.epochs:
-                    row = self._epoch(bar)
+                    row = self._epoch(progress)
                     for name, value in row.items():
                         if events is not None and name != "epoch":
                             events.add_scalar(name, value, row["epoch"])
@@ -223,14 +223,14 @@ class Training:
         scores = [row["test_accuracy"] for row in self.history if "test_accuracy" in row]
         return {"test": f"{100 * scores[-1]:.1f}%"} if scores else {}
 
-    def _bar(self) -> tqdm:
+    def _bar(self, shown: bool) -> tqdm:
         return tqdm(
             total=self.options.epochs * self.steps,
             initial=self.epoch * self.steps,
             desc=str(self.options.experiment),
             unit="step",
             dynamic_ncols=True,
-            disable=None,
+            disable=None if shown else True,  # None: unless it is a terminal
         )
 
     @contextlib.contextmanager

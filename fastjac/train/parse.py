@@ -38,7 +38,14 @@ def parse(
         recipe = chosen.get("config")
         if recipe is not None:
             section = command if command in SECTIONS else "table"
-            values = parser.parse_object(read_recipe(recipe, section))
+            given = read_recipe(recipe, section)
+            for name, kind in get_type_hints(cls).items():
+                if get_origin(kind) is list and not isinstance(given.get(name, []), list):
+                    raise FastjacError(
+                        f"recipe key {flag(name)[2:]!r} in {recipe}: expected a list, "
+                        f"got {given[name]}"
+                    )
+            values = parser.parse_object(given)
             parser.set_defaults(values.as_dict())
             parser.set_defaults({"config": recipe})
             chosen = parser.parse_args(list(argv))

@@ -93,7 +93,7 @@ def draw_jacobians(options: TableOptions, cells: Sequence[StudentOptions], path:
     grid = figure.subplots(rows, len(x), squeeze=False)
     for column, image in enumerate(x):
         pixels = image[0] if data.channels == 1 else image.permute(1, 2, 0)
-        grid[0, column].imshow(pixels, cmap="gray", vmin=0, vmax=1)
+        grid[0, column].imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1)
         grid[0, column].set_title(data.classes[int(y[column])], fontsize=9)
     reference = jacobians["teacher"].flatten(1)
     for row, (name, jacobian) in enumerate(jacobians.items(), 1):
@@ -101,7 +101,7 @@ def draw_jacobians(options: TableOptions, cells: Sequence[StudentOptions], path:
         for column, one in enumerate(jacobian):
             shown = one.mean(0)
             top = shown.abs().max().item() or 1.0
-            grid[row, column].imshow(shown, cmap="RdBu_r", vmin=-top, vmax=top)
+            grid[row, column].imshow(shown.numpy(), cmap="RdBu_r", vmin=-top, vmax=top)
             if name != "teacher":
                 grid[row, column].set_xlabel(f"{alike[column]:.2f}", fontsize=8, labelpad=2)
         grid[row, 0].set_ylabel(_wrapped(name), fontsize=9)

@@ -41,7 +41,7 @@ def tabulate(options: TableOptions) -> str:
     device = pick_device(options.device)
     path = Path(options.output) / str(options.experiment)
     teacher = None
-    if options.teacher is None:
+    if options.teacher is None and any(method != "ce" for method in options.methods):
         teacher = _teacher(options, path)
         options = replace(options, teacher=str(path / "teacher"))
     cells = _cells(options, path)
@@ -127,7 +127,7 @@ def _resumed(run: Any) -> Any:
 
 
 def _train_one(run: StudentOptions) -> float:
-    return prepare(_resumed(run)).run()["test_accuracy"]
+    return prepare(_resumed(run)).run(bar=False)["test_accuracy"]
 
 
 def _enter_worker(threads: int) -> None:
@@ -135,7 +135,7 @@ def _enter_worker(threads: int) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TQDM_DISABLE"] = "1"
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, lost when the worker is ended
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
 

@@ -50,7 +50,7 @@ def images(tmp_path):
         (["teacher", "--epochs", "many"], 'Parser key "epochs": Expected a int. Got value: many'),
         (["teacher", "--opt", "adm"], "Literal['adam', 'adamw', 'sgd']. Got value: adm"),
         (["teacher", "--epochs", "0"], "--epochs: expected more than 0, got 0"),
-        (["teacher", "--lr", "nan"], "--lr: expected more than 0, got nan"),
+        (["teacher", "--lr", "-1"], "--lr: expected more than 0, got -1"),
         (["teacher", "--workers", "-1"], "--workers: expected 0 or more, got -1"),
         (["teacher", "--sched", "multistep"], "--decay-milestones goes with --sched multistep"),
         (["teacher", "--device", "gpu"], "--device gpu is not to be had"),
@@ -71,7 +71,11 @@ def images(tmp_path):
         (["student", "--ce", "0"], "every weight is 0"),
         (["student", "--jacobians", "1", "--teacher", "no"], "no: no such file; expected"),
         (["student", "--jacobians", "1", "--torchcompile"], "--torchcompile does not go with"),
-        (["table"], "--teacher is missing, and without --config"),
+        (["table"], "method 'ce+activations': the weight --activations is 0"),
+        (
+            ["table", "--methods", "ce+jacobians", "--jacobians", "1"],
+            "--teacher is missing, and wit",
+        ),
         (["table", "--methods", "ce+jacobian"], "unknown term 'jacobian' in method 'ce+jacobian'"),
         (["table", "--methods", "jacobians"], "method 'jacobians': the weight --jacobians is 0"),
         (["table", "--methods", "ce", "--seeds", "1", "1"], "--seeds: expected different values"),
@@ -91,9 +95,11 @@ def test_layers(refused, small, teacher):
     assert "unknown layer 'pool3' in the student; nearest: 'pool2'" in nearest
     assert "in the teacher" in refused(*words, "--teacher-layer", "pools")
     assert refused(*words, "--level", 2) == "level 2: VGG has levels 1 to 1 (pool2)"
-    assert "not a feature map" in refused(*words, "--layer", "fc", "--target", "attention-window")
-    message = refused(*words, "--layer", "pool1")
-    assert "attention_match_loss" in message, "maps of two sizes"
+    assert "unknown layer 'convs'" in refused(*words, "--layer", "convs", "--jacobians", 0)
+    for layer in ("pool1", "fc"):
+        assert "attention_match_loss (maps over h, w)" in refused(*words, "--layer", layer)
+    matched = [*words, "--jacobians", 1, "--target", "attention-window"]
+    assert "'fc' is not a feature map" in refused(*matched, "--layer", "fc")
 
 
 def test_jacobians_with_attention_need_one_target(refused, small, teacher):
@@ -109,7 +115,7 @@ def test_jacobians_with_attention_need_one_target(refused, small, teacher):
         ("epochs: many", 'Parser key "epochs": Expected a int. Got value: many'),
         ("epochs: [1", "{} is not YAML: "),
         ("- epochs", "{}: expected a mapping of options to values"),
-        ("decay-milestones: 3\nsched: multistep", "decay"),
+        ("decay-milestones: 3", "recipe key 'decay-milestones' in {}: expected a list, got 3"),
     ],
 )
 def test_recipes(refused, tmp_path, text, message):
@@ -118,10 +124,9 @@ def test_recipes(refused, tmp_path, text, message):
     assert message.format(path) in refused("teacher", "--config", path)
 
 
-def test_a_teacher_of_other_classes(refused, small, teacher, images):
+def test_a_teacher_of_other_images(refused, small, teacher, images):
     words = ["student", *small, "--teacher", teacher, "--dataset", "folder", "--data-dir", images]
     words += ["--img-size", 16]
-    assert "has 10 classes, folder has 2" in refused(*words, "--activations", 1)
     assert "this VGG takes 1 channels" in refused(*words, "--attention", 1)
 
 

@@ -1,10 +1,15 @@
 """What teacher and student compute and leave behind."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -230,29 +235,31 @@ def test_tensorboard(trainer, small, tmp_path):
     assert list((tmp_path / "runs" / "x").glob("events.out.tfevents*"))
 
 
-def test_a_bar_on_a_terminal(small, tmp_path):
-    """Through a pseudo-terminal: loss and accuracies are shown."""
-    import fcntl
-    import pty
-    import struct
-    import termios
-
+def on_a_terminal(*words):
+    """What a process shows on a terminal of 24 x 120."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, "-m", "fastjac.train", "teacher", *small, "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "fastjac.train", *map(str, words)]
     process = subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL)
     os.close(follower)
     shown = b""
-    while True:
-        try:
-            part = os.read(leader, 4096)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes any more
+        while part := os.read(leader, 4096):
+            shown += part
     os.close(leader)
     assert process.wait() == 0
-    text = shown.decode()
-    for part in ("8/8", "loss=", "train=", "test=", "epoch=2"):
+    return shown.decode()
+
+
+def test_a_bar_on_a_terminal(small, tmp_path):
+    text = on_a_terminal("teacher", *small, "--output", tmp_path)
+    for part in ("8/8", "loss=", "train=", "test=", "epoch=2", "step/s"):
         assert part in text
+
+
+def test_a_table_has_one_bar(small, tmp_path):
+    words = ["--methods", "ce", "--samples", 1, "--seeds", 0, 1, "--jobs", 1]
+    text = on_a_terminal("table", *small, *words, "--output", tmp_path)
+    assert "2/2" in text
+    assert "ce-1-seed" in text
+    assert "step/s" not in text
