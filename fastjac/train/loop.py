@@ -107,8 +107,9 @@ class Training:
     def run(self, bar: bool = True) -> dict[str, Any]:
         """Train to the last epoch; the last row of the history.
 
-        Shows a bar if it may and the standard error is a terminal. Writes the run's folder. Raises :class:`TrainingFailed` if the loss is not finite, and
-        KeyboardInterrupt, with a message that says what is saved, if interrupted.
+        Writes the run's folder; shows a bar if it may and the standard error is a terminal. Raises
+        :class:`TrainingFailed` if the loss is not finite, and KeyboardInterrupt, with a message that
+        says what is saved, if interrupted.
         """
         options, folder = self.options, self.folder
         if options.resume:
