@@ -1,11 +1,8 @@
-// jacobian_match on CUDA: launches and registration. The device code, and what it does, is in
+// jacobian_match on CUDA: registration. The device code, what it does, and how it is launched are in
 // jacobian_match.cuh.
 
-#include <algorithm>
 #include <limits>
 #include <tuple>
-
-#include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -18,15 +15,8 @@
 namespace fastjac::jacobian_match {
 namespace {
 
-Chunking chunking(int64_t n) {
-  constexpr int64_t step = kThreads * kElementsPerThread;
-  const int64_t steps = (n + step - 1) / step;
-  const int64_t steps_per_chunk = (steps + kMaxChunks - 1) / kMaxChunks;
-  return {n, steps_per_chunk * step, (steps + steps_per_chunk - 1) / steps_per_chunk};
-}
-
-template <typename scalar_t, int kVector>
-void launch(
+template <typename scalar_t>
+void match(
     const Tensor& js,
     const Tensor& jt,
     const Tensor& v,
@@ -42,55 +32,16 @@ void launch(
       "jacobian_match: js must have at most ", std::numeric_limits<int32_t>::max() / c.chunks,
       " samples of this size on CUDA, got ", batch
   );
-
-  const auto* s = static_cast<const scalar_t*>(js.const_data_ptr()); // [B, N]
-  const auto* t = static_cast<const scalar_t*>(jt.const_data_ptr()); // [B, N]
-  auto* out = static_cast<scalar_t*>(v.mutable_data_ptr()); // [B, N]
-  auto* losses = static_cast<acc_t*>(loss.mutable_data_ptr()); // [B]
   Tensor partial = torch::stable::new_empty(loss, {2, batch, c.chunks, 2});
-  auto* norms = static_cast<Sums<acc_t>*>(partial.mutable_data_ptr()); // [B, chunks]
-  auto* differences = norms + batch * c.chunks; // [B, chunks]
-
-  const auto blocks = static_cast<unsigned>(batch * c.chunks);
-  const cudaStream_t stream = current_stream(js);
-  if (normalize) {
-    sum_squares<kVector><<<blocks, kThreads, 0, stream>>>(s, t, norms, c);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    sum_difference<kVector>
-        <<<blocks, kThreads, 0, stream>>>(s, t, norms, differences, acc_t(eps), c);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    write_gradient<kVector>
-        <<<blocks, kThreads, 0, stream>>>(s, t, norms, differences, out, losses, acc_t(eps), c);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  } else {
-    match_raw<kVector><<<blocks, kThreads, 0, stream>>>(s, t, out, differences, c);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    write_loss<<<static_cast<unsigned>(batch), kThreads, 0, stream>>>(
-        differences, losses, c.chunks
-    );
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-}
-
-template <typename scalar_t>
-void match(
-    const Tensor& js,
-    const Tensor& jt,
-    const Tensor& v,
-    const Tensor& loss,
-    bool normalize,
-    double eps
-) {
-  constexpr int kVector = 16 / sizeof(scalar_t);
-  const auto aligned = [](const Tensor& x) {
-    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  const Operands<scalar_t> operands{
+      static_cast<const scalar_t*>(js.const_data_ptr()),
+      static_cast<const scalar_t*>(jt.const_data_ptr()),
+      static_cast<scalar_t*>(v.mutable_data_ptr()),
+      static_cast<acc_t*>(loss.mutable_data_ptr()),
+      static_cast<Sums<acc_t>*>(partial.mutable_data_ptr()),
+      batch
   };
-  const bool whole_vectors = (js.numel() / js.size(0)) % kVector == 0;
-  if (whole_vectors && aligned(js) && aligned(jt) && aligned(v)) {
-    launch<scalar_t, kVector>(js, jt, v, loss, normalize, eps);
-  } else {
-    launch<scalar_t, 1>(js, jt, v, loss, normalize, eps);
-  }
+  match(Stream(js), operands, c, normalize, eps);
 }
 
 std::tuple<Tensor, Tensor> jacobian_match_cuda(

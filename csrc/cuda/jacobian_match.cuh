@@ -1,4 +1,4 @@
-// jacobian_match on CUDA: device code. The formula is in common/jacobian_match.h.
+// jacobian_match on CUDA: device code and its launches. The formula is in common/jacobian_match.h.
 //
 // Layout: js, jt, v are [B, N] in memory; a sample's N elements may come in any order, the same for
 // all three. A sample is cut into chunks; block `sample * chunks + chunk` of kThreads threads works
@@ -24,6 +24,7 @@
 #include <cuda_fp16.h>
 
 #include "../common/jacobian_match.h"
+#include "launch.h"
 
 namespace fastjac::jacobian_match {
 
@@ -237,6 +238,64 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) write_loss(
 ) {
   const Sums<acc_t> x = sample_sums(differences + blockIdx.x * chunks, chunks);
   if (threadIdx.x == 0) loss[blockIdx.x] = x.first;
+}
+
+inline Chunking chunking(int64_t n) {
+  constexpr int64_t step = kThreads * kElementsPerThread;
+  const int64_t steps = (n + step - 1) / step;
+  const int64_t steps_per_chunk = (steps + kMaxChunks - 1) / kMaxChunks;
+  return {n, steps_per_chunk * step, (steps + steps_per_chunk - 1) / steps_per_chunk};
+}
+
+// What the launches work on.
+template <typename scalar_t>
+struct Operands {
+  using acc_t = typename Accumulator<scalar_t>::type;
+
+  const scalar_t* js; // [B, N]
+  const scalar_t* jt; // [B, N]
+  scalar_t* v; // [B, N]
+  acc_t* loss; // [B]
+  Sums<acc_t>* partial; // [2, B, chunks], scratch
+  int64_t batch;
+};
+
+template <int kVector, typename scalar_t, typename Launch>
+void launch_all(
+    const Launch& launch, const Operands<scalar_t>& x, const Chunking& c, bool normalize, double eps
+) {
+  using acc_t = typename Accumulator<scalar_t>::type;
+  Sums<acc_t>*norms = x.partial, *differences = x.partial + x.batch * c.chunks;
+  const Geometry chunks{static_cast<unsigned>(x.batch * c.chunks), kThreads};
+  const Geometry samples{static_cast<unsigned>(x.batch), kThreads};
+  if (normalize) {
+    launch(chunks, sum_squares<kVector, scalar_t, acc_t>, x.js, x.jt, norms, c);
+    launch(
+        chunks, sum_difference<kVector, scalar_t, acc_t>, x.js, x.jt, norms, differences,
+        acc_t(eps), c
+    );
+    launch(
+        chunks, write_gradient<kVector, scalar_t, acc_t>, x.js, x.jt, norms, differences, x.v,
+        x.loss, acc_t(eps), c
+    );
+  } else {
+    launch(chunks, match_raw<kVector, scalar_t, acc_t>, x.js, x.jt, x.v, differences, c);
+    launch(samples, write_loss<acc_t>, differences, x.loss, c.chunks);
+  }
+}
+
+// With accesses of 16 bytes where the data allows it.
+template <typename scalar_t, typename Launch>
+void match(
+    const Launch& launch, const Operands<scalar_t>& x, const Chunking& c, bool normalize, double eps
+) {
+  constexpr int kVector = 16 / sizeof(scalar_t);
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  if (c.n % kVector == 0 && aligned(x.js) && aligned(x.jt) && aligned(x.v)) {
+    launch_all<kVector>(launch, x, c, normalize, eps);
+  } else {
+    launch_all<1>(launch, x, c, normalize, eps);
+  }
 }
 
 } // namespace fastjac::jacobian_match
