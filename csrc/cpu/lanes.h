@@ -1,0 +1,216 @@
+// Vectors of numbers in a register, by the compiler's vector extension: arithmetic, comparison and
+// ?: work lane by lane.
+//
+// For files that are compiled once per instruction set. Such a file sets the compiler's target in its
+// first lines, names it in FASTJAC_TARGET_NAME, which becomes the namespace of all that depends on it
+// (two functions of one name, compiled differently, would be one to the linker), and the width of its
+// registers in FASTJAC_VECTOR_BYTES. It includes neither PyTorch nor the standard library's templates.
+// (isa.h's for_isa serves plain loops: the compiler splits these vectors before it inlines them there.)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#pragma GCC diagnostic ignored "-Wpsabi" // these vectors are never passed between files
+
+namespace fastjac {
+
+// The bits of 16-bit numbers.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+namespace FASTJAC_TARGET_NAME {
+
+template <typename T, int N>
+struct LanesOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * N)));
+};
+template <typename T>
+struct LanesOf<T, 1> {
+  typedef T type;
+};
+template <typename T, int N>
+using Lanes = typename LanesOf<T, N>::type;
+
+template <typename scalar_t>
+struct Accumulator {
+  using type = float;
+  using index = int32_t; // of the same size: the lanes of a comparison
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+  using index = int64_t;
+};
+
+// A register's lanes of an accumulator type.
+template <typename acc_t>
+constexpr int kLanes = FASTJAC_VECTOR_BYTES / sizeof(acc_t);
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <typename To, int N, typename From>
+inline Lanes<To, N> convert(const From& from) {
+  if constexpr (N == 1) {
+    return static_cast<To>(from);
+  } else {
+    return __builtin_convertvector(from, Lanes<To, N>);
+  }
+}
+
+template <int N, typename T>
+inline Lanes<T, N> load_raw(const void* p) {
+  Lanes<T, N> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// N consecutive numbers, in the accumulator type.
+template <int N>
+inline Lanes<float, N> load(const float* p) {
+  return load_raw<N, float>(p);
+}
+template <int N>
+inline Lanes<double, N> load(const double* p) {
+  return load_raw<N, double>(p);
+}
+template <int N>
+inline Lanes<float, N> load(const BFloat16* p) {
+  const auto bits = convert<uint32_t, N>(load_raw<N, uint16_t>(p)) << 16;
+  return bit_cast<Lanes<float, N>>(bits);
+}
+template <int N>
+inline Lanes<float, N> load(const Half* p) {
+  using Bits = Lanes<uint32_t, N>;
+  const Bits h = convert<uint32_t, N>(load_raw<N, uint16_t>(p));
+  // The exponent moves from bias 15 to bias 127; denormals become normal by the product.
+  const auto magnitude = bit_cast<Lanes<float, N>>(Bits((h & 0x7fffu) << 13)) * 0x1p112f;
+  const Bits special = (h & 0x7c00u) == 0x7c00u ? Bits{} + 0x7f800000u : Bits{};
+  return bit_cast<Lanes<float, N>>(
+      Bits(bit_cast<Bits>(magnitude) | special | ((h & 0x8000u) << 16))
+  );
+}
+
+template <typename T>
+inline void store(float* p, const T& x) {
+  std::memcpy(p, &x, sizeof x);
+}
+template <typename T>
+inline void store(double* p, const T& x) {
+  std::memcpy(p, &x, sizeof x);
+}
+// Rounded to the nearest, ties to even.
+template <typename T>
+inline void store(BFloat16* p, const T& x) {
+  constexpr int N = sizeof(T) / sizeof(float);
+  using Bits = Lanes<uint32_t, N>;
+  const Bits f = bit_cast<Bits>(x);
+  const Bits rounded = (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
+  const Bits bits = (f & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+  const auto result = convert<uint16_t, N>(bits);
+  std::memcpy(p, &result, sizeof result);
+}
+template <typename T>
+inline void store(Half* p, const T& x) {
+  constexpr int N = sizeof(T) / sizeof(float);
+  using Bits = Lanes<uint32_t, N>;
+  const Bits f = bit_cast<Bits>(x), magnitude = f & 0x7fffffffu;
+  const Bits normal = (magnitude - 0x37fff001u + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: half a unit in float is a unit of the denormal, so the addition rounds.
+  const Bits denormal = bit_cast<Bits>(T(bit_cast<T>(magnitude) + 0.5f)) - 0x3f000000u;
+  const Bits large = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  const Bits finite = magnitude < 0x38800000u ? denormal : normal;
+  const Bits bits = (magnitude >= 0x477ff000u ? large : finite) | ((f >> 16) & 0x8000u);
+  const auto result = convert<uint16_t, N>(bits);
+  std::memcpy(p, &result, sizeof result);
+}
+
+// How many lanes are there: all of them, or the first n.
+struct Whole {};
+struct Part {
+  int64_t n;
+};
+
+template <int N, typename scalar_t>
+inline auto load(const scalar_t* p, Whole) {
+  return load<N>(p);
+}
+// The lanes that are not there are zero.
+template <int N, typename scalar_t>
+inline auto load(const scalar_t* p, Part part) {
+  scalar_t there[N] = {};
+  for (int64_t i = 0; i < part.n; ++i) there[i] = p[i];
+  return load<N>(there);
+}
+template <typename scalar_t, typename T>
+inline void store(scalar_t* p, const T& x, Whole) {
+  store(p, x);
+}
+template <typename scalar_t, typename T>
+inline void store(scalar_t* p, const T& x, Part part) {
+  scalar_t there[sizeof(T) / sizeof(typename Accumulator<scalar_t>::type)];
+  store(there, x);
+  for (int64_t i = 0; i < part.n; ++i) p[i] = there[i];
+}
+
+// Lanes 0, 2, 4, ... or 1, 3, 5, ... of a and b one after the other.
+template <int kFirst, typename T, int... i>
+inline T every_other(const T& a, const T& b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (2 * i + kFirst)...);
+}
+// a0 b0 a1 b1 ..., from lane `kFirst` on.
+template <int kFirst, typename T, int... i>
+inline T interleaved(const T& a, const T& b, std::integer_sequence<int, i...>) {
+  constexpr int N = sizeof...(i);
+  return __builtin_shufflevector(a, b, ((kFirst + i) / 2 + (i % 2) * N)...);
+}
+
+// exp(x), to two units in the last place.
+inline double exponential(double x) { return std::exp(x); }
+template <typename T>
+inline T exponential(const T& x) {
+  constexpr int N = sizeof(T) / sizeof(x[0]);
+  if constexpr (sizeof(x[0]) == sizeof(double)) {
+    T y;
+    for (int i = 0; i < N; ++i) y[i] = std::exp(x[i]);
+    return y;
+  } else {
+    using Bits = Lanes<int32_t, N>;
+    const T low = T{} - 104.0f, high = T{} + 89.0f;
+    const T bounded = x < low ? low : x > high ? high : x; // keeps a NaN
+    const T turn = T{} + 0x1.8p23f; // adding it rounds to an integer
+    const T n = (bounded * 0x1.715476p0f + turn) - turn;
+    const T r = (bounded - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f; // ln 2 in two parts
+    T y = T{} + 0x1.6c16c2p-10f; // 1/720
+    y = y * r + 0x1.111112p-7f;
+    y = y * r + 0x1.555556p-5f;
+    y = y * r + 0x1.555556p-3f;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    // 2^n in two factors: n may lie outside the exponents of normal numbers.
+    const Bits power = convert<int32_t, N>(n), half = power >> 1;
+    const T first = bit_cast<T>(Bits((half + 127) << 23));
+    const T second = bit_cast<T>(Bits((power - half + 127) << 23));
+    return y * first * second;
+  }
+}
+inline float exponential(float x) {
+  const Lanes<float, 4> lanes = {x, x, x, x};
+  return exponential(lanes)[0];
+}
+
+} // namespace FASTJAC_TARGET_NAME
+} // namespace fastjac

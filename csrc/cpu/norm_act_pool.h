@@ -1,0 +1,69 @@
+// What norm_act_pool.cpp asks of the kernels of one instruction set. Includes nothing of PyTorch.
+//
+// A map's *segment* is what one step of a kernel covers. With a pool: a row of its output, and the
+// input rows that it owns (the first `stride` of its windows; the last segment has the rest). Without:
+// a run of pixels. Segments are counted within an image; a *chunk* is a range of them, and has its own
+// sums. Channels-last: a chunk covers all channels, and the range runs over the batch; contiguous: one
+// channel of one image. Chunks depend on the shape alone, so the sums do not depend on the threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/norm_act_pool.h"
+
+namespace fastjac::norm_act_pool {
+
+enum class Storage { kDouble, kFloat, kBFloat16, kHalf };
+
+constexpr int kSums = 5; // Sums' members: g, gd, gt, t, td
+constexpr int kRunLanes = 64; // a contiguous row is summed in that many lanes
+constexpr int kPadding = 16; // vectors [C] are allocated up to a multiple of it
+
+struct Maps {
+  int64_t batch, channels, height, width, out_height, out_width;
+  int kernel, stride, padding;
+  bool channels_last;
+  Storage storage;
+  Activation activation;
+  double slope;
+  int64_t segments; // of an image
+  int64_t run; // pixels of a segment, without a pool
+  int64_t chunk_segments; // of a chunk
+  int64_t padded_channels;
+
+  // [B, H, W, C] or [B, C, H, W]; null where there is none.
+  const void *u = nullptr, *residual = nullptr, *tu = nullptr, *tresidual = nullptr;
+  const void* curvature = nullptr;
+  const void* gy = nullptr; // [B, h, w, C] or [B, C, h, w]
+  void *gu = nullptr, *gresidual = nullptr; // like u; gu also where a kernel writes kappa
+  void* y = nullptr; // like gy; y, or its tangent
+
+  // [padded C], in the accumulator type.
+  const void *scale = nullptr, *shift = nullptr, *mean = nullptr;
+  const void *of_g = nullptr, *of_tu = nullptr, *of_d = nullptr, *constant = nullptr;
+
+  double* sums = nullptr; // [chunks of a channel, kSums, padded C]
+  int64_t chunks = 0; // tasks: all chunks
+};
+
+// Each runs tasks [begin, end). The sums are those of common/norm_act_pool.h.
+struct Kernels {
+  using Run = void (*)(const Maps&, int64_t begin, int64_t end);
+  Run statistics; // sums[0], sums[1] = sum (u - mean), sum (u - mean)^2, in float64
+  Run forward; // y
+  Run reduce; // the sums: g and gd; where tu is given, all
+  Run pushforward; // y's tangent; where sums is given, also gt
+  Run write; // gu, gresidual
+};
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace portable {
+extern const Kernels kernels;
+}
+
+} // namespace fastjac::norm_act_pool

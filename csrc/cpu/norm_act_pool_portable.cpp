@@ -1,0 +1,4 @@
+// norm_act_pool's kernels for any processor.
+#define FASTJAC_TARGET_NAME portable
+#define FASTJAC_VECTOR_BYTES 16
+#include "norm_act_pool_kernels.h"
