@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastjac.chains import fuse_chains, has_hooks
 from fastjac.errors import FastjacError
 from fastjac.features import find_layer
 
@@ -103,6 +104,9 @@ def describe(node: fx.Node) -> str:
     return f"{target_name(node)} ({node.name}" + (f", in module {path!r})" if path else ")")
 
 
+Call = Callable[[fx.Node, Any, Any, dict[fx.Node, Any]], Any]
+
+
 @dataclass
 class Program:
     """A traced network: its nodes in order, with the modules still in ``root``."""
@@ -117,7 +121,7 @@ class Program:
     def __post_init__(self) -> None:
         self.modules = list(self.root.modules())  # alive, so that none's id is used again
         self._leading: dict[fx.Node, set[fx.Node]] = {}
-        live = set(self.leading_to(self.output))
+        self.live = live = set(self.leading_to(self.output))
         for node in self.graph.nodes:
             called = node.op in ("call_function", "call_method")
             if node.op == "call_module" or (called and writes_in_place(node, self.root)):
@@ -129,6 +133,40 @@ class Program:
             if source is not self.output:
                 self.last_read.setdefault(node, []).append(source)
 
+    def run(self, x: Tensor, call: Call | None = None) -> Any:
+        """The output's value for ``x``; each value is let go of after its last reader.
+
+        ``call(node, args, kwargs, values)`` evaluates an operation; None: as the node says.
+        """
+        values: dict[fx.Node, Any] = {}
+        with torch.nn.utils.parametrize.cached():
+            for node in self.nodes:
+                if node is self.input:
+                    values[node] = x
+                elif node.op == "placeholder":
+                    values[node] = node.args[0]
+                elif node.op == "get_attr":
+                    values[node] = _attribute(self.root, node.target)
+                else:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                    if call is None:
+                        values[node] = self.callable(node)[1](*args, **kwargs)
+                    else:
+                        values[node] = call(node, args, kwargs, values)
+                for done in self.last_read.get(node, ()):
+                    del values[done]
+        return values[self.output]
+
+    def callable(self, node: fx.Node) -> tuple[nn.Module | None, Callable[..., Any]]:
+        """What a node calls: the module, if it is one, and the callable."""
+        if node.op == "call_module":
+            module = self.root.get_submodule(node.target)
+            return module, module
+        if node.op == "call_method":
+            name = node.target
+            return None, lambda first, *args, **kwargs: getattr(first, name)(*args, **kwargs)
+        return None, node.target
+
     def find(self, layer: str | None) -> fx.Node:
         """The node whose value ``layer`` returns; the logits' for None."""
         if layer is None:
@@ -139,13 +177,13 @@ class Program:
             raise FastjacError(
                 f"layer {layer!r} runs {len(values)} times in one forward; expected once"
             )
-        if not isinstance(values[0], fx.Proxy):
+        if not isinstance(values[0], fx.Node):
             raise FastjacError(
                 f"layer {layer!r} is not a feature map: it returns {type(values[0]).__name__}"
             )
-        if values[0].node not in self.nodes:
+        if values[0] not in self.live:
             raise FastjacError(f"layer {layer!r} has no influence on the model's output")
-        return values[0].node
+        return values[0]
 
     def leading_to(self, node: fx.Node) -> set[fx.Node]:
         """``node`` and every node that its value depends on."""
@@ -191,7 +229,11 @@ def trace(model: nn.Module) -> Program:
             f"{type(model).__name__} must return one tensor of logits; "
             f"got {type(output).__name__}"
         )
-    return Program(model, graph, inputs[0], output, tracer.outputs)
+    layers = {
+        path: [v.node if isinstance(v, fx.Proxy) else v for v in values]
+        for path, values in tracer.outputs.items()
+    }
+    return Program(model, graph, inputs[0], output, layers)
 
 
 def _why_untraceable(model: nn.Module, tracer: _Tracer, err: Exception) -> str:
@@ -207,23 +249,48 @@ def _why_untraceable(model: nn.Module, tracer: _Tracer, err: Exception) -> str:
 
 
 class Network:
-    """A model and its traces, one for each way that its modules are set (train, eval, replaced)."""
+    """A model and its traces, one for each way that its modules are set (train, eval, replaced).
 
-    def __init__(self, model: nn.Module) -> None:
+    ``activations``: those of the normalise-activate-pool chains that become one node.
+    """
+
+    def __init__(self, model: nn.Module, activations: frozenset[str]) -> None:
         self.model = model
-        self._programs: dict[tuple[tuple[int, bool], ...], Program] = {}
+        self.activations = activations
+        self._programs: dict[Any, Program] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "_programs": {}}
+        return {**self.__dict__, "_programs": {}}
 
-    def program(self) -> Program:
-        """The trace of the model as it is set now."""
-        key = tuple((id(m), m.training) for m in self.model.modules())
+    def program(self, layer: str | None = None) -> Program:
+        """The trace of the model as it is set now, with the value of ``layer`` in it."""
+        modules = tuple((id(m), m.training, has_hooks(m)) for m in self.model.modules())
+        key = layer, modules
         if key not in self._programs:
             if len(self._programs) >= 8:
                 self._programs.clear()
-            self._programs[key] = trace(self.model)
+            self._programs[key] = self._trace(layer)
         return self._programs[key]
+
+    def _trace(self, layer: str | None) -> Program:
+        program = trace(self.model)
+        if not self.activations:
+            return program
+        graph = program.graph
+        replaced = fuse_chains(graph, self.model, self.activations, program.find(layer))
+        layers = {
+            path: [replaced.get(v, v) if isinstance(v, fx.Node) else v for v in values]
+            for path, values in program.layers.items()
+        }
+        output = replaced.get(program.output, program.output)
+        return Program(self.model, graph, program.input, output, layers)
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def active(value: Any) -> bool:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastjac import engine, reference
+from fastjac.chains import PIECEWISE_LINEAR
 from fastjac.errors import FastjacError, unknown
 from fastjac.features import find_layer
 from fastjac.graph import Network
 from fastjac.losses import jacobian_match_loss
 from fastjac.ops import jacobian_match
+from fastjac.ops._library import CPU
 from fastjac.targets import AttentionWindow, LabelLogit, Target
 
 STRATEGIES = ("auto", "local", "dense", "autograd")
@@ -36,6 +38,11 @@ class MatchingOutput:
     student_features: Tensor | None
     teacher_features: Tensor | None
     jacobian_loss: Tensor
+
+
+def _network(model: nn.Module) -> Network:
+    # Chains pay where they are native; elsewhere PyTorch's own operations are faster.
+    return Network(model, PIECEWISE_LINEAR if CPU.loaded else frozenset())
 
 
 def _check_choice(kind: str, value: str, known: tuple[str, ...]) -> str:
@@ -119,7 +126,7 @@ class JacobianMatching(nn.Module):
             find_layer(teacher, target.for_teacher().layer, "the teacher")
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
-        self._student, self._teacher = Network(student), Network(teacher)
+        self._student, self._teacher = _network(student), _network(teacher)
 
     def train(self, mode: bool = True) -> JacobianMatching:
         """Set the student's mode; the teacher stays in eval mode."""
@@ -206,7 +213,7 @@ def input_jacobian(
     if strategy == "autograd":
         return reference.input_jacobian(model, x, target, y, place, batch_stats)
     with torch.no_grad():
-        tape = engine.forward(Network(model), x, target.layer, batch_stats)
+        tape = engine.forward(_network(model), x, target.layer, batch_stats)
         if isinstance(target, AttentionWindow):
             position = (place or target.position)(tape.features)
         return engine.pullback(tape, target, y, position, strategy).full()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +33,17 @@ def widen(value: Tensor, inner: Region, outer: Region) -> Tensor:
     return F.pad(value, (left, right, top, bottom))
 
 
+@dataclass(frozen=True, eq=False)
+class Recomputed:
+    """A map that is not kept: act(scale u + shift + residual), of which crops are recomputed."""
+
+    u: Tensor
+    residual: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+
 class Crops:
     """Crops for windows at ``position`` ``[B, 2]``, on a layer with ``positions`` places for one.
 
@@ -39,8 +54,8 @@ class Crops:
         self.position = position
         self.positions = positions
         self._starts: dict[tuple[int, int, int, int], Tensor] = {}
-        self._crops: dict[tuple[int, torch.Size, Region, float], Tensor] = {}
-        self._masks: dict[tuple[Region, torch.Size], Tensor] = {}
+        self._crops: dict[tuple[Any, Region, float], Tensor] = {}
+        self._masks: dict[tuple[Region, tuple[int, int], torch.dtype], Tensor] = {}
 
     def start(self, region: Region) -> Tensor:
         """The first row and column of ``region`` for each sample, ``[B, 2]``."""
@@ -54,12 +69,25 @@ class Crops:
             self._starts[key] = torch.stack(axes, 1)
         return self._starts[key]
 
-    def gather(self, full: Tensor, region: Region, fill: float = 0.0) -> Tensor:
+    def gather(self, full: Tensor | Recomputed, region: Region, fill: float = 0.0) -> Tensor:
         """``region`` of ``full`` ``[B, C, H, W]`` for each sample, ``fill`` outside the map."""
-        key = (full.data_ptr(), full.shape, region, fill)
+        tensor = isinstance(full, Tensor)
+        key = ((full.data_ptr(), full.shape) if tensor else id(full), region, fill)
         if key not in self._crops:
-            self._crops[key] = window_crop(full, self.start(region), region.shape, fill)
+            if tensor:
+                crop = window_crop(full, self.start(region), region.shape, fill)
+            else:
+                crop = self._recompute(full, region, fill)
+            self._crops[key] = crop
         return self._crops[key]
+
+    def _recompute(self, full: Recomputed, region: Region, fill: float) -> Tensor:
+        z = self.gather(full.u, region) * full.scale + full.shift
+        if full.residual is not None:
+            z = z + self.gather(full.residual, region)
+        a = full.activation(z).to(full.u.dtype)
+        inside = self._inside(a, region, tuple(full.u.shape[2:]))
+        return a if inside is None else a.masked_fill_(inside == 0, fill)
 
     def scatter(self, crop: Tensor, region: Region, size: tuple[int, int]) -> Tensor:
         """The adjoint of :meth:`gather`: ``[B, C, *size]``, zero outside ``region``."""
@@ -67,13 +95,18 @@ class Crops:
 
     def inside(self, crop: Tensor, region: Region, size: tuple[int, int]) -> Tensor:
         """``crop`` with zeros where ``region`` reaches outside a map of ``size``."""
+        mask = self._inside(crop, region, size)
+        return crop if mask is None else crop * mask
+
+    def _inside(self, like: Tensor, region: Region, size: tuple[int, int]) -> Tensor | None:
+        """1 inside the map and 0 outside, ``[B, 1, h, w]``; None if nothing can be outside."""
         if not region.leaves(size, self.positions):
-            return crop
-        key = (region, torch.Size(size))
+            return None
+        key = (region, size, like.dtype)
         if key not in self._masks:
-            ones = crop.new_ones(()).expand(len(crop), 1, *size)
+            ones = like.new_ones(()).expand(len(like), 1, *size)
             self._masks[key] = window_crop(ones, self.start(region), region.shape)
-        return crop * self._masks[key]
+        return self._masks[key]
 
     def forget(self) -> None:
         """Let go of the shared crops; the records hold those that they need."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,40 +29,30 @@ class Tape:
 
 def forward(network: Network, x: Tensor, layer: str | None, batch_stats: str) -> Tape:
     """Run the network on ``x`` as PyTorch would, under its autograd if that is enabled."""
-    program = network.program()
+    program = network.program(layer)
     target = program.find(layer)
     leading = program.leading_to(target)
-    values: dict[fx.Node, Any] = {}
     records: dict[fx.Node, Record] = {}
     varying = {program.input}
-    kept: Tensor | None = None
-    version = 0
-    with torch.nn.utils.parametrize.cached():
-        for node in program.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            if node is program.input:
-                value = x
-            elif node.op == "placeholder":
-                value = node.args[0]
-            elif node.op == "get_attr":
-                value = _attribute(program.root, node.target)
-            elif node in leading and not varying.isdisjoint(node.all_input_nodes):
-                value = _recorded(program, node, args, kwargs, values, varying, records, batch_stats)
-            else:
-                value = _raw(program.root, node)[1](*args, **kwargs)
-            values[node] = value
-            if node is target and layer is not None:
-                kept = _feature_map(value, layer)
-                version = 0 if kept.is_inference() else kept._version
-            for done in program.last_read.get(node, ()):
-                if done is not target:
-                    del values[done]
-    if kept is not None and not kept.is_inference() and kept._version != version:
-        raise overwritten(layer)
+    features: list[tuple[Tensor, int]] = []
+
+    def call(node: fx.Node, args: Any, kwargs: Any, values: dict[fx.Node, Any]) -> Any:
+        if node in leading and not varying.isdisjoint(node.all_input_nodes):
+            value = _recorded(program, node, args, kwargs, values, varying, records, batch_stats)
+        else:
+            value = program.callable(node)[1](*args, **kwargs)
+        if node is target and layer is not None:
+            map_ = _feature_map(value, layer)
+            features.append((map_, 0 if map_.is_inference() else map_._version))
+        return value
+
+    logits = check_logits(program.run(x, call), program.root)
+    for map_, version in features:
+        if not map_.is_inference() and map_._version != version:
+            raise overwritten(layer)
     if target not in varying:
         raise FastjacError(f"{describe(target)} does not depend on the input")
-    logits = check_logits(values[program.output], program.root)
-    return Tape(program, target, records, x.shape, logits, kept)
+    return Tape(program, target, records, x.shape, logits, features[0][0] if features else None)
 
 
 def _feature_map(value: Any, layer: str) -> Tensor:
@@ -73,24 +62,6 @@ def _feature_map(value: Any, layer: str) -> Tensor:
             f"layer {layer!r} is not a feature map: expected [B, C, h, w], got {came}"
         )
     return value
-
-
-def _attribute(root: nn.Module, path: str) -> Any:
-    value: Any = root
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _raw(root: nn.Module, node: fx.Node) -> tuple[nn.Module | None, Callable[..., Any]]:
-    """What a node calls: the module, if it is one, and the callable."""
-    if node.op == "call_module":
-        module = root.get_submodule(node.target)
-        return module, module
-    if node.op == "call_method":
-        name = node.target
-        return None, lambda first, *args, **kwargs: getattr(first, name)(*args, **kwargs)
-    return None, node.target
 
 
 def _recorded(
@@ -123,7 +94,7 @@ def _recorded(
     record.varying_nodes = {n for n in node.all_input_nodes if n in varying and active(values[n])}
     record.values_in = values
     record.in_place = writes_in_place(node, root)
-    module, call = _raw(root, node)
+    module, call = program.callable(node)
     record.module, record.raw = module, call if module is None else module.forward
     if module is None:
         value = rule.forward(record, call, args, kwargs)

@@ -82,7 +82,9 @@ def pullback(
         record.check()
     frame = None
     if strategy != "dense":
-        frame = _frame(tape, records, target, position, strategy)
+        parts = _taken_apart(records)
+        frame = _frame(tape, parts, target, position, strategy)
+        records = records if frame is None else parts
     seed, curvature = _seed(tape, target, y, position, frame)
     if frame is not None:
         records = _cropped(records, frame)
@@ -163,6 +165,14 @@ def _regions(
     return regions
 
 
+def _taken_apart(records: dict[fx.Node, Record]) -> dict[fx.Node, Record]:
+    """Records of single operations, as crops have them."""
+    single: dict[fx.Node, Record] = {}
+    for node, record in records.items():
+        single.update(record.rule.parts(record))
+    return single
+
+
 def _cropped(records: dict[fx.Node, Record], frame: Frame) -> dict[fx.Node, Record]:
     crops, cropped = frame.crops, {}
     for node, record in records.items():
@@ -218,7 +228,12 @@ def _down(
 
 def _recomputes(record: Record) -> bool:
     """Whether the only reader can give the cotangent of this output again (BatchNorm can)."""
-    return record.sole_reader is not None and hasattr(record.sole_reader.rule, "input_delta")
+    reader = record.sole_reader
+    return (
+        reader is not None
+        and hasattr(reader.rule, "input_delta")
+        and reader.inputs[0] is record.node
+    )
 
 
 def _plus(a: Any, b: Any) -> Any:

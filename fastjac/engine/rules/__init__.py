@@ -10,10 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastjac.chains import (
+    BATCH_NORMS,
+    Chain,
+    batch_norm_arguments,
+    batch_norm_function_arguments,
+)
 from fastjac.engine.rules.base import Rule
+from fastjac.engine.rules.fused import Fused
 from fastjac.engine.rules.generic import Generic, Pick, ReverseOverForward, SmoothPointwise
 from fastjac.engine.rules.layers import BatchNorm, Convolution, Linear
 from fastjac.engine.rules.pointwise import (
+    PIECEWISE,
     Concatenation,
     Dropout,
     Gate,
@@ -22,32 +30,29 @@ from fastjac.engine.rules.pointwise import (
     Same,
     Scale,
     Sum,
+    clipped_gate,
 )
 from fastjac.engine.rules.pools import AvgPool2d, Map, MaxPool2d
-from fastjac.errors import FastjacError
 
-__all__ = ["Rule", "rules_for", "GENERIC"]
+__all__ = ["GENERIC", "Rule", "rules_for"]
 
 GENERIC = Generic()
-aten = torch.ops.aten
 
-
-def _relu(delta: Tensor, y: Tensor) -> Tensor:
-    return aten.threshold_backward(delta, y, 0)
+def _gate(kind: str, slope: float = 0.0) -> Rule:
+    return Gate(PIECEWISE[kind].gate(slope))
 
 
 def _hardsigmoid(delta: Tensor, y: Tensor) -> Tensor:
     return delta * ((y > 0) & (y < 1)) / 6
 
 
-def _clipped(low: float, high: float) -> Gate:
-    return Gate(lambda delta, y: aten.hardtanh_backward(delta, y, low, high))
+def _clipped(low: float, high: float) -> Rule:
+    return Gate(clipped_gate(low, high))
 
 
 def _leaky(slope: float) -> Rule:
-    if slope < 0:  # the output does not tell the input's sign
-        return GENERIC
-    return Gate(lambda delta, y: aten.leaky_relu_backward(delta, y, slope, True))
+    # Of a negative slope's, the output does not tell the input's sign.
+    return GENERIC if slope < 0 else _gate("leaky_relu", slope)
 
 
 def _tuple(value: Any, axes: int) -> list[int]:
@@ -78,37 +83,6 @@ def _convolution_function(axes: int) -> Callable[[fx.Node], Rule]:
         return GENERIC if isinstance(padding, str) else Convolution(bind)
 
     return rule
-
-
-def _batch_norm_module(module: nn.modules.batchnorm._BatchNorm) -> Rule:
-    def bind(x: Tensor) -> tuple[Any, ...]:
-        # As nn.BatchNorm counts its batches and averages over them.
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if isinstance(module, nn.SyncBatchNorm) and module.training and distributed:
-            raise FastjacError(
-                "SyncBatchNorm in train mode under torch.distributed is not supported; "
-                "expected BatchNorm2d, or the module in eval mode"
-            )
-        module._check_input_dim(x)
-        momentum = 0.0 if module.momentum is None else module.momentum
-        if module.training and module.track_running_stats and module.num_batches_tracked is not None:
-            module.num_batches_tracked.add_(1)
-            if module.momentum is None:
-                momentum = 1.0 / float(module.num_batches_tracked)
-        mean, var = module.running_mean, module.running_var
-        training = module.training or (mean is None and var is None)
-        if module.training and not module.track_running_stats:
-            mean = var = None
-        return mean, var, module.weight, module.bias, training, momentum, module.eps
-
-    return BatchNorm(bind)
-
-
-def _batch_norm_function(node: fx.Node) -> Rule:
-    def bind(x, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):  # noqa: ANN001, ANN202
-        return mean, var, weight, bias, training, momentum, eps
-
-    return BatchNorm(bind)
 
 
 def _max_pool(kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):  # noqa: ANN001, ANN202
@@ -157,8 +131,8 @@ _LINEAR += (nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool3d, nn.PixelUnshuffle,
 
 MODULES: dict[type[nn.Module], Callable[[Any], Rule]] = {
     nn.Identity: lambda m: Same(),
-    nn.ReLU: lambda m: Gate(_relu),
-    nn.ReLU6: lambda m: _clipped(0, 6),
+    nn.ReLU: lambda m: _gate("relu"),
+    nn.ReLU6: lambda m: _gate("relu6"),
     nn.Hardtanh: lambda m: _clipped(m.min_val, m.max_val),
     nn.Hardsigmoid: lambda m: Gate(_hardsigmoid),
     nn.GroupNorm: lambda m: ReverseOverForward(),
@@ -171,8 +145,7 @@ MODULES: dict[type[nn.Module], Callable[[Any], Rule]] = {
     nn.Dropout2d: _dropout_module(F.dropout2d),
     nn.Dropout3d: _dropout_module(F.dropout3d),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution_module),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm_module),
-    nn.SyncBatchNorm: _batch_norm_module,
+    **dict.fromkeys(BATCH_NORMS, lambda m: BatchNorm(batch_norm_arguments(m))),
     **dict.fromkeys(_ONE_BY_ONE, lambda m: SmoothPointwise()),
     **dict.fromkeys(_LINEAR, lambda m: Map()),
 }
@@ -196,7 +169,7 @@ def _leaky_relu(node: fx.Node) -> Rule:
     return _leaky(slope(*node.args, **node.kwargs))
 
 
-_RELU = _always(Gate(_relu))
+_RELU = _always(_gate("relu"))
 _ADD, _SUB = _always(Sum(1)), _always(Sum(-1))
 _MAP, _SAME, _SMOOTH = _always(Map()), _always(Same()), _always(SmoothPointwise())
 _DIVIDE = _always(Scale(divide=True))
@@ -204,13 +177,13 @@ _DIVIDE = _always(Scale(divide=True))
 FUNCTIONS: dict[Any, Callable[[fx.Node], Rule]] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), _RELU),
     **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
-    F.relu6: _always(_clipped(0, 6)),
+    F.relu6: _always(_gate("relu6")),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
     **dict.fromkeys((F.conv1d, torch.conv1d), _convolution_function(1)),
     **dict.fromkeys((F.conv2d, torch.conv2d), _convolution_function(2)),
     **dict.fromkeys((F.conv3d, torch.conv3d), _convolution_function(3)),
     F.linear: lambda n: Linear(lambda x, weight, bias=None: weight),
-    F.batch_norm: _batch_norm_function,
+    F.batch_norm: _always(BatchNorm(batch_norm_function_arguments)),
     **dict.fromkeys(
         (F.max_pool2d, torch.max_pool2d), lambda n: MaxPool2d(lambda x, *a, **k: _max_pool(*a, **k))
     ),
@@ -252,6 +225,8 @@ _MULTIPLY = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 def rules_for(node: fx.Node, root: nn.Module) -> list[Rule]:
     """The rules that may cover a node, best first; the last covers everything."""
     found: list[Rule] = []
+    if isinstance(node.target, Chain):
+        return [Fused(node.target)]
     if node.target in _MULTIPLY:
         found = [Scale(divide=False), Product()]
     elif node.target is operator.getitem:

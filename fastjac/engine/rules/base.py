@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import fx
+
 from fastjac.engine.crops import Crops
 from fastjac.engine.record import Edges, Record, Sink
 from fastjac.support import Region
@@ -44,6 +46,10 @@ class Rule:
     def edges(self, record: Record, region: Region) -> Edges:
         """The region of each input that ``region`` of the output sees. Default: global."""
         raise record.not_local("its output sees the whole of its input")
+
+    def parts(self, record: Record) -> dict[fx.Node, Record]:
+        """The records of the single operations that the node stands for."""
+        return {record.node: record}
 
     def crop(self, record: Record, crops: Crops, region: Region) -> Record:
         """The record on crops, for an output of ``region``."""

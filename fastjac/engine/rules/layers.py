@@ -135,14 +135,14 @@ class BatchNorm(Pointwise):
     -r (gamma unit m(x^ u') + y' m(delta x^)).
     """
 
-    def __init__(self, bind: Callable[..., tuple[Any, ...]]) -> None:
-        self.bind = bind
+    def __init__(self, arguments: Callable[..., tuple[Any, ...]]) -> None:
+        self.arguments = arguments
 
     def forward(
         self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         u = args[0]
-        mean, var, weight, bias, training, momentum, eps = self.bind(*args, **kwargs)
+        mean, var, weight, bias, training, momentum, eps = self.arguments(*args, **kwargs)
         record.weight, record.training = weight, training
         record.batch = training and record.batch_stats == "batch"
         record.eps, record.channels = eps, u.shape[1]

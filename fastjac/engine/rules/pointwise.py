@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.engine.crops import Crops
 from fastjac.engine.record import Edges, Record, Sink
 from fastjac.engine.rules.base import Pointwise
 from fastjac.support import Region
+
+aten = torch.ops.aten
 
 
 class Same(Pointwise):
@@ -22,6 +25,31 @@ class Same(Pointwise):
 
     def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
         return tangents[0]
+
+
+class PiecewiseLinear(NamedTuple):
+    """An activation by its slope: its value, and a cotangent or tangent through its gate."""
+
+    value: Callable[[float], Callable[[Tensor], Tensor]]
+    gate: Callable[[float], Callable[[Tensor, Tensor], Tensor]]  # of (delta, y)
+
+
+def clipped_gate(low: float, high: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Hardtanh's: open where low < y < high."""
+    return lambda delta, y: aten.hardtanh_backward(delta, y, low, high)
+
+
+PIECEWISE = {
+    "none": PiecewiseLinear(lambda slope: lambda z: z, lambda slope: lambda delta, y: delta),
+    "relu": PiecewiseLinear(
+        lambda slope: F.relu, lambda slope: lambda delta, y: aten.threshold_backward(delta, y, 0)
+    ),
+    "relu6": PiecewiseLinear(lambda slope: F.relu6, lambda slope: clipped_gate(0, 6)),
+    "leaky_relu": PiecewiseLinear(
+        lambda slope: lambda z: F.leaky_relu(z, slope),
+        lambda slope: lambda delta, y: aten.leaky_relu_backward(delta, y, slope, True),
+    ),
+}
 
 
 class Gate(Pointwise):
