@@ -27,4 +27,8 @@ STABLE_TORCH_LIBRARY(fastjac, m) {
       "str activation, float slope, str pool, str statistics, bool curvature) "
       "-> (Tensor ty, Tensor gweight, Tensor coefficient, Tensor kappa)"
   );
+  m.def(
+      "window_crop(Tensor x, Tensor start, int height, int width, float fill, bool adjoint) "
+      "-> Tensor crop"
+  );
 }

@@ -12,6 +12,12 @@ from fastjac.ops.norm_act_pool import (
     norm_act_pool_pushforward_ref,
     norm_act_pool_ref,
 )
+from fastjac.ops.window_crop import (
+    window_crop,
+    window_crop_adjoint,
+    window_crop_adjoint_ref,
+    window_crop_ref,
+)
 
 __all__ = [
     "NormActPool",
@@ -25,4 +31,8 @@ __all__ = [
     "norm_act_pool_pushforward",
     "norm_act_pool_pushforward_ref",
     "norm_act_pool_ref",
+    "window_crop",
+    "window_crop_adjoint",
+    "window_crop_adjoint_ref",
+    "window_crop_ref",
 ]
