@@ -12,6 +12,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
 # The pinned versions of the `dev` extra.
 LINTERS := $(shell grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
 
@@ -35,12 +36,12 @@ bench: $(VENV)/.installed
 lint: $(VENV)/.linters
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.linters
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
-	$(VENV)/bin/clang-format -i $(CSRC)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf build dist *.egg-info fastjac/_build.json fastjac/*.so
