@@ -118,7 +118,7 @@ class Training:
             raise FastjacError(
                 f"{folder.path} holds a run: --resume goes on with it, --experiment names another"
             )
-        self._try_once()
+        self.try_once()
         folder.open(asdict(options))
         if self.subset is not None:
             folder.save_subset(self.subset)
@@ -145,7 +145,7 @@ class Training:
         folder.save_model(self.model.state_dict(), about)
         return result
 
-    def _try_once(self) -> None:
+    def try_once(self) -> None:
         """Compute the loss of two test images: what does not fit is found before any writing."""
         x, y = default_collate([self.data.test[i] for i in range(min(2, len(self.data.test)))])
         self.model.eval()

@@ -103,7 +103,9 @@ def draw_jacobians(options: TableOptions, cells: Sequence[StudentOptions], path:
             top = shown.abs().max().item() or 1.0
             grid[row, column].imshow(shown.numpy(), cmap="RdBu_r", vmin=-top, vmax=top)
             if name != "teacher":
-                grid[row, column].set_xlabel(f"{alike[column]:.2f}", fontsize=8, labelpad=2)
+                grid[row, column].set_xlabel(
+                    f"{alike[column]:.2f}".replace("-", "−"), fontsize=8, labelpad=2
+                )
         grid[row, 0].set_ylabel(_wrapped(name), fontsize=9)
     grid[0, 0].set_ylabel("test image", fontsize=9)
     for axes in grid.flat:

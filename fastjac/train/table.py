@@ -16,13 +16,21 @@ from typing import Any
 
 import torch
 import yaml
+from joblib import cpu_count
 from tqdm import tqdm
 
 from fastjac.errors import FastjacError
 from fastjac.train.build import pick_device
 from fastjac.train.commands import prepare
 from fastjac.train.files import RunFolder, write_csv
-from fastjac.train.options import StudentOptions, TableOptions, TeacherOptions, changed, names
+from fastjac.train.options import (
+    TERMS,
+    StudentOptions,
+    TableOptions,
+    TeacherOptions,
+    changed,
+    names,
+)
 from fastjac.train.parse import parse
 
 Row = dict[str, Any]
@@ -46,13 +54,12 @@ def tabulate(options: TableOptions) -> str:
         options = replace(options, teacher=str(path / "teacher"))
     cells = _cells(options, path)
     todo = [cell for cell in cells if not _finished(cell)]
+    _check_images(todo)
     if teacher is not None and not _finished(teacher):
-        _check_teacher(teacher, cells)
         prepare(_resumed(teacher)).run()
-    if todo:
-        prepare(_resumed(todo[0]))  # finds bad input before anything is written or started
+    _check_methods(todo)
     RunFolder(options.output, str(options.experiment)).open(asdict(options))
-    jobs = options.jobs or (1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
+    jobs = options.jobs or (1 if device.type == "cuda" else cpu_count())
     _train_all(todo, jobs, str(options.experiment), path)
     from fastjac.train.plots import draw_jacobians, draw_table
 
@@ -77,11 +84,17 @@ def _teacher(options: TableOptions, path: Path) -> TeacherOptions:
     return parse("teacher", TeacherOptions, ["--config", options.config], overrides)
 
 
-def _check_teacher(teacher: TeacherOptions, cells: Sequence[StudentOptions]) -> None:
-    """Find what is wrong with the students before their teacher is trained."""
+def _check_images(cells: Sequence[StudentOptions]) -> None:
+    """Find what is wrong with the students' images and network, before any teacher is trained."""
+    alone = {"ce": 1.0, "activations": 0.0, "attention": 0.0, "jacobians": 0.0}
     for cell in {cell.samples_per_class: cell for cell in cells}.values():
-        plain = {"ce": 1.0, "activations": 0.0, "attention": 0.0, "jacobians": 0.0}
-        prepare(replace(cell, **plain))
+        prepare(replace(cell, **alone))
+
+
+def _check_methods(cells: Sequence[StudentOptions]) -> None:
+    """Find what is wrong with what they are taught, before any student is trained."""
+    for cell in {tuple(getattr(cell, term) for term in TERMS): cell for cell in cells}.values():
+        prepare(cell).try_once()
 
 
 def _cells(options: TableOptions, path: Path) -> list[StudentOptions]:
@@ -149,7 +162,7 @@ def _enter_worker(threads: int) -> None:
 @contextmanager
 def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for ``jobs`` students at a time, ended at once if the block is left by an error."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, cpu_count() // jobs)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, spawn, _enter_worker, (threads,))
     try:

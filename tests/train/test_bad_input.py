@@ -79,7 +79,8 @@ def images(tmp_path):
         (["table", "--methods", "ce+jacobian"], "unknown term 'jacobian' in method 'ce+jacobian'"),
         (["table", "--methods", "jacobians"], "method 'jacobians': the weight --jacobians is 0"),
         (["table", "--methods", "ce", "--seeds", "1", "1"], "--seeds: expected different values"),
-        (["demo", "--samples", "500"], "asked for 500, class '0' has 128 training images"),
+        (["demo", "--samples", "1", "500"], "asked for 500, class '0' has 128 training images"),
+        (["demo", "--model", "vgg9", "--plan", "4"], "a plan such as"),
         (["demo", "--resume"], "a table always goes on where it was"),
         (["demo", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["evaluate", "no"], "no: no such file; expected a checkpoint"),
@@ -189,7 +190,7 @@ def test_a_loss_that_is_not_finite(trainer, small, tmp_path):
 
 def command(*words):
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fastjac.train", *words],
+        [sys.executable, "-m", "fastjac.train", *words],
         capture_output=True,
         text=True,
         check=False,

@@ -14,7 +14,7 @@ from fastjac.train.build import load_trained
 @pytest.fixture
 def long_run(small, teacher):
     """A student with all there is to restore: a cosine schedule, Adam, a subset, a teacher."""
-    words = ["student", *small, "--epochs", 40, "--epoch-steps", 20, "--samples-per-class", 4]
+    words = ["student", *small, "--epochs", 24, "--epoch-steps", 10, "--samples-per-class", 4]
     return [*words, "--sched", "cosine", "--teacher", teacher, "--jacobians", 0.1]
 
 
@@ -45,7 +45,7 @@ def test_killed_and_resumed(start, trainer, long_run, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not (cut / "model.safetensors").exists()
     reached = torch.load(cut / "last.pt", weights_only=True)["epoch"]
-    assert 3 <= reached < 40
+    assert 3 <= reached < 24
     status, _, err = trainer(*long_run, "--experiment", "cut", "--resume")
     assert (status, err) == (0, "")
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()

@@ -132,8 +132,9 @@ def test_a_student_of_the_table_is_a_student(trainer, recipe, teacher, tmp_path)
 
 def test_killed_table_goes_on(start, trainer, recipe, teacher, tmp_path):
     """Its workers do not outlive it, and what was finished is not done again."""
-    words = ["table", *recipe, "--teacher", teacher, "--experiment", "t", "--epochs", 20]
-    words += ["--epoch-steps", 10, "--val-interval", 20, "--jobs", 1]
+    words = ["table", *recipe, "--methods", "ce+activations", "--seeds", 0, 1, 2, 3, 4, 5]
+    words += ["--teacher", teacher, "--experiment", "t", "--epochs", 20, "--epoch-steps", 10]
+    words += ["--val-interval", 20, "--jobs", 1]
     folder = tmp_path / "runs" / "t"
     process = start(*words)
     wait(lambda: len(students(folder)) >= 2 or process.poll() is not None)
@@ -237,5 +238,5 @@ def test_the_digits_student_is_prepared_as_the_recipe_says(teacher, tmp_path):
     training = prepare(parse("student", StudentOptions, words))
     widths = [m.out_channels for m in training.model if isinstance(m, torch.nn.Conv2d)]
     assert widths == [16, 32, 64]
-    assert training.steps * training.options.epochs == 300
+    assert training.steps * training.options.epochs == 240
     assert feature_levels(training.model) == ["pool2", "pool3"]
