@@ -102,9 +102,14 @@ class _Forward(nn.Module):
         return forward_with_features(self.model, x, self.layer)
 
 
-def _without_trace(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Tensor, Tensor | None]:
-    """Logits and features, the model's buffers left as they are."""
-    buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
+def _copied_buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _without_trace(
+    model: nn.Module, buffers: dict[str, Tensor], x: Tensor, layer: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits and features with ``buffers``; the model's own are left as they are."""
     return torch.func.functional_call(_Forward(model, layer), buffers, (x,))
 
 
@@ -126,6 +131,8 @@ def forward_and_jacobian(
     statistics = BatchStatistics()
     state = random_state(x)
     twice = batch_stats == "frozen" and any(map(_uses_batch_statistics, model.modules()))
+    # The second run starts where the first did: a spectral norm's iteration gives the same weights.
+    buffers = _copied_buffers(model) if batch_stats == "frozen" else {}
     leaf = x.detach().requires_grad_(not twice)
     with torch.enable_grad():
         with statistics:
@@ -136,7 +143,7 @@ def forward_and_jacobian(
             leaf = x.detach().requires_grad_()
             statistics.replay = iter(statistics.recorded)
             with statistics, same_random_numbers(x, state):
-                differentiated = _without_trace(model, leaf, target.layer)
+                differentiated = _without_trace(model, buffers, leaf, target.layer)
         if isinstance(target, LabelLogit):
             phi = target.scalar(differentiated[0], y)
         else:
