@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,24 @@ def _check_input(x: Tensor, model: nn.Module, name: str) -> None:
         raise FastjacError(f"x is {x.dtype}; the {name} is {parameter.dtype}")
 
 
+def _outside_inference_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``function`` without a graph but on ordinary tensors, which its passes can differentiate."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            kwargs = {name: _ordinary(value) for name, value in kwargs.items()}
+            return function(*map(_ordinary, args), **kwargs)
+
+    return run
+
+
+def _ordinary(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
 class JacobianMatching(nn.Module):
     """One forward of student and teacher, and the distance of their input Jacobians.
 
@@ -100,7 +120,8 @@ class JacobianMatching(nn.Module):
 
     Called with ``x`` ``[B, ...]``, raw pixels that both networks see, and labels ``y`` ``[B]`` (int64;
     needed by LabelLogit alone), gives a :class:`MatchingOutput`. It differentiates once: a backward
-    with ``create_graph=True`` through ``jacobian_loss`` raises. Under ``torch.no_grad()`` it evaluates.
+    with ``create_graph=True`` through ``jacobian_loss`` raises. Under ``torch.no_grad()`` or
+    ``torch.inference_mode()`` it evaluates.
     Deterministic where the networks' own operations are.
 
     Raises :class:`fastjac.errors.FastjacError` for bad input, and for a network that the engine cannot
@@ -134,6 +155,7 @@ class JacobianMatching(nn.Module):
         self.teacher.eval()
         return self
 
+    @_outside_inference_mode
     def forward(self, x: Tensor, y: Tensor | None = None) -> MatchingOutput:
         _check_input(x, self.student, "student")
         _check_input(x, self.teacher, "teacher")
@@ -189,6 +211,7 @@ class JacobianMatching(nn.Module):
         return lambda features: target.transfer(position, features_t, features)
 
 
+@_outside_inference_mode
 def input_jacobian(
     model: nn.Module,
     x: Tensor,
