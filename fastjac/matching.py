@@ -22,6 +22,8 @@ from fastjac.targets import AttentionWindow, LabelLogit, Target
 
 STRATEGIES = ("auto", "local", "dense", "autograd")
 BATCH_STATS = ("frozen", "batch")
+# Chains pay where they are native; elsewhere PyTorch's own operations are faster.
+CHAINS = PIECEWISE_LINEAR if CPU.loaded else frozenset()
 
 Place = Callable[[Tensor], Tensor]
 
@@ -40,11 +42,6 @@ class MatchingOutput:
     student_features: Tensor | None
     teacher_features: Tensor | None
     jacobian_loss: Tensor
-
-
-def _network(model: nn.Module) -> Network:
-    # Chains pay where they are native; elsewhere PyTorch's own operations are faster.
-    return Network(model, PIECEWISE_LINEAR if CPU.loaded else frozenset())
 
 
 def _check_choice(kind: str, value: str, known: tuple[str, ...]) -> str:
@@ -147,7 +144,7 @@ class JacobianMatching(nn.Module):
             find_layer(teacher, target.for_teacher().layer, "the teacher")
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
-        self._student, self._teacher = _network(student), _network(teacher)
+        self._student, self._teacher = Network(student, CHAINS), Network(teacher, CHAINS)
 
     def train(self, mode: bool = True) -> JacobianMatching:
         """Set the student's mode; the teacher stays in eval mode."""
@@ -236,7 +233,7 @@ def input_jacobian(
     if strategy == "autograd":
         return reference.input_jacobian(model, x, target, y, place, batch_stats)
     with torch.no_grad():
-        tape = engine.forward(_network(model), x, target.layer, batch_stats)
+        tape = engine.forward(Network(model, CHAINS), x, target.layer, batch_stats)
         if isinstance(target, AttentionWindow):
             position = (place or target.position)(tape.features)
         return engine.pullback(tape, target, y, position, strategy).full()
