@@ -20,6 +20,19 @@ VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqu
 VIEWS |= {"chunk", "split", "getitem", "narrow", "select", "t", "unbind"}
 
 
+class _HookedError(FastjacError):
+    """Hooks on a module that no trace keeps as one node."""
+
+
+def refuse_hooks(module: nn.Module, place: str) -> None:
+    """Raise for hooks on a module whose insides are traced: it is never called, so none would fire."""
+    if has_hooks(module):
+        raise _HookedError(
+            f"{place} has a hook, which would not fire where the module is traced through: hook its "
+            "last leaf module instead; strategy='autograd' runs it"
+        )
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracing with torch.nn's own modules, and ``opaque`` ones, as leaves.
 
@@ -46,7 +59,10 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        self.path.append(self.path_of_module(m))
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            refuse_hooks(m, f"module {path!r}")
+        self.path.append(path)
         value = super().call_module(m, forward, args, kwargs)
         self.outputs.setdefault(self.path.pop(), []).append(value)
         return value
@@ -213,6 +229,8 @@ def trace(model: nn.Module) -> Program:
                 graph = tracer.trace(model)
             _resolve_in_place(graph, model)
             break
+        except _HookedError:
+            raise
         except Exception as err:
             # A module whose own code cannot be traced becomes one node, differentiated as a whole.
             if not tracer.path or tracer.path[-1] in opaque:
@@ -226,8 +244,7 @@ def trace(model: nn.Module) -> Program:
     output = next(n for n in graph.nodes if n.op == "output").args[0]
     if not isinstance(output, fx.Node):
         raise FastjacError(
-            f"{type(model).__name__} must return one tensor of logits; "
-            f"got {type(output).__name__}"
+            f"{type(model).__name__} must return one tensor of logits; got {type(output).__name__}"
         )
     layers = {
         path: [v.node if isinstance(v, fx.Proxy) else v for v in values]

@@ -121,6 +121,12 @@ class JacobianMatching(nn.Module):
     ``torch.inference_mode()`` it evaluates.
     Deterministic where the networks' own operations are.
 
+    Hooks on the student: those of the matcher, of parameters and of tensors fire as ever. Forward hooks
+    and pre-hooks of the modules that a trace keeps whole (torch.nn's layers, and what it cannot trace)
+    fire once a step; those on modules inside such a one, each time that it is run again for its
+    derivatives. Raises: a hook that replaces what it sees, a backward hook, and any hook on a module
+    that is traced through (a container, the student itself).
+
     Raises :class:`fastjac.errors.FastjacError` for bad input, and for a network that the engine cannot
     trace, naming the place.
     """

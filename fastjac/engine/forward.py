@@ -12,7 +12,7 @@ from fastjac.engine.record import Record
 from fastjac.engine.rules import rules_for
 from fastjac.errors import FastjacError
 from fastjac.features import check_logits, overwritten
-from fastjac.graph import Network, Program, active, describe, writes_in_place
+from fastjac.graph import Network, Program, active, describe, refuse_hooks, writes_in_place
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Tape:
 
 def forward(network: Network, x: Tensor, layer: str | None, batch_stats: str) -> Tape:
     """Run the network on ``x`` as PyTorch would, under its autograd if that is enabled."""
+    refuse_hooks(network.model, f"the {type(network.model).__name__}")
     program = network.program(layer)
     target = program.find(layer)
     leading = program.leading_to(target)
@@ -87,7 +88,9 @@ def _recorded(
     }
     named = any(not varying.isdisjoint(_nodes(v)) for v in node.kwargs.values())
     rules = program.rules[node]
-    rule = next(r for r in rules if r is rules[-1] or (not named and r.accepts(args, kwargs, positions)))
+    rule = next(
+        r for r in rules if r is rules[-1] or (not named and r.accepts(args, kwargs, positions))
+    )
     record = Record(node, rule, batch_stats, torch.is_grad_enabled())
     record.varying = sorted(positions)
     record.inputs = tuple(node.args[i] for i in record.varying if isinstance(node.args[i], fx.Node))
