@@ -75,7 +75,9 @@ def network(name: str, classes: int) -> Any:
 class Contender:
     """One way of taking the step, on its own copies of the networks."""
 
-    def __init__(self, name: str, config: Configuration, layout: str, device: str, amp: bool) -> None:
+    def __init__(
+        self, name: str, config: Configuration, layout: str, device: str, amp: bool
+    ) -> None:
         import torch
 
         import fastjac
@@ -186,7 +188,7 @@ def time_steps(args: argparse.Namespace, config: Configuration) -> dict[str, Any
             "layout": best[name],
             "median_s": statistics.median(own),
             "quantiles_s": [low, high],
-            "ratio": statistics.median(a / b for a, b in zip(own, plain)),
+            "ratio": statistics.median(a / b for a, b in zip(own, plain, strict=True)),
             "seconds": {layout: seconds[name, layout] for layout in args.layouts},
         }
     return rows
@@ -304,7 +306,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     known = ", ".join(CONFIGURATIONS)
     parser.add_argument("configurations", nargs="*", help=f"of: {known}; none: all")
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes, for the configurations' own")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="batch sizes, for the configurations' own"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)

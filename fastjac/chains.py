@@ -188,7 +188,9 @@ def _sole_reader(node: fx.Node, keep: fx.Node | None) -> fx.Node | None:
 
 def _adds(node: fx.Node) -> bool:
     both = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
-    return node.target in _ADDITIONS and both and not node.kwargs and node.args[0] is not node.args[1]
+    return (
+        node.target in _ADDITIONS and both and not node.kwargs and node.args[0] is not node.args[1]
+    )
 
 
 def _activation(node: fx.Node, root: nn.Module) -> tuple[str, float] | None:

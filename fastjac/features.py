@@ -57,7 +57,9 @@ def forward_with_features(
     finally:
         handle.remove()
     if len(caught) != 1:
-        raise FastjacError(f"layer {layer!r} runs {len(caught)} times in one forward; expected once")
+        raise FastjacError(
+            f"layer {layer!r} runs {len(caught)} times in one forward; expected once"
+        )
     features, version = caught[0]
     if not features.is_inference() and features._version != version:
         raise overwritten(layer)

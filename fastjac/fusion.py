@@ -51,4 +51,3 @@ class FusedModel(nn.Module):
         """The model that was fused, with the parameters it has now."""
         self.network.model.training = self.training
         return self.network.model
-

@@ -149,7 +149,9 @@ def forward_and_jacobian(
         else:
             position = (place or target.position)(features)
             phi = target.scalar(differentiated[1], position)
-        (jacobian,) = torch.autograd.grad(phi.sum(), leaf, create_graph=create_graph, retain_graph=graph)
+        (jacobian,) = torch.autograd.grad(
+            phi.sum(), leaf, create_graph=create_graph, retain_graph=graph
+        )
     if not graph:
         logits, features = logits.detach(), None if features is None else features.detach()
     return logits, features, jacobian

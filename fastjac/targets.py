@@ -53,7 +53,11 @@ class LabelLogit:
             raise FastjacError(
                 f"labels y are on {y.device}; the model's logits are on {logits.device}"
             )
-        if y.device.type == "cpu" and len(y) and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
+        if (
+            y.device.type == "cpu"
+            and len(y)
+            and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]
+        ):
             raise FastjacError(
                 f"labels y: expected 0 to {logits.shape[1] - 1}, "
                 f"got {int(y.min())} to {int(y.max())}"
@@ -89,7 +93,9 @@ class AttentionWindow:
         if self.power != 1 and self.power < 2:
             raise FastjacError(f"AttentionWindow: power must be 1 or at least 2; got {self.power}")
         if self.anchor not in ("teacher", "own"):
-            raise FastjacError(f"AttentionWindow: anchor is 'teacher' or 'own'; got {self.anchor!r}")
+            raise FastjacError(
+                f"AttentionWindow: anchor is 'teacher' or 'own'; got {self.anchor!r}"
+            )
 
     def for_teacher(self) -> AttentionWindow:
         """The same target on the teacher's layer."""
@@ -127,7 +133,9 @@ class AttentionWindow:
     def scalar(self, features: Tensor, position: Tensor) -> Tensor:
         """phi, ``[B]``, from the features and a position ``[B, 2]``."""
         pooled = self.pooled(features)
-        return pooled.flatten(1).gather(1, (position[:, :1] * pooled.shape[2] + position[:, 1:]))[:, 0]
+        return pooled.flatten(1).gather(1, (position[:, :1] * pooled.shape[2] + position[:, 1:]))[
+            :, 0
+        ]
 
     def transfer(self, position: Tensor, source: Tensor, destination: Tensor) -> Tensor:
         """``position`` on the map ``source``, as a position on the map ``destination``.
@@ -138,7 +146,9 @@ class AttentionWindow:
             return position
         k_from, k_to = self.side(source), self.side(destination)
         axes = []
-        for axis, (n_from, n_to) in enumerate(zip(source.shape[2:], destination.shape[2:])):
+        for axis, (n_from, n_to) in enumerate(
+            zip(source.shape[2:], destination.shape[2:], strict=True)
+        ):
             twice_centre = (2 * position[:, axis] + k_from) * n_to  # in units of 1 / n_from
             start = (twice_centre - k_to * n_from).div(2 * n_from, rounding_mode="floor")
             axes.append(start.clamp(0, n_to - k_to))

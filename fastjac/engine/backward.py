@@ -27,7 +27,7 @@ def _first_order(name: str) -> None:
 
 
 class Deliver(torch.autograd.Function):
-    """The loss unchanged; its backward hands ``gradient``, or what ``spread`` makes of it, to ``tensor``."""
+    """The loss unchanged; its backward gives ``tensor`` the ``gradient``, or ``spread(gradient)``."""
 
     @staticmethod
     def forward(

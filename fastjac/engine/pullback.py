@@ -106,7 +106,9 @@ def _seed(
     z = tape.features.detach()
     k = target.side(z)
     window = Region.window(k)
-    crops = Crops(position, (z.shape[2] - k + 1, z.shape[3] - k + 1)) if frame is None else frame.crops
+    crops = (
+        Crops(position, (z.shape[2] - k + 1, z.shape[3] - k + 1)) if frame is None else frame.crops
+    )
     values = crops.gather(z, window)
     scale = 1 / (z.shape[1] * k * k)
     slope, bend = target.slope(values) * scale, target.bend(values) * scale
@@ -157,7 +159,7 @@ def _regions(
         if record.size is None:
             raise record.not_local("its output is not a feature map")
         record.edge_regions = record.rule.edges(record, regions[node])
-        for source, edge in zip(record.inputs, record.edge_regions):
+        for source, edge in zip(record.inputs, record.edge_regions, strict=True):
             try:
                 regions[source] = edge.hull(regions[source]) if source in regions else edge
             except ValueError as err:
@@ -168,7 +170,7 @@ def _regions(
 def _taken_apart(records: dict[fx.Node, Record]) -> dict[fx.Node, Record]:
     """Records of single operations, as crops have them."""
     single: dict[fx.Node, Record] = {}
-    for node, record in records.items():
+    for record in records.values():
         single.update(record.rule.parts(record))
     return single
 
@@ -200,9 +202,7 @@ def _link(records: dict[fx.Node, Record]) -> None:
             record.sole_reader = readers[node][0]
 
 
-def _down(
-    tape: Tape, records: dict[fx.Node, Record], seed: Tensor, frame: Frame | None
-) -> Tensor:
+def _down(tape: Tape, records: dict[fx.Node, Record], seed: Tensor, frame: Frame | None) -> Tensor:
     deltas: dict[fx.Node, Any] = {tape.target: seed}
     for node, record in list(reversed(records.items())):
         delta = deltas.pop(node, None)
@@ -217,7 +217,7 @@ def _down(
             del records[node]
         elif rule.needs_delta(record) and not _recomputes(record):
             record.delta = delta
-        for i, (source, cotangent) in enumerate(zip(record.inputs, cotangents)):
+        for i, (source, cotangent) in enumerate(zip(record.inputs, cotangents, strict=True)):
             if frame is not None:
                 cotangent = frame.write(source, record.edge_regions[i], cotangent)
             deltas[source] = _plus(deltas.get(source), cotangent)
@@ -240,5 +240,5 @@ def _plus(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, list):
-        return [_plus(x, y) for x, y in zip(a, b)]
+        return [_plus(x, y) for x, y in zip(a, b, strict=True)]
     return a + b

@@ -43,7 +43,7 @@ def _up(tape: Tape, pulled: Pulled, v: Tensor, sink: Sink) -> Any:
         record = records.pop(node)
         given = [tangents[source] for source in record.inputs]
         if frame is not None:
-            edges = zip(record.inputs, record.edge_regions, given)
+            edges = zip(record.inputs, record.edge_regions, given, strict=True)
             given = [frame.read(source, edge, tangent) for source, edge, tangent in edges]
         tangent = record.rule.pushforward(record, given, _delta(record), sink)
         if frame is not None:

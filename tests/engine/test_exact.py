@@ -158,6 +158,7 @@ GLOBAL |= {"instance norm", "local response", "same padding", "reflected padding
 GLOBAL |= {"bilinear", "pixel shuffle", "PReLU", "GLU", "alpha dropout", "leaky, rising both ways"}
 GLOBAL |= {"branches"}
 
+
 @pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
 @pytest.mark.parametrize("case", CASES)
 def test_operations_dense(case, batch_stats):
@@ -182,7 +183,7 @@ def test_operations_without_crops_are_named(case):
     matcher = fastjac.JacobianMatching(
         student, teacher, AttentionWindow("last", window=0.3), strategy="local"
     )
-    with pytest.raises(fastjac.FastjacError, match="strategy='local' needs .* global: .*middle"):
+    with pytest.raises(fastjac.FastjacError, match=r"strategy='local' needs .* global: .*middle"):
         matcher(*batch(2, 16, 14))
 
 
@@ -217,7 +218,7 @@ def test_float32(target, batch_stats, native, monkeypatch):
         )
         return total**0.5
 
-    assert 0 < error(naive)
+    assert error(naive) > 0
     assert error(ours) <= 2 * error(naive)
 
 

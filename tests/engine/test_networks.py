@@ -41,7 +41,6 @@ TORCHVISION = [
 ]
 TIMM = [
     ("resnet18", "layer2", 48),
-    ("vgg11_bn", "features.3", 32),
     ("mobilenetv3_small_050", "blocks.1", 48),
     ("efficientnet_b0", "blocks.1", 32),
     ("convnext_atto", "stages.1", 32),
@@ -70,3 +69,14 @@ def test_torchvision(name, layer, size):
 def test_timm(name, layer, size):
     timm = pytest.importorskip("timm")
     check(lambda: timm.create_model(name, num_classes=5), layer, size)
+
+
+def test_timm_vgg():
+    """Its head chooses by the map's size, which no trace can follow: that module is one node."""
+    vgg = pytest.importorskip("timm.models.vgg")
+    plan = [8, "M", 12, 12, "M"]
+    check(
+        lambda: vgg.VGG(plan, num_classes=5, mlp_ratio=1 / 128, norm_layer=nn.BatchNorm2d),
+        "features.3",
+        32,
+    )

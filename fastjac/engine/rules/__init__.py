@@ -38,6 +38,7 @@ __all__ = ["GENERIC", "Rule", "rules_for"]
 
 GENERIC = Generic()
 
+
 def _gate(kind: str, slope: float = 0.0) -> Rule:
     return Gate(PIECEWISE[kind].gate(slope))
 
@@ -64,7 +65,7 @@ def _convolution_module(module: nn.modules.conv._ConvNd) -> Rule:
     if padding == "valid":
         padding = [0] * axes
     if padding == "same":
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         if any(t % 2 for t in total):
             return GENERIC
         padding = [t // 2 for t in total]
@@ -75,7 +76,7 @@ def _convolution_module(module: nn.modules.conv._ConvNd) -> Rule:
 
 
 def _convolution_function(axes: int) -> Callable[[fx.Node], Rule]:
-    def bind(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # noqa: ANN001, ANN202
+    def bind(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         return weight, *(_tuple(v, axes) for v in (stride, padding, dilation)), groups
 
     def rule(node: fx.Node) -> Rule:
@@ -85,17 +86,19 @@ def _convolution_function(axes: int) -> Callable[[fx.Node], Rule]:
     return rule
 
 
-def _max_pool(kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):  # noqa: ANN001, ANN202
+def _max_pool(
+    kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
     return kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode
 
 
-def _avg_pool(  # noqa: ANN202
-    kernel_size,  # noqa: ANN001
-    stride=None,  # noqa: ANN001
-    padding=0,  # noqa: ANN001
-    ceil_mode=False,  # noqa: ANN001
-    count_include_pad=True,  # noqa: ANN001
-    divisor_override=None,  # noqa: ANN001
+def _avg_pool(
+    kernel_size,
+    stride=None,
+    padding=0,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
 ):
     stride = kernel_size if stride is None else stride
     return kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
@@ -114,7 +117,7 @@ def _avg_pool_module(m: nn.AvgPool2d) -> Rule:
 
 
 def _dropout(function: Callable[..., Tensor]) -> Callable[[fx.Node], Rule]:
-    def bind(x, p=0.5, training=True, inplace=False):  # noqa: ANN001, ANN202
+    def bind(x, p=0.5, training=True, inplace=False):
         return p, training
 
     return lambda node: Dropout(function, bind)
@@ -156,14 +159,14 @@ def _always(rule: Rule) -> Callable[[fx.Node], Rule]:
 
 
 def _hardtanh(node: fx.Node) -> Rule:
-    def limits(x, min_val=-1.0, max_val=1.0, inplace=False):  # noqa: ANN001, ANN202
+    def limits(x, min_val=-1.0, max_val=1.0, inplace=False):
         return min_val, max_val
 
     return _clipped(*limits(*node.args, **node.kwargs))
 
 
 def _leaky_relu(node: fx.Node) -> Rule:
-    def slope(x, negative_slope=0.01, inplace=False):  # noqa: ANN001, ANN202
+    def slope(x, negative_slope=0.01, inplace=False):
         return negative_slope
 
     return _leaky(slope(*node.args, **node.kwargs))

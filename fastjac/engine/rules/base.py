@@ -26,7 +26,11 @@ class Rule:
         return varying == {0}
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run the node as PyTorch does, keeping what the passes need."""
         return call(*args, **kwargs)

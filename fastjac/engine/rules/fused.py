@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fastjac.chains import Chain
-from fastjac.engine.crops import Crops, Recomputed
+from fastjac.engine.crops import Recomputed
 from fastjac.engine.record import Record, Sink, compute_type
 from fastjac.engine.rules.base import Rule
 from fastjac.engine.rules.layers import BatchNorm
@@ -20,7 +20,11 @@ from fastjac.engine.rules.pointwise import PIECEWISE, Gate, Sum
 from fastjac.engine.rules.pools import MaxPool2d
 from fastjac.ops import norm_act_pool_backward, norm_act_pool_pushforward
 
-_POOLS = {"2x2": (2, 2, 0, 1, False), "3x3": (3, 2, 1, 1, False), "3x3-unpadded": (3, 2, 0, 1, False)}
+_POOLS = {
+    "2x2": (2, 2, 0, 1, False),
+    "3x3": (3, 2, 1, 1, False),
+    "3x3-unpadded": (3, 2, 0, 1, False),
+}
 
 
 class Fused(Rule):
@@ -33,7 +37,11 @@ class Fused(Rule):
         return 1 in varying
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         residual, u = args[:2]
         y, record.mean, record.invstd, *record.slots, bound = self.chain.run(*args, **kwargs)
@@ -129,7 +137,9 @@ class Fused(Rule):
         found[record.node] = found.pop(last)
         return found
 
-    def _part(self, record: Record, node: fx.Node, rule: Rule, inputs: tuple[fx.Node, ...]) -> Record:
+    def _part(
+        self, record: Record, node: fx.Node, rule: Rule, inputs: tuple[fx.Node, ...]
+    ) -> Record:
         part = Record(node, rule, record.batch_stats, record.differentiable)
         part.inputs, part.size = inputs, tuple(record.u.shape[2:])
         part.output_dtype = record.output_dtype

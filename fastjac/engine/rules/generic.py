@@ -44,7 +44,11 @@ class Generic(Rule):
         return True
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         given = record.values_in
         record.inputs = tuple(n for n in record.node.all_input_nodes if n in record.varying_nodes)
@@ -62,7 +66,7 @@ class Generic(Rule):
                 "batch_stats='frozen' is unsupported there: use batch_stats='batch' or "
                 "strategy='autograd'"
             )
-        drew = any(not torch.equal(a, b) for a, b in zip(state, random_state(first)))
+        drew = any(not torch.equal(a, b) for a, b in zip(state, random_state(first), strict=True))
         record.random = (first, state) if drew else None
         return y
 
@@ -71,7 +75,9 @@ class Generic(Rule):
 
     def _again(self, record: Record, values: list[Any]) -> list[Tensor | None]:
         """Run the node on ``values``; its outputs, flat, None where one carries no derivative."""
-        args, kwargs = _arguments(record, {**record.constants, **dict(zip(record.inputs, values))})
+        args, kwargs = _arguments(
+            record, {**record.constants, **dict(zip(record.inputs, values, strict=True))}
+        )
         if record.random is None:
             out = self._run(record, args, kwargs)
         else:
@@ -97,7 +103,7 @@ class Generic(Rule):
         with torch.enable_grad(), fwAD.dual_level():
             leaves = [_leaf(v) for v in record.values]
             flat = _flat(leaves)
-            duals = [fwAD.make_dual(x, t) for x, t in zip(flat, _flat(tangents))]
+            duals = [fwAD.make_dual(x, t) for x, t in zip(flat, _flat(tangents), strict=True)]
             given = iter(duals)
             try:
                 outputs = self._again(record, [_like(leaf, given) for leaf in leaves])
@@ -111,7 +117,7 @@ class Generic(Rule):
                 ) from err
         out = [
             None if y is None else torch.zeros_like(y) if t is None else t.detach()
-            for y, t in zip(outputs, pushed)
+            for y, t in zip(outputs, pushed, strict=True)
         ]
         return out if isinstance(delta, list | tuple) else out[0]
 
@@ -130,10 +136,10 @@ class Generic(Rule):
             constants += record.module.parameters()
         constants = [t for t in constants if t.requires_grad]
         grads = self._gradients_of_tangent(flat, duals, constants, outputs, pushed, _flat(delta))
-        for tensor, grad in zip(_flat(record.graphs), grads):
+        for tensor, grad in zip(_flat(record.graphs), grads, strict=False):
             if grad is not None:
                 record.curve(sink, tensor, grad)
-        for tensor, grad in zip(constants, grads[len(flat) :]):
+        for tensor, grad in zip(constants, grads[len(flat) :], strict=True):
             if grad is not None:
                 sink.add(tensor, grad)
 
@@ -187,7 +193,11 @@ class Pick(Rule):
         return varying == {0} and isinstance(args[0], tuple | list) and isinstance(args[1], int)
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         record.length, record.at = len(args[0]), args[1] % len(args[0])
         return call(*args, **kwargs)
@@ -238,7 +248,7 @@ def _pairs(values: list[Tensor | None], deltas: list[Any]) -> list[tuple[Tensor,
     """Those values that have a graph and a cotangent, with it."""
     return [
         (y, d)
-        for y, d in zip(values, deltas)
+        for y, d in zip(values, deltas, strict=True)
         if y is not None and d is not None and y.requires_grad
     ]
 
@@ -249,8 +259,8 @@ def _gradients(
     """The gradients of sum <y, d> with respect to ``inputs``; zeros, or None, where there is none."""
     grads: tuple[Tensor | None, ...] = (None,) * len(inputs)
     if pairs and inputs:
-        outputs, deltas = zip(*pairs)
+        outputs, deltas = zip(*pairs, strict=True)
         grads = torch.autograd.grad(outputs, inputs, deltas, allow_unused=True)
     if allow_none:
         return list(grads)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]

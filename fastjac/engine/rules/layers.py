@@ -25,7 +25,11 @@ class Convolution(Rule):
         self.bind = bind
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         record.weight, *geometry = self.bind(*args, **kwargs)
         record.stride, record.padding, record.dilation, record.groups = geometry
@@ -85,7 +89,7 @@ class Convolution(Rule):
         kernel = record.weight.shape[2:]
         if len(kernel) != 2:
             raise record.not_local(f"a convolution over {len(kernel)} axes has no crops")
-        sizes = zip(kernel, record.stride, record.padding, record.dilation)
+        sizes = zip(kernel, record.stride, record.padding, record.dilation, strict=True)
         rows, cols = (Window(*size) for size in sizes)
         return rows, cols
 
@@ -104,7 +108,11 @@ class Linear(Rule):
         self.bind = bind
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         record.weight = self.bind(*args, **kwargs)
         record.input_dtype = args[0].dtype
@@ -139,7 +147,11 @@ class BatchNorm(Pointwise):
         self.arguments = arguments
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         u = args[0]
         mean, var, weight, bias, training, momentum, eps = self.arguments(*args, **kwargs)

@@ -59,7 +59,11 @@ class Gate(Pointwise):
         self.gate = gate
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         y = call(*args, **kwargs)
         record.y = record.keep(y.detach())
@@ -87,7 +91,11 @@ class Sum(Pointwise):
         return varying <= {0, 1} and len(args) == 2 and set(kwargs) <= {"alpha"}
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         factors = (1, self.sign * kwargs.get("alpha", 1))
         record.terms = [(factors[i], args[i].shape) for i in record.varying]
@@ -97,10 +105,13 @@ class Sum(Pointwise):
 
     def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
         summed = [delta if f == 1 else delta * f for f, _ in record.terms]
-        return [s if s.shape == shape else s.sum_to_size(shape) for s, (_, shape) in zip(summed, record.terms)]
+        return [
+            s if s.shape == shape else s.sum_to_size(shape)
+            for s, (_, shape) in zip(summed, record.terms, strict=True)
+        ]
 
     def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
-        scaled = [t if f == 1 else t * f for t, (f, _) in zip(tangents, record.terms)]
+        scaled = [t if f == 1 else t * f for t, (f, _) in zip(tangents, record.terms, strict=True)]
         out = scaled[0] if len(scaled) == 1 else scaled[0] + scaled[1]
         return out if out.shape == record.shape else out.expand(record.shape)
 
@@ -139,7 +150,11 @@ class Scale(Pointwise):
         return isinstance(other, Tensor | int | float)
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         (at,) = record.varying
         record.shape, record.factor = args[at].shape, args[1 - at]
@@ -179,7 +194,11 @@ class Product(Pointwise):
         return len(args) == 2 and not kwargs and varying == {0, 1}
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         record.graphs = args
         record.values = tuple(record.keep(a.detach()) for a in args)
@@ -196,7 +215,9 @@ class Product(Pointwise):
         self, record: Record, tangents: list[Tensor], delta: Tensor, sink: Sink
     ) -> Tensor:
         (a, b), (da, db) = record.values, tangents
-        for graph, cotangent, like in zip(record.graphs, (delta * db, delta * da), (a, b)):
+        for graph, cotangent, like in zip(
+            record.graphs, (delta * db, delta * da), (a, b), strict=True
+        ):
             record.curve(sink, graph, cotangent.sum_to_size(like.shape))
         return torch.addcmul(da * b, a, db)
 
@@ -221,18 +242,25 @@ class Concatenation(Pointwise):
         return varying == {0} and all(isinstance(a, Tensor) for a in args[0])
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         y = call(*args, **kwargs)
         record.dim = _dimension(*args, **kwargs) % y.dim()
         nodes = record.node.args[0] if record.node.args else record.node.kwargs["tensors"]
-        record.parts = [(n if n in record.varying_nodes else None, t.shape) for n, t in zip(nodes, args[0])]
+        record.parts = [
+            (n if n in record.varying_nodes else None, t.shape)
+            for n, t in zip(nodes, args[0], strict=True)
+        ]
         record.inputs = tuple(n for n, _ in record.parts if n is not None)
         return y
 
     def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
         pieces = delta.split([shape[record.dim] for _, shape in record.parts], record.dim)
-        return [p for p, (node, _) in zip(pieces, record.parts) if node is not None]
+        return [p for p, (node, _) in zip(pieces, record.parts, strict=True) if node is not None]
 
     def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
         given = iter(tangents)
@@ -255,11 +283,17 @@ class Concatenation(Pointwise):
 class Dropout(Pointwise):
     """y = x * noise: the noise is drawn once, and is the same in every pass."""
 
-    def __init__(self, function: Callable[..., Tensor], bind: Callable[..., tuple[float, bool]]) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], bind: Callable[..., tuple[float, bool]]
+    ) -> None:
         self.function, self.bind = function, bind
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         p, training = self.bind(*args, **kwargs)
         record.noise = None

@@ -27,7 +27,11 @@ class MaxPool2d(Rule):
         return varying == {0} and args[0].dim() == 4 and not kwargs.get("return_indices", False)
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         record.geometry = self.bind(*args, **kwargs)
         y, indices = F.max_pool2d(args[0], *record.geometry, return_indices=True)
@@ -37,9 +41,7 @@ class MaxPool2d(Rule):
     def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
         delta = delta.contiguous(memory_format=_layout(record.x))
         return [
-            aten.max_pool2d_with_indices_backward(
-                delta, record.x, *record.geometry, record.indices
-            )
+            aten.max_pool2d_with_indices_backward(delta, record.x, *record.geometry, record.indices)
         ]
 
     def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
@@ -51,7 +53,7 @@ class MaxPool2d(Rule):
     def windows(self, record: Record) -> Windows:
         """The window of each axis."""
         sizes = (_pair(g) for g in record.geometry[:4])
-        rows, cols = (Window(*size) for size in zip(*sizes))
+        rows, cols = (Window(*size) for size in zip(*sizes, strict=True))
         return rows, cols
 
     def edges(self, record: Record, region: Region) -> Edges:
@@ -77,7 +79,11 @@ class AvgPool2d(Rule):
         return varying == {0} and args[0].dim() == 4
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         record.geometry = self.bind(*args, **kwargs)
         record.shape, record.scale = args[0].shape, None
@@ -98,7 +104,7 @@ class AvgPool2d(Rule):
     def windows(self, record: Record) -> Windows:
         """The window of each axis."""
         sizes = (_pair(g) for g in record.geometry[:3])
-        rows, cols = (Window(*size) for size in zip(*sizes))
+        rows, cols = (Window(*size) for size in zip(*sizes, strict=True))
         return rows, cols
 
     def edges(self, record: Record, region: Region) -> Edges:
@@ -122,7 +128,11 @@ class Map(Rule):
     """A linear map without parameters: flatten, permute, mean, adaptive average pool, a slice."""
 
     def forward(
-        self, record: Record, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        record: Record,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         record.shape, record.strides = args[0].shape, args[0].stride()
         record.map = lambda x: record.raw(x, *args[1:], **kwargs)
