@@ -31,4 +31,9 @@ STABLE_TORCH_LIBRARY(fastjac, m) {
       "window_crop(Tensor x, Tensor start, int height, int width, float fill, bool adjoint) "
       "-> Tensor crop"
   );
+  m.def("attention_window(Tensor features, int k, float power) -> (Tensor position, Tensor value)");
+  m.def(
+      "attention_window_slope(Tensor features, Tensor position, int k, float power) "
+      "-> (Tensor slope, Tensor bend)"
+  );
 }

@@ -14,17 +14,13 @@
 
 #include "../common/window_crop.h"
 #include "launch.h"
+#include "scalar.cuh"
 
 namespace fastjac::window_crop {
 
 constexpr int kThreads = 256;
 constexpr int64_t kVectorsPerThread = 4; // loads in flight
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1; // of a grid
-
-template <typename T, int kVector>
-struct alignas(sizeof(T) * kVector) Vector {
-  T x[kVector];
-};
 
 // How a grid covers the output: block `plane * strips + strip` has the plane's rows
 // [strip * strip_rows, ...).
@@ -58,7 +54,7 @@ __device__ inline void gather(
       Vector<T, kVector> z;
       if constexpr (kWholeLoads) { // a vector lies inside or outside as a whole
         if (in_map && first + i >= 0 && first + i < source_length) {
-          z = *reinterpret_cast<const Vector<T, kVector>*>(from + first + i);
+          z = load_vector<kVector>(from + first + i);
         } else {
 #pragma unroll
           for (int k = 0; k < kVector; ++k) z.x[k] = fill;
@@ -86,9 +82,8 @@ __global__ void __launch_bounds__(kThreads) copy_crop(
     T* __restrict__ out // [batch, planes, rows, width, unit]
 ) {
   gather<kVector, kWholeLoads>(
-      g, s, source, start, fill, [=](int64_t i, const Vector<T, kVector>& z) {
-        *reinterpret_cast<Vector<T, kVector>*>(out + i) = z;
-      }
+      g, s, source, start, fill,
+      [=](int64_t i, const Vector<T, kVector>& z) { store_vector<kVector>(out + i, z); }
   );
 }
 

@@ -1,5 +1,11 @@
 """The native operators, each with its PyTorch reference."""
 
+from fastjac.ops.attention_window import (
+    attention_window,
+    attention_window_ref,
+    attention_window_slope,
+    attention_window_slope_ref,
+)
 from fastjac.ops.jacobian_match import jacobian_match, jacobian_match_ref
 from fastjac.ops.norm_act_pool import (
     NormActPool,
@@ -21,6 +27,10 @@ from fastjac.ops.window_crop import (
 
 __all__ = [
     "NormActPool",
+    "attention_window",
+    "attention_window_ref",
+    "attention_window_slope",
+    "attention_window_slope_ref",
     "channel_statistics",
     "channel_statistics_ref",
     "jacobian_match",
