@@ -1,5 +1,6 @@
 # make demo    few-shot distillation on the embedded data set, from nothing to a table
 # make test    the whole test suite
+# make wheel   dist/fastjac-*.whl: no PyTorch inside, for every later PyTorch and Python
 # make lint    ruff, and clang-format for C++ and CUDA
 # make format  what `make lint` would change
 # make bench   every benchmark of the operators
@@ -12,6 +13,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+PACKAGE := $(shell find fastjac -name '*.py' -o -name '*.yaml')
 FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
 # The pinned versions of the `dev` extra.
 LINTERS := $(shell grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
@@ -20,7 +22,7 @@ BENCH_OPTIONS := --benchmark-enable --benchmark-only --benchmark-quiet
 # An allocator that keeps its pages: else a CPU's page faults are timed, not its arithmetic.
 KEEP_PAGES := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test wheel lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,6 +30,8 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
+
+wheel: dist/.built
 
 bench: $(VENV)/.installed
 	$(PY) -m pytest benchmarks $(BENCH_OPTIONS)
@@ -58,7 +62,16 @@ $(VENV)/.torch: | $(PY)
 	$(PIP) install torch torchvision 'setuptools>=77' ninja
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+# The log says what each kernel takes of each device, for the tests. It is kept: a later build
+# compiles only what has changed.
+dist/.built: $(VENV)/.torch pyproject.toml setup.py $(CSRC) $(PACKAGE)
+	rm -rf dist build/lib* && mkdir -p build
+	NVCC_APPEND_FLAGS=-Xptxas=-v $(PIP) wheel -vv --no-build-isolation --no-deps -w dist . \
+		>> build/wheel.log 2>&1 || { tail -n 50 build/wheel.log; exit 1; }
+	@touch $@
+
+# The wheel first: this compiles nothing then.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC) | dist/.built
 	$(PIP) install --no-build-isolation -e '.[train,test]'
 	$(PY) -m fastjac.info
 	@touch $@

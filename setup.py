@@ -167,7 +167,14 @@ class Package(build_py):
 
 def build_command(cpp_extension):
     class Build(cpp_extension.BuildExtension):
-        """Leaves the libraries in the source tree too, which Python imports if started there."""
+        """Leaves the libraries in the source tree too, which Python imports if started there.
+
+        Objects are kept in one place, so that an editable install compiles nothing that a wheel has.
+        """
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(ROOT.resolve() / "build" / "objects")
 
         def run(self):
             super().run()

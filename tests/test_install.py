@@ -150,19 +150,20 @@ def test_a_device_without_a_kernel_runs_the_reference_and_says_so_once(recwarn):
     assert str(said.message).startswith("some_op runs its PyTorch reference on 'meta' (there is")
 
 
-def test_a_wheel_holds_the_operators_and_no_pytorch(source):
-    name, files, _ = built(source, FASTJAC_CUDA="0")
-    assert re.fullmatch(r"fastjac-[\d.]+-cp310-abi3-\w+\.whl", name)
+def test_cuda_can_be_left_out(source):
+    for kernel in (source / "csrc" / "cpu").glob("*.cpp"):
+        if kernel.name != "isa.cpp":  # test_wheel.py has them all, built once
+            kernel.unlink()
+    name, files, said = built(source, FASTJAC_CUDA="0")
+    assert name.endswith(".whl")
+    assert "-cp310-abi3-" in name
     assert [f for f in files if ".so" in f] == ["fastjac/_cpu.abi3.so"]
-    for path in (source / "fastjac").rglob("*.yaml"):
-        assert str(path.relative_to(source)) in files
-    assert not any(f.startswith(("tests", "benchmarks", "csrc")) for f in files)
+    assert "fastjac: building without CUDA operators: built with FASTJAC_CUDA=0" in said
     record = json.loads((source / "unpacked/fastjac/_build.json").read_text())
     assert record["missing"] == {"cuda": "built with FASTJAC_CUDA=0"}
-
-    assert python(MATCH, source / "unpacked").stderr == ""
     # The source tree has its copy, for Python started there.
-    assert python(MATCH, source).stderr == ""
+    copy = (source / "fastjac/_cpu.abi3.so").read_bytes()
+    assert copy == (source / "unpacked/fastjac/_cpu.abi3.so").read_bytes()
 
 
 def test_without_a_compiler_the_wheel_is_pure(source):
