@@ -19,6 +19,7 @@
 namespace fastjac::window_crop {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksPerProcessor = 3; // 80 registers: on 10.0 and 12.0, 64 are not enough
 constexpr int64_t kVectorsPerThread = 4; // loads in flight
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1; // of a grid
 
@@ -73,7 +74,7 @@ __device__ inline void gather(
 }
 
 template <int kVector, bool kWholeLoads, typename T>
-__global__ void __launch_bounds__(kThreads) copy_crop(
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) copy_crop(
     Crop g,
     Strips s,
     const T* __restrict__ source, // the source's strides
