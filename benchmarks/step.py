@@ -255,7 +255,35 @@ def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[
     for contender in args.contenders:
         got = spawn("memory", config, args, [contender], [layouts[contender]], {})["bytes"]
         result["memory"][contender] = got
+    if args.memory_limit:
+        limit = int(args.memory_limit * 2**30)
+        result["memory_limit"] = limit
+        result["largest_batch"] = {
+            contender: largest_batch(result, contender, limit, args)
+            for contender in args.contenders
+        }
     return result
+
+
+def largest_batch(result: dict[str, Any], name: str, limit: int, args: argparse.Namespace) -> int:
+    """The largest batch whose steps need at most ``limit`` bytes, to 5 %."""
+    fields = {f: result[f] for f in Configuration.__dataclass_fields__}
+    layout = next(iter(result["time"].values()))[name]["layout"]
+
+    def fits(batch: int) -> bool:
+        config = Configuration(**{**fields, "batch": batch})
+        return spawn("memory", config, args, [name], [layout], {})["bytes"] <= limit
+
+    batch = max(1, int(limit / result["memory"][name] * result["batch"]))
+    step = max(1, batch // 20)  # how finely it is found
+    if fits(batch):
+        while fits(batch + step):
+            batch += step
+    else:
+        batch -= step
+        while batch > 0 and not fits(batch):
+            batch -= step
+    return batch
 
 
 def table(result: dict[str, Any]) -> str:
@@ -273,6 +301,9 @@ def table(result: dict[str, Any]) -> str:
             )
         cells.append(f"memory: {memory / 2**20:6.0f} MiB {memory / result['memory'][first]:.2f}x")
         lines.append("  " + " | ".join(cells))
+    if "largest_batch" in result:
+        found = ", ".join(f"{name} {batch}" for name, batch in result["largest_batch"].items())
+        lines.append(f"  largest batch in {result['memory_limit'] / 2**30:g} GiB: {found}")
     return "\n".join(lines)
 
 
@@ -314,6 +345,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="also find the largest batch within it"
+    )
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--worker-config", help=argparse.SUPPRESS)
