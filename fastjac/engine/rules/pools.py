@@ -135,7 +135,8 @@ class Map(Rule):
         kwargs: dict[str, Any],
     ) -> Tensor:
         record.shape, record.strides = args[0].shape, args[0].stride()
-        record.map = lambda x: record.raw(x, *args[1:], **kwargs)
+        raw, rest = record.raw, args[1:]  # the record itself would be a reference cycle
+        record.map = lambda x: raw(x, *rest, **kwargs)
         return call(*args, **kwargs)
 
     def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
