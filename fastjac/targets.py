@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastjac.errors import FastjacError
+from fastjac.ops.attention_window import attention_window
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,11 @@ class AttentionWindow:
         return torch.nn.functional.avg_pool2d(self.magnitude(features).mean(1, True), k, 1)[:, 0]
 
     def position(self, features: Tensor) -> Tensor:
-        """P's argmax, ``[B, 2]`` int64: the first row and column of the window."""
-        with torch.no_grad():
-            pooled = self.pooled(features.detach())
-            flat = pooled.flatten(1).argmax(1)
-            width = pooled.shape[2]
-            return torch.stack([flat.div(width, rounding_mode="floor"), flat % width], 1)
+        """P's argmax, ``[B, 2]`` int64: the first row and column of the window.
+
+        P is summed in float32 or wider here, also for features of less.
+        """
+        return attention_window(features.detach(), self.side(features), self.power)[0]
 
     def scalar(self, features: Tensor, position: Tensor) -> Tensor:
         """phi, ``[B]``, from the features and a position ``[B, 2]``."""
@@ -159,20 +159,6 @@ class AttentionWindow:
         if self.power == 1:
             return z.abs()
         return z.pow(self.power) if self.power % 2 == 0 else z.abs().pow(self.power)
-
-    def slope(self, z: Tensor) -> Tensor:
-        """d ``|z|^power`` / dz."""
-        if self.power == 2:
-            return 2 * z
-        return self.power * z.sign() * z.abs().pow(self.power - 1)
-
-    def bend(self, z: Tensor) -> Tensor:
-        """The second derivative of ``|z|^power``."""
-        if self.power == 1:
-            return torch.zeros_like(z)
-        if self.power == 2:
-            return torch.full_like(z, 2)
-        return self.power * (self.power - 1) * z.abs().pow(self.power - 2)
 
 
 Target = LabelLogit | AttentionWindow

@@ -13,6 +13,7 @@ from fastjac.engine.crops import Crops, narrow, widen
 from fastjac.engine.forward import Tape
 from fastjac.engine.record import NotLocalError, Record
 from fastjac.errors import FastjacError
+from fastjac.ops.attention_window import attention_window_slope
 from fastjac.ops.window_crop import window_crop_adjoint
 from fastjac.support import Region
 from fastjac.targets import AttentionWindow, LabelLogit, Target
@@ -81,7 +82,9 @@ def pullback(
     for record in records.values():
         record.check()
     frame = None
-    if strategy != "dense":
+    if strategy == "local" and isinstance(target, LabelLogit):
+        raise _not_local(NotLocalError("the label's logit"))
+    if strategy != "dense" and isinstance(target, AttentionWindow):
         parts = _taken_apart(records)
         frame = _frame(tape, parts, target, position, strategy)
         records = records if frame is None else parts
@@ -104,38 +107,27 @@ def _seed(
         seed = torch.zeros_like(tape.logits.detach()).scatter_(1, y[:, None], 1)
         return seed, lambda tangent: None
     z = tape.features.detach()
-    k = target.side(z)
-    window = Region.window(k)
-    crops = (
-        Crops(position, (z.shape[2] - k + 1, z.shape[3] - k + 1)) if frame is None else frame.crops
-    )
-    values = crops.gather(z, window)
-    scale = 1 / (z.shape[1] * k * k)
-    slope, bend = target.slope(values) * scale, target.bend(values) * scale
+    slope, bend = attention_window_slope(z, position, target.side(z), target.power)
     if frame is None:
-        slope, bend = (crops.scatter(v, window, z.shape[2:]) for v in (slope, bend))
+        slope, bend = (window_crop_adjoint(v, position, z.shape[2:]) for v in (slope, bend))
     return slope, lambda tangent: bend * tangent
 
 
 def _frame(
     tape: Tape,
     records: dict[fx.Node, Record],
-    target: Target,
-    position: Tensor | None,
+    target: AttentionWindow,
+    position: Tensor,
     strategy: str,
 ) -> Frame | None:
     """The crops that the window sees; None where ``strategy="auto"`` finds maps the better choice."""
     try:
-        if isinstance(target, LabelLogit):
-            raise NotLocalError("the label's logit")
         regions = _regions(tape, records, target)
         if tape.program.input not in regions or len(tape.shape) != 4:
             raise NotLocalError("the input is no image [B, C, H, W]")
     except NotLocalError as reason:
         if strategy == "local":
-            raise FastjacError(
-                f"strategy='local' needs a target with local support; global: {reason}"
-            ) from None
+            raise _not_local(reason) from None
         return None
     height, width = tape.shape[2:]
     region = regions[tape.program.input]
@@ -146,6 +138,10 @@ def _frame(
     sizes = {node: tuple(record.size) for node, record in records.items() if node in regions}
     sizes[tape.program.input] = (height, width)
     return Frame(Crops(position, (h - k + 1, w - k + 1)), regions, sizes)
+
+
+def _not_local(reason: NotLocalError) -> FastjacError:
+    return FastjacError(f"strategy='local' needs a target with local support; global: {reason}")
 
 
 def _regions(
