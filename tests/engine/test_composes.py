@@ -395,3 +395,31 @@ def test_channels_last(target, strategy):
     student.to(memory_format=torch.channels_last)
     x = images().contiguous(memory_format=torch.channels_last)
     assert_same(step(matching(student, target, strategy), x), expected)
+
+
+# Low precision
+
+
+def distance(got: tuple, expected: tuple) -> float:
+    pairs = [(got[0], expected[0])] + [(got[1][k], expected[1][k]) for k in expected[1]]
+    off = sum((a.double() - b).square().sum() for a, b in pairs)
+    return float((off / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@EVERY
+def test_autocast_errs_at_most_twice_as_much_as_autograd(target, strategy, training):
+    ours, theirs = [], []
+    for seed in range(4):
+        student, x = network(seed, width=6).train(training), images(seed)
+        exact = reference(student, target, x)
+        for errors, by in ((ours, strategy), (theirs, "autograd")):
+            matcher = matching(copy.deepcopy(student).float(), target, by)
+            matcher.teacher.float()
+            with torch.autocast("cpu", torch.bfloat16):
+                got = step(matcher, x.float())
+            assert all(g.dtype == torch.float32 for g in got[1].values())
+            errors.append(distance(got, exact))
+    assert sum(theirs) > 1e-4
+    assert sum(ours) <= 2 * sum(theirs)
+    assert max(ours) < 0.5
