@@ -243,9 +243,8 @@ def trace(model: nn.Module) -> Program:
         )
     output = next(n for n in graph.nodes if n.op == "output").args[0]
     if not isinstance(output, fx.Node):
-        raise FastjacError(
-            f"{type(model).__name__} must return one tensor of logits; got {type(output).__name__}"
-        )
+        kind = type(output).__name__.removeprefix("immutable_")  # torch.fx's own dict and list
+        raise FastjacError(f"{type(model).__name__} must return one tensor of logits; got {kind}")
     layers = {
         path: [v.node if isinstance(v, fx.Proxy) else v for v in values]
         for path, values in tracer.outputs.items()

@@ -187,13 +187,18 @@ class Twice(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
         self.unused = nn.Conv2d(3, 3, 3)
-        self.aside = nn.Conv2d(3, 3, 3)
+        self.aside = nn.Sequential(nn.Conv2d(3, 3, 3), Negative())
         self.pair = Pair()
         self.head = nn.Linear(3, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         self.aside(x)
         return self.head(self.pair(self.conv(self.conv(x)))[0].mean((2, 3)))
+
+
+class Negative(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x
 
 
 class Pair(nn.Module):
@@ -338,7 +343,7 @@ class Constant(nn.Module):
     ("student", "message"),
     [
         (TwoInputs(), "TwoInputs.forward takes 2 inputs; expected one, x"),
-        (NoTensor(), "NoTensor must return one tensor of logits; got dict"),
+        (NoTensor(), "NoTensor must return one tensor of logits; got dict$"),
         (Constant(), "expand .* does not depend on the input"),
         (
             nn.Conv2d(3, 3, 3).double(),
