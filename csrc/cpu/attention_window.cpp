@@ -3,8 +3,8 @@
 // attention_window: the threads share blocks of pixels, and leave the attention map A [B, h, w];
 // then they share the samples, whose windows are summed over rows, then over columns, with no
 // running sum: no rounding is carried from one window to the next, and a NaN stays in its windows.
-// attention_window_slope: the threads share the window's rows; a row is gathered, and turned into
-// slope and bend while it is in the cache.
+// attention_window_slope: the threads share the window's rows; a few are gathered, and turned
+// into slope and bend while they are in the cache.
 //
 // Must move the features, once. A pixel's and a window's sums are added up in an order that depends
 // on C and k alone, so the bits do not depend on the number of threads.
@@ -75,7 +75,9 @@ inline void interleaved_means(
     acc_t sums[kLanes] = {};
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) sums[lane] += f(static_cast<acc_t>(z[c + lane]));
+      acc_t x[kLanes]; // converted apart, or half types are not vectorised
+      for (int lane = 0; lane < kLanes; ++lane) x[lane] = static_cast<acc_t>(z[c + lane]);
+      for (int lane = 0; lane < kLanes; ++lane) sums[lane] += f(x[lane]);
     }
     for (int lane = 0; c < channels; ++c, ++lane) sums[lane] += f(static_cast<acc_t>(z[c]));
     for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -159,9 +161,9 @@ void find(
   );
 }
 
-// slope holds the features, and gets the slope.
+// slope [n] holds the features, and gets the slope.
 template <typename scalar_t, bool kSquare, typename acc_t>
-void differentiate_row(
+void differentiate_in_place(
     const Magnitude<kSquare, acc_t>& magnitude,
     acc_t scale,
     int64_t n,
@@ -193,14 +195,17 @@ void differentiate(
   auto* bends = static_cast<scalar_t*>(bend.mutable_data_ptr()); // likewise
   const Magnitude<kSquare, acc_t> magnitude{static_cast<acc_t>(power)};
   const auto scale = static_cast<acc_t>(1.0 / (features.size(1) * crop.rows * crop.width));
+  const int64_t length = crop.length(), rows = std::max<int64_t>(1, kBlock / length);
   torch::stable::parallel_for(
-      0, crop.batch * crop.planes * crop.rows, std::max<int64_t>(1, kGrain / crop.length()),
+      0, crop.batch * crop.planes * crop.rows, std::max<int64_t>(1, kGrain / length),
       [&](int64_t begin, int64_t end) {
-        window_crop::gather_rows(
-            crop, z, starts, scalar_t(0), slopes, begin, end, [&](scalar_t* row, int64_t length) {
-              differentiate_row(magnitude, scale, length, row, bends + (row - slopes));
-            }
-        );
+        for (int64_t row = begin; row < end; row += rows) {
+          const int64_t stop = std::min(end, row + rows);
+          window_crop::gather_rows(crop, z, starts, scalar_t(0), slopes, row, stop);
+          differentiate_in_place(
+              magnitude, scale, (stop - row) * length, slopes + row * length, bends + row * length
+          );
+        }
       }
   );
 }

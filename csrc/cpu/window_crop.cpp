@@ -27,7 +27,7 @@ Tensor window_crop_cpu(
         torch::stable::parallel_for(
             0, g.batch * g.planes * g.rows, std::max<int64_t>(1, kGrain / g.length()),
             [&](int64_t begin, int64_t end) {
-              gather_rows(g, source, starts, bits, out, begin, end, [](auto*, int64_t) {});
+              gather_rows(g, source, starts, bits, out, begin, end);
             }
         );
       }

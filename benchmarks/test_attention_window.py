@@ -1,0 +1,57 @@
+"""attention_window and its slope against their PyTorch references.
+
+Bytes that must be moved: the features in; for the slope, the window in, slope and bend out.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastjac.ops import (
+    attention_window,
+    attention_window_ref,
+    attention_window_slope,
+    attention_window_slope_ref,
+)
+
+SHAPES = [((8, 128, 56, 56), 11), ((32, 128, 56, 56), 11), ((8, 64, 56, 56), 11)]
+DTYPES = [torch.float32, torch.bfloat16]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+IDS = ["x".join(map(str, shape)) for shape, _ in SHAPES]
+
+
+def features(shape, dtype, layout, device):
+    torch.manual_seed(0)
+    return torch.randn(shape, device=device).to(dtype).to(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize(
+    "op", [attention_window, attention_window_ref], ids=["native", "reference"]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "k"), SHAPES, ids=IDS)
+def test_attention_window(measure, device, shape, k, dtype, layout, op):
+    z = features(shape, dtype, layout, device)
+    position, value = op(z, k)
+    expected_position, expected_value = attention_window_ref(z.double(), k)
+    torch.testing.assert_close(value.double(), expected_value, rtol=1e-5, atol=0)
+    assert torch.equal(position, expected_position)
+    measure(device, z.nbytes, lambda: op(z, k))
+
+
+@pytest.mark.parametrize(
+    "op", [attention_window_slope, attention_window_slope_ref], ids=["native", "reference"]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "k"), SHAPES, ids=IDS)
+def test_attention_window_slope(measure, device, shape, k, dtype, layout, op):
+    z = features(shape, dtype, layout, device)
+    position, _ = attention_window(z, k)
+    slope, bend = op(z, position, k)
+    expected = attention_window_slope_ref(z.double(), position, k)
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close((slope.double(), bend.double()), expected, rtol=tolerance, atol=0)
+    measure(device, 3 * slope.nbytes, lambda: op(z, position, k))
