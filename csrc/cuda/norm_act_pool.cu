@@ -1,0 +1,75 @@
+// channel_statistics and norm_act_pool on CUDA: allocation, launches and registration. The device
+// code, and what it does, is in norm_act_pool_statistics.cuh and norm_act_pool_forward.cuh.
+
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "norm_act_pool_forward.cuh"
+#include "norm_act_pool_operands.h"
+#include "norm_act_pool_statistics.cuh"
+
+namespace fastjac::norm_act_pool {
+namespace {
+
+std::tuple<Tensor, Tensor> channel_statistics_cuda(const Tensor& u) {
+  constexpr const char* op = "channel_statistics";
+  const Geometry g = check_input(op, u, {1, 1, 0});
+  check_grid(op, g);
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  Tensor mean = zero_channels(u), var = zero_channels(u);
+  if (u.numel() == 0) return {mean, var};
+  with_dtype(u, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using acc_t = accumulator_t<scalar_t>;
+    const auto* x = data<scalar_t>(u);
+    const Plan plan = plan_statistics(shape(g), x);
+    const Tensor partial =
+        torch::stable::new_empty(u, {plan.partials(3)}, ScalarType::Double); // Moments
+    statistics(
+        Stream(u), plan, x, output<Moments<double>>(partial), output<acc_t>(mean),
+        output<acc_t>(var)
+    );
+  });
+  return {mean, var};
+}
+
+Tensor norm_act_pool_cuda(
+    const Tensor& u,
+    const MaybeTensor& residual,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    const Tensor& mean,
+    const Tensor& invstd,
+    const std::string& activation,
+    double slope,
+    const std::string& pool
+) {
+  constexpr const char* op = "norm_act_pool";
+  const Geometry g = check_input(op, u, parse_pool(op, pool));
+  const Arguments arguments{
+      u, residual, weight, bias, mean, invstd, parse_activation(op, activation), slope
+  };
+  arguments.check(op, g);
+  check_grid(op, g);
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  Tensor y = empty_output_like(u, g);
+  if (u.numel() == 0) return y;
+  with_dtype(u, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const Inputs<scalar_t> x = inputs<scalar_t>(arguments);
+    auto* out = output<scalar_t>(y);
+    forward(Stream(u), plan_forward(shape(g), x, out), x, out);
+  });
+  return y;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastjac, CUDA, m) {
+  m.impl("channel_statistics", TORCH_BOX(&channel_statistics_cuda));
+  m.impl("norm_act_pool", TORCH_BOX(&norm_act_pool_cuda));
+}
+
+} // namespace fastjac::norm_act_pool
