@@ -3,12 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention_window.h"
 #include "jacobian_match.h"
 #include "norm_act_pool.h"
 #include "window_crop.h"
 
 PYBIND11_MODULE(cuda_executor, m) {
   pybind11::register_exception<executor::Fault>(m, "Fault", PyExc_RuntimeError);
+  m.def("attention_window", &run_attention_window);
+  m.def("attention_window_slope", &run_attention_window_slope);
   m.def("jacobian_match", &run_jacobian_match);
   m.def("window_crop", &run_window_crop);
   m.def(
