@@ -84,21 +84,40 @@ class Chain:
     __name__ = "norm_act_pool"
 
     def run(self, residual: Tensor | None, u: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """NormActPool's five results, and BatchNorm's seven arguments."""
+        """NormActPool's five results, BatchNorm's seven arguments, and residual and u as maps."""
         bound = self.arguments(u, *args, **kwargs)
         mean, var, weight, bias, training, momentum, eps = bound
+        residual, u = self._maps(residual, u)
         results = NormActPool.apply(
             *(u, residual, weight, bias, mean, var, training, momentum, eps),
             *(self.activation, self.slope, self.pool),
         )
-        return *results, bound
+        return *results, bound, residual, u
+
+    def _maps(self, residual: Tensor | None, u: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Both as ``[B, C, H, W]``, of the shape and dtype that their sum has."""
+        if self.pool != "none" and u.dim() != 4:
+            raise FastjacError(
+                f"a BatchNorm that a max-pool follows needs [B, C, H, W]; got {list(u.shape)}"
+            )
+        if residual is not None and (residual.shape, residual.dtype) != (u.shape, u.dtype):
+            if torch.broadcast_shapes(residual.shape, u.shape) != u.shape:
+                raise FastjacError(
+                    f"adding {list(residual.shape)} enlarges a BatchNorm's output, {list(u.shape)}: "
+                    "expected one that broadcasts to it"
+                )
+            dtype = torch.promote_types(residual.dtype, u.dtype)
+            residual, u = residual.to(dtype).expand(u.shape), u.to(dtype)
+        return None if residual is None else as_map(residual), as_map(u)
 
     def __call__(self, residual: Tensor | None, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if u.dim() != 4:
-            raise FastjacError(
-                f"a BatchNorm that is part of a chain needs [B, C, H, W]; got {list(u.shape)}"
-            )
-        return self.run(residual, u, *args, **kwargs)[0]
+        y = self.run(residual, u, *args, **kwargs)[0]
+        return y if u.dim() == 4 else y.view(u.shape)
+
+
+def as_map(x: Tensor) -> Tensor:
+    """``[B, C, ...]`` as ``[B, C, H, W]``."""
+    return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
 
 
 def fuse_chains(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fastjac.chains import Chain
+from fastjac.chains import Chain, as_map
 from fastjac.engine.crops import Recomputed
 from fastjac.engine.record import Record, Sink, compute_type
 from fastjac.engine.rules.base import Rule
@@ -43,8 +43,11 @@ class Fused(Rule):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        residual, u = args[:2]
-        y, record.mean, record.invstd, *record.slots, bound = self.chain.run(*args, **kwargs)
+        given = [a for a in args[:2] if a is not None]
+        record.given = [(a.shape, a.dtype) for a in given]
+        y, record.mean, record.invstd, *record.slots, bound, residual, u = self.chain.run(
+            *args, **kwargs
+        )
         _, _, record.weight, record.bias, record.training, _, record.eps = bound
         record.batch = record.training and record.batch_stats == "batch"
         record.u = record.keep(u.detach())
@@ -53,7 +56,26 @@ class Fused(Rule):
         source = record.node.args[1]
         record.joined = residual is not None and 0 in record.varying
         record.inputs = (source, record.node.args[0]) if record.joined else (source,)
-        return y
+        return self._as_given(record, y)
+
+    def _as_given(self, record: Record, y: Tensor) -> Tensor:
+        """A map as the chain's reader sees it."""
+        shape = record.given[-1][0]
+        return y if len(shape) == 4 else y.reshape(shape)
+
+    def _cotangents(self, record: Record, gu: Tensor, gresidual: Tensor | None) -> list[Tensor]:
+        """Those of the inputs, from those of the maps that the chain made of them."""
+        shape, dtype = record.given[-1]
+        cotangents = [gu.reshape(shape).to(dtype)]
+        if gresidual is not None:
+            of, dtype = record.given[0]
+            cotangents.append(gresidual.reshape(shape).sum_to_size(of).to(dtype))
+        return cotangents
+
+    def _tangents(self, record: Record, tangents: list[Tensor]) -> list[Tensor]:
+        """Those of the maps, from those of the inputs."""
+        shape, dtype = record.given[-1][0], record.u.dtype
+        return [as_map(t.to(dtype).expand(shape)) for t in tangents]
 
     def needs_delta(self, record: Record) -> bool:
         return record.differentiable
@@ -70,27 +92,29 @@ class Fused(Rule):
     def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
         mask = [True, record.joined, False, False]
         gu, gresidual, _, _ = norm_act_pool_backward(
-            delta, *self._options(record), training=record.batch, mask=mask
+            as_map(delta), *self._options(record), training=record.batch, mask=mask
         )
-        return [gu, gresidual] if record.joined else [gu]
+        return self._cotangents(record, gu, gresidual if record.joined else None)
 
     def input_delta(self, record: Record) -> Tensor:
         """The cotangent of u again, from that of the output."""
-        return norm_act_pool_backward(
-            record.delta,
+        gu = norm_act_pool_backward(
+            as_map(record.delta),
             *self._options(record),
             training=record.batch,
             mask=[True, False, False, False],
         )[0]
+        return self._cotangents(record, gu, None)[0]
 
     def pushforward(
         self, record: Record, tangents: list[Tensor], delta: Tensor, sink: Sink
     ) -> Tensor:
+        tangents = self._tangents(record, tangents)
         tu, tresidual = tangents if record.joined else (*tangents, None)
         ty, total, coefficient, curvature = norm_act_pool_pushforward(
             tu,
             tresidual,
-            delta,
+            as_map(delta),
             *self._options(record),
             statistics="batch" if record.batch else "fixed",
             curvature=record.batch,
@@ -101,7 +125,7 @@ class Fused(Rule):
             sink.add(record.slots[0], coefficient)
         if curvature is not None:
             sink.add(record.slots[1], curvature)
-        return ty
+        return self._as_given(record, ty)
 
     def parts(self, record: Record) -> dict[fx.Node, Record]:
         """The records of the chain's own nodes, the last under the chain's node."""
@@ -119,7 +143,8 @@ class Fused(Rule):
         shape = record.u.shape
         if add is not None and record.joined:
             part = self._part(record, add, Sum(1), (norm_node, record.inputs[1]))
-            part.varying, part.terms, part.shape = [0, 1], [(1, shape), (1, shape)], shape
+            part.varying, part.shape = [0, 1], shape
+            part.terms = [(1, shape), (1, record.given[0][0])]
             found[add] = part
         if activation is not None:
             gate = Gate(kind.gate(self.chain.slope))
@@ -141,7 +166,8 @@ class Fused(Rule):
         self, record: Record, node: fx.Node, rule: Rule, inputs: tuple[fx.Node, ...]
     ) -> Record:
         part = Record(node, rule, record.batch_stats, record.differentiable)
-        part.inputs, part.size = inputs, tuple(record.u.shape[2:])
+        shape = record.given[-1][0]
+        part.inputs, part.size = inputs, tuple(shape[2:]) if len(shape) == 4 else None
         part.output_dtype = record.output_dtype
         return part
 
