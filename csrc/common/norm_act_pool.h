@@ -100,20 +100,16 @@ struct Affine {
 
 // gamma r P(x) for x with the sums of x and x d; the coefficient of x stands in of_g.
 template <typename acc_t>
-FASTJAC_ALWAYS_INLINE Affine<acc_t>
-projection(acc_t sum, acc_t sum_d, acc_t scale, acc_t invstd, acc_t count) {
+FASTJAC_ALWAYS_INLINE Affine<acc_t> projection(
+    acc_t sum, acc_t sum_d, acc_t scale, acc_t invstd, acc_t count
+) {
   return {scale, 0, -scale * invstd * invstd * sum_d / count, -scale * sum / count};
 }
 
 // u's cotangent, without the curvature. scale = gamma r.
 template <typename acc_t>
 FASTJAC_ALWAYS_INLINE Affine<acc_t> backward(
-    const Sums<acc_t>& s,
-    acc_t scale,
-    acc_t invstd,
-    acc_t count,
-    bool training,
-    acc_t coefficient
+    const Sums<acc_t>& s, acc_t scale, acc_t invstd, acc_t count, bool training, acc_t coefficient
 ) {
   Affine<acc_t> k =
       training ? projection(s.g, s.gd, scale, invstd, count) : Affine<acc_t>{scale, 0, 0, 0};
@@ -123,8 +119,9 @@ FASTJAC_ALWAYS_INLINE Affine<acc_t> backward(
 
 // tn, the tangent of BatchNorm's output; batch: the statistics vary with u.
 template <typename acc_t>
-FASTJAC_ALWAYS_INLINE Affine<acc_t>
-tangent(const Sums<acc_t>& s, acc_t scale, acc_t invstd, acc_t count, bool batch) {
+FASTJAC_ALWAYS_INLINE Affine<acc_t> tangent(
+    const Sums<acc_t>& s, acc_t scale, acc_t invstd, acc_t count, bool batch
+) {
   Affine<acc_t> k =
       batch ? projection(s.t, s.td, scale, invstd, count) : Affine<acc_t>{scale, 0, 0, 0};
   return {0, k.of_g, k.of_d, k.constant};
@@ -139,8 +136,9 @@ FASTJAC_ALWAYS_INLINE acc_t total(const Sums<acc_t>& s, acc_t invstd, acc_t coun
 
 // kappa, for batch statistics.
 template <typename acc_t>
-FASTJAC_ALWAYS_INLINE Affine<acc_t>
-curvature(const Sums<acc_t>& s, acc_t scale, acc_t invstd, acc_t count) {
+FASTJAC_ALWAYS_INLINE Affine<acc_t> curvature(
+    const Sums<acc_t>& s, acc_t scale, acc_t invstd, acc_t count
+) {
   const acc_t along_t = -invstd * (invstd * s.td / count); // -r m(x^ tu)
   const acc_t along_g = -invstd * (invstd * s.gd / count); // -r m(g x^)
   const Affine<acc_t> g = projection(s.g, s.gd, scale, invstd, count);

@@ -68,16 +68,20 @@ struct Geometry {
   bool channels_last;
   torch::headeronly::MemoryFormat format; // of what is allocated
 
-  int64_t pixels() const { return height * width; }
-  int64_t count() const { return batch * pixels(); } // values per channel
-  int64_t out_pixels() const { return out_height * out_width; }
+  int64_t pixels() const {
+    return height * width;
+  }
+  int64_t count() const {
+    return batch * pixels();
+  } // values per channel
+  int64_t out_pixels() const {
+    return out_height * out_width;
+  }
 };
 
 inline Geometry check_input(const char* op, const Tensor& u, Pool pool) {
   check_floating(op, "u", u);
-  STD_TORCH_CHECK(
-      u.dim() == 4, op, ": u must be [B, C, H, W], got ", describe(u.sizes())
-  );
+  STD_TORCH_CHECK(u.dim() == 4, op, ": u must be [B, C, H, W], got ", describe(u.sizes()));
   const bool contiguous = u.is_contiguous(), last = is_channels_last(u);
   STD_TORCH_CHECK(
       u.numel() == 0 || contiguous || last, op, ": u must be contiguous or channels-last"
@@ -85,8 +89,8 @@ inline Geometry check_input(const char* op, const Tensor& u, Pool pool) {
   const int64_t height = u.size(2), width = u.size(3);
   const int64_t least = pool.kernel - 2 * pool.padding;
   STD_TORCH_CHECK(
-      pool.kernel == 1 || (height >= least && width >= least), op, ": the pool needs a map of at least ",
-      least, "x", least, ", got ", height, "x", width
+      pool.kernel == 1 || (height >= least && width >= least), op,
+      ": the pool needs a map of at least ", least, "x", least, ", got ", height, "x", width
   );
   return {
       u.size(0),
@@ -104,7 +108,12 @@ inline Geometry check_input(const char* op, const Tensor& u, Pool pool) {
 
 // A map of u's shape (or y's) beside u: its dtype, device and layout.
 inline void check_map(
-    const char* op, const char* name, const Tensor& x, const Tensor& u, const Geometry& g, bool output
+    const char* op,
+    const char* name,
+    const Tensor& x,
+    const Tensor& u,
+    const Geometry& g,
+    bool output
 ) {
   STD_TORCH_CHECK(
       x.scalar_type() == u.scalar_type(), op, ": ", name, " must have u's dtype, ",
@@ -171,6 +180,8 @@ inline Tensor zero_channels(const Tensor& u) {
 }
 
 // What stands for a result that is not wanted.
-inline Tensor nothing(const Tensor& u) { return torch::stable::new_zeros(u, {0}); }
+inline Tensor nothing(const Tensor& u) {
+  return torch::stable::new_zeros(u, {0});
+}
 
 } // namespace fastjac::norm_act_pool

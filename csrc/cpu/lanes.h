@@ -4,7 +4,7 @@
 // For files that are compiled once per instruction set. Such a file sets the compiler's target in its
 // first lines, names it in FASTJAC_TARGET_NAME, which becomes the namespace of all that depends on it
 // (two functions of one name, compiled differently, would be one to the linker), and the width of its
-// registers in FASTJAC_VECTOR_BYTES. It includes neither PyTorch nor the standard library's templates.
+// registers in FASTJAC_VECTOR_BYTES. It calls no template of PyTorch or of the standard library.
 // (isa.h's for_isa serves plain loops: the compiler splits these vectors before it inlines them there.)
 #pragma once
 
@@ -165,6 +165,28 @@ inline void store(scalar_t* p, const T& x, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = there[i];
 }
 
+// Integers as wide as the accumulator, such as a comparison's lanes; those not there are -1.
+template <int N, typename T>
+inline Lanes<T, N> load_indices(const T* p, Whole) {
+  return load_raw<N, T>(p);
+}
+template <int N, typename T>
+inline Lanes<T, N> load_indices(const T* p, Part part) {
+  T there[N];
+  for (int i = 0; i < N; ++i) there[i] = i < part.n ? p[i] : T(-1);
+  return load_raw<N, T>(there);
+}
+template <typename T, typename V>
+inline void store_raw(T* p, const V& x, Whole) {
+  std::memcpy(p, &x, sizeof x);
+}
+template <typename T, typename V>
+inline void store_raw(T* p, const V& x, Part part) {
+  T there[sizeof(V) / sizeof(T)];
+  std::memcpy(there, &x, sizeof x);
+  for (int64_t i = 0; i < part.n; ++i) p[i] = there[i];
+}
+
 // Lanes 0, 2, 4, ... or 1, 3, 5, ... of a and b one after the other.
 template <int kFirst, typename T, int... i>
 inline T every_other(const T& a, const T& b, std::integer_sequence<int, i...>) {
@@ -177,15 +199,21 @@ inline T interleaved(const T& a, const T& b, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(a, b, ((kFirst + i) / 2 + (i % 2) * N)...);
 }
 
-// exp(x), to two units in the last place.
-inline double exponential(double x) { return std::exp(x); }
+// exp(x), to two units in the last place. In float64 it is the C library's, one lane after the other.
+inline double exponential(double x) {
+  return std::exp(x);
+}
+__attribute__((noinline)) static void exponential_each(double* x, int n) {
+  for (int i = 0; i < n; ++i) x[i] = std::exp(x[i]);
+}
 template <typename T>
 inline T exponential(const T& x) {
   constexpr int N = sizeof(T) / sizeof(x[0]);
   if constexpr (sizeof(x[0]) == sizeof(double)) {
-    T y;
-    for (int i = 0; i < N; ++i) y[i] = std::exp(x[i]);
-    return y;
+    double each[N];
+    std::memcpy(each, &x, sizeof x);
+    exponential_each(each, N);
+    return load_raw<N, double>(each);
   } else {
     using Bits = Lanes<int32_t, N>;
     const T low = T{} - 104.0f, high = T{} + 89.0f;

@@ -52,9 +52,13 @@ Storage storage(const Tensor& u) {
   }
 }
 
-const void* data(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
+const void* data(const MaybeTensor& x) {
+  return x ? x->const_data_ptr() : nullptr;
+}
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // The maps of a call, cut into segments and chunks.
 Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope) {
@@ -153,8 +157,12 @@ class Parameters {
     m.of_g = row(3), m.of_tu = row(4), m.of_d = row(5), m.constant = row(6);
   }
 
-  double scale(int64_t c) const { return values_[c]; }
-  double invstd(int64_t c) const { return invstd_[c]; }
+  double scale(int64_t c) const {
+    return values_[c];
+  }
+  double invstd(int64_t c) const {
+    return invstd_[c];
+  }
 
   void set(int64_t c, const Affine<double>& k) {
     const double of[] = {k.of_g, k.of_tu, k.of_d, k.constant};
@@ -162,7 +170,9 @@ class Parameters {
   }
 
  private:
-  const acc_t* row(int i) const { return values_.data() + i * padded_; }
+  const acc_t* row(int i) const {
+    return values_.data() + i * padded_;
+  }
 
   int64_t channels_, padded_;
   std::vector<acc_t> values_;
@@ -200,8 +210,9 @@ void with_storage(const Tensor& u, const F& f) {
 }
 
 // Something near each channel's mean, so that deviations from it are small: the mean of a few pixels.
-std::vector<double> near_mean(const Tensor& u, const Geometry& g, int64_t padded) {
-  std::vector<double> result(padded, 0);
+template <typename acc_t>
+std::vector<acc_t> near_mean(const Tensor& u, const Geometry& g, int64_t padded) {
+  std::vector<acc_t> result(padded, 0);
   const int64_t n = std::min<int64_t>(16, g.pixels());
   const int64_t pixel = g.channels_last ? g.channels : 1;
   const int64_t next = g.channels_last ? 1 : g.pixels();
@@ -210,7 +221,7 @@ std::vector<double> near_mean(const Tensor& u, const Geometry& g, int64_t padded
     for (int64_t c = 0; c < g.channels; ++c) {
       double sum = 0;
       for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[c * next + i * pixel]);
-      if (std::isfinite(sum)) result[c] = sum / n;
+      if (std::isfinite(sum)) result[c] = static_cast<acc_t>(sum / n);
     }
   });
   return result;
@@ -221,20 +232,21 @@ std::tuple<Tensor, Tensor> channel_statistics_cpu(const Tensor& u) {
   Tensor mean = zero_channels(u), var = zero_channels(u);
   if (u.numel() == 0) return {mean, var};
   Maps m = cut(u, g, Activation::kNone, 0);
-  const std::vector<double> shift = near_mean(u, g, m.padded_channels);
-  m.mean = shift.data();
-  ChunkSums chunks(m);
-  run(kernels().statistics, m);
-  const std::vector<double> sums = chunks.total();
   with_accumulator(u, [&](auto zero) {
-    auto* means = static_cast<decltype(zero)*>(mean.mutable_data_ptr()); // [C]
-    auto* vars = static_cast<decltype(zero)*>(var.mutable_data_ptr()); // [C]
+    using acc_t = decltype(zero);
+    const std::vector<acc_t> shift = near_mean<acc_t>(u, g, m.padded_channels);
+    m.mean = shift.data();
+    ChunkSums chunks(m);
+    run(kernels().statistics, m);
+    const std::vector<double> sums = chunks.total();
+    auto* means = static_cast<acc_t*>(mean.mutable_data_ptr()); // [C]
+    auto* vars = static_cast<acc_t*>(var.mutable_data_ptr()); // [C]
     const double count = static_cast<double>(g.count());
     for (int64_t c = 0; c < g.channels; ++c) {
       const double first = sums[c] / count, second = sums[m.padded_channels + c] / count;
       const double variance = second - first * first;
-      means[c] = static_cast<decltype(zero)>(shift[c] + first);
-      vars[c] = static_cast<decltype(zero)>(variance < 0 ? 0 : variance); // keeps a NaN
+      means[c] = static_cast<acc_t>(shift[c] + first);
+      vars[c] = static_cast<acc_t>(variance < 0 ? 0 : variance); // keeps a NaN
     }
   });
   return {mean, var};

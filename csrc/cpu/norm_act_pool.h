@@ -49,7 +49,7 @@ struct Maps {
 // Each runs tasks [begin, end). The sums are those of common/norm_act_pool.h.
 struct Kernels {
   using Run = void (*)(const Maps&, int64_t begin, int64_t end);
-  Run statistics; // sums[0], sums[1] = sum (u - mean), sum (u - mean)^2, in float64
+  Run statistics; // sums[0], sums[1] = sum (u - mean), sum (u - mean)^2
   Run forward; // y
   Run reduce; // the sums: g and gd; where tu is given, all
   Run pushforward; // y's tangent; where sums is given, also gt

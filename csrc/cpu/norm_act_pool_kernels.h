@@ -1,27 +1,16 @@
-// norm_act_pool's kernels on the CPU, for one instruction set (lanes.h says how it is compiled). The
+// norm_act_pool's kernels on the CPU, for one instruction set (lanes.h says how it is compiled): what
+// is done with a segment, norm_act_pool_segments.h, for ranges of chunks, and the statistics. The
 // formulas are in common/norm_act_pool.h, the division of the work in norm_act_pool.h.
-//
-// Channels-last: a vector holds channels of one pixel. Contiguous: it holds neighbouring outputs of
-// one channel, whose pixels under a pool of stride 2 are every other one of a row: two loads and a
-// shuffle. The vectors of parameters are read at the channel there; here, from an array of one value.
-//
-// A window is walked in row order and keeps the first of its largest values. Pixels must be read once
-// and written once: forward u + y; sums u + gy (+ tu); write u + gy + gu (+ gresidual, tu, ...). The
-// rows that a step needs twice are in the cache the second time.
 #pragma once
 
 #include <cstdlib>
 
 #include "lanes.h"
 #include "norm_act_pool.h"
+#include "norm_act_pool_segments.h"
 
 namespace fastjac::norm_act_pool::FASTJAC_TARGET_NAME {
 namespace {
-
-using namespace fastjac::FASTJAC_TARGET_NAME;
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Zeroed memory of one task after the other.
 template <typename T>
@@ -30,412 +19,10 @@ struct Scratch {
   explicit Scratch(int64_t n) : data(static_cast<T*>(std::calloc(n + 64, sizeof(T)))) {
     if (data == nullptr) std::abort();
   }
-  ~Scratch() { std::free(data); }
+  ~Scratch() {
+    std::free(data);
+  }
   Scratch(const Scratch&) = delete;
-};
-
-// kKernel is the pool's, kRelu whether the activation is known to be ReLU.
-template <typename scalar_t, int kKernel, bool kRelu, bool kLast>
-struct Kernel {
-  using acc_t = typename Accumulator<scalar_t>::type;
-  using index_t = typename Accumulator<scalar_t>::index;
-  static constexpr int L = kLanes<acc_t>;
-  static constexpr int kStride = kKernel == 1 ? 1 : 2;
-  static constexpr bool kShuffled = !kLast && kKernel > 1; // lanes are every other pixel
-  template <int N>
-  using V = Lanes<acc_t, N>;
-  template <int N>
-  using I = Lanes<index_t, N>;
-
-  const Maps& m;
-  const Activation activation = kRelu ? Activation::kRelu : m.activation;
-  const acc_t slope = static_cast<acc_t>(m.slope);
-  const int64_t pixel = kLast ? m.channels : 1; // distance of neighbours in a row
-  const int64_t row = m.width * pixel;
-  const scalar_t* const u = static_cast<const scalar_t*>(m.u);
-  const scalar_t* const residual = static_cast<const scalar_t*>(m.residual);
-  const scalar_t* const tu = static_cast<const scalar_t*>(m.tu);
-  const scalar_t* const tresidual = static_cast<const scalar_t*>(m.tresidual);
-  const scalar_t* const curvature = static_cast<const scalar_t*>(m.curvature);
-  const scalar_t* const gy = static_cast<const scalar_t*>(m.gy);
-  scalar_t* const gu = static_cast<scalar_t*>(m.gu);
-  scalar_t* const gresidual = static_cast<scalar_t*>(m.gresidual);
-  scalar_t* const y = static_cast<scalar_t*>(m.y);
-
-  // [C], or of one channel.
-  struct Parameters {
-    const acc_t *scale, *shift, *mean, *of_g, *of_tu, *of_d, *constant;
-  } p;
-  acc_t of_channel[7][kPadding];
-  acc_t* lanes = nullptr; // [kSums, stride]: a segment's sums
-  const int64_t lanes_stride = kLast ? m.padded_channels : kRunLanes;
-
-  explicit Kernel(const Maps& maps) : m(maps) {
-    const void* const given[] = {m.scale, m.shift, m.mean, m.of_g, m.of_tu, m.of_d, m.constant};
-    const acc_t** const named[] = {&p.scale, &p.shift, &p.mean,    &p.of_g,
-                                   &p.of_tu, &p.of_d,  &p.constant};
-    for (int i = 0; i < 7; ++i) *named[i] = static_cast<const acc_t*>(given[i]);
-  }
-
-  // Contiguous: the parameters of channel c, in every lane.
-  void at_channel(int64_t c) {
-    const void* const given[] = {m.scale, m.shift, m.mean, m.of_g, m.of_tu, m.of_d, m.constant};
-    for (int i = 0; i < 7; ++i) {
-      const auto* x = static_cast<const acc_t*>(given[i]);
-      for (int lane = 0; lane < kPadding; ++lane) of_channel[i][lane] = x ? x[c] : acc_t(0);
-    }
-    p = {of_channel[0], of_channel[1], of_channel[2], of_channel[3],
-         of_channel[4], of_channel[5], of_channel[6]};
-  }
-
-  // N outputs: their windows' first pixels are at `in`, and the taps [h0, h1) x [w0, w1) of the
-  // windows lie in the map.
-  template <int N, typename Count>
-  struct At {
-    static constexpr int kLanes = N;
-    int64_t in, out;
-    int64_t channel; // of the parameters
-    int64_t lane; // of the sums
-    Count count;
-    int h0, h1, w0, w1;
-  };
-
-  template <int N, typename Count>
-  static V<N> tap(const scalar_t* x, const At<N, Count>& at, int64_t offset, int w) {
-    x += at.in + offset;
-    if constexpr (kShuffled && N > 1) {
-      // Never past the windows' last pixel: from there on it may not be ours to read.
-      constexpr auto all = std::make_integer_sequence<int, N>();
-      if (w == kKernel - 1) return every_other<1>(load<N>(x - 1), load<N>(x - 1 + N), all);
-      return every_other<0>(load<N>(x), load<N>(x + N), all);
-    } else {
-      return load<N>(x, at.count);
-    }
-  }
-
-  template <int N>
-  V<N> activated(const V<N>& z) const {
-    return activate(activation, slope, z, [](const auto& x) { return exponential(x); });
-  }
-  // act'(z) x
-  template <int N>
-  V<N> gated(const V<N>& z, const V<N>& x) const {
-    return activate_backward(activation, slope, z, x, [](const auto& e) { return exponential(e); });
-  }
-
-  // Of each window: the largest a, and z, u, ... where it is; and which of the kernel^2 taps.
-  template <int N>
-  struct Chosen {
-    V<N> a{}, z{}, u{}, tu{}, tresidual{};
-    I<N> which{};
-  };
-
-  template <bool kValue, bool kTangent, bool kWhich, int N, typename Count>
-  Chosen<N> choose(const At<N, Count>& at) const {
-    const V<N> scale = load<N>(p.scale + at.channel), shift = load<N>(p.shift + at.channel);
-    Chosen<N> best;
-    bool first = true;
-    const auto see = [&](int h, int w) {
-      const int64_t offset = h * row + w * pixel;
-      Chosen<N> x;
-      x.u = tap(u, at, offset, w);
-      x.z = x.u * scale + shift;
-      if (residual) x.z += tap(residual, at, offset, w);
-      x.a = activated<N>(x.z);
-      if (kTangent && tu) x.tu = tap(tu, at, offset, w);
-      if (kTangent && tresidual) x.tresidual = tap(tresidual, at, offset, w);
-      x.which = I<N>{} + index_t(h * kKernel + w);
-      if (first) {
-        first = false;
-        best = x;
-        return;
-      }
-      const auto better = (x.a > best.a) | (x.a != x.a);
-      best.a = better ? x.a : best.a;
-      best.z = better ? x.z : best.z;
-      if constexpr (!kValue) best.u = better ? x.u : best.u;
-      if (kTangent && tu) best.tu = better ? x.tu : best.tu;
-      if (kTangent && tresidual) best.tresidual = better ? x.tresidual : best.tresidual;
-      if constexpr (kWhich) best.which = better ? x.which : best.which;
-    };
-    if constexpr (kKernel == 1) {
-      see(0, 0);
-    } else if constexpr (kKernel == 2) {
-      see(0, 0);
-      see(0, 1);
-      see(1, 0);
-      see(1, 1);
-    } else if (at.w1 - at.w0 == 3) {
-      for (int h = at.h0; h < at.h1; ++h) {
-        see(h, 0);
-        see(h, 1);
-        see(h, 2);
-      }
-    } else {
-      for (int h = at.h0; h < at.h1; ++h) {
-        for (int w = at.w0; w < at.w1; ++w) see(h, w);
-      }
-    }
-    return best;
-  }
-
-  // Contiguous runs of `n` pixels from `begin` on (of image b, channel c): f(in, channel, lane, count).
-  template <typename F>
-  void each_pixel(int64_t b, int64_t c, int64_t begin, int64_t n, const F& f) const {
-    if constexpr (kLast) {
-      for (int64_t i = begin; i < begin + n; ++i) {
-        const int64_t in = (b * m.height * m.width + i) * m.channels;
-        int64_t k = 0;
-        for (; k + L <= m.channels; k += L) f(in + k, k, k, Whole{});
-        if (k < m.channels) f(in + k, k, k, Part{m.channels - k});
-      }
-    } else {
-      const int64_t in = (b * m.channels + c) * m.height * m.width + begin;
-      int64_t k = 0;
-      for (; k + L <= n; k += L) f(in + k, int64_t(0), k % kRunLanes, Whole{});
-      if (k < n) f(in + k, int64_t(0), k % kRunLanes, Part{n - k});
-    }
-  }
-
-  // The outputs of segment i of image b: f(At).
-  template <typename F>
-  void each_output(int64_t b, int64_t c, int64_t i, const F& f) const {
-    if constexpr (kKernel == 1) {
-      const int64_t begin = i * m.run, n = least(m.run, m.height * m.width - begin);
-      each_pixel(b, c, begin, n, [&](int64_t in, int64_t channel, int64_t lane, auto count) {
-        f(At<L, decltype(count)>{in, in, channel, lane, count, 0, 1, 0, 1});
-      });
-      return;
-    }
-    const int64_t top = i * kStride - m.padding;
-    const int h0 = static_cast<int>(most(0, -top));
-    const int h1 = static_cast<int>(least(kKernel, m.height - top));
-    const int64_t image = kLast ? b : b * m.channels + c;
-    const int64_t in_row = (image * m.height + top) * row;
-    const int64_t out_row = (image * m.out_height + i) * m.out_width * pixel;
-    const auto single = [&](int64_t j, auto lanes_, int64_t k, int64_t lane, auto count) {
-      const int64_t left = j * kStride - m.padding;
-      const int w0 = static_cast<int>(most(0, -left));
-      const int w1 = static_cast<int>(least(kKernel, m.width - left));
-      f(At<decltype(lanes_)::value, decltype(count)>{
-          in_row + left * pixel + k, out_row + j * pixel + k, k, lane, count, h0, h1, w0, w1
-      });
-    };
-    if constexpr (kLast) {
-      constexpr std::integral_constant<int, L> whole;
-      for (int64_t j = 0; j < m.out_width; ++j) {
-        int64_t k = 0;
-        for (; k + L <= m.channels; k += L) single(j, whole, k, k, Whole{});
-        if (k < m.channels) single(j, whole, k, k, Part{m.channels - k});
-      }
-    } else {
-      constexpr std::integral_constant<int, 1> one;
-      int64_t j = 0;
-      for (; j < m.padding; ++j) single(j, one, 0, j, Whole{}); // its window begins outside
-      for (; j * 2 - m.padding + 2 * L + kKernel - 3 < m.width; j += L) {
-        const int64_t left = j * 2 - m.padding, lane = j / L * L % kRunLanes;
-        f(At<L, Whole>{in_row + left, out_row + j, 0, lane, Whole{}, h0, h1, 0, kKernel});
-      }
-      for (; j < m.out_width; ++j) single(j, one, 0, j % kRunLanes, Whole{});
-    }
-  }
-
-  template <int N>
-  void add(int sum, int64_t lane, const V<N>& x) const {
-    acc_t* at = lanes + sum * lanes_stride + lane;
-    store(at, V<N>(load<N>(at) + x));
-  }
-
-  // Adds a segment's sums to those of its chunk.
-  void flush(double* sums, int64_t c) const {
-    for (int sum = 0; sum < kSums; ++sum) {
-      acc_t* x = lanes + sum * lanes_stride;
-      if constexpr (kLast) {
-        double* out = sums + sum * m.padded_channels;
-        for (int64_t k = 0; k < m.channels; ++k) out[k] += x[k];
-      } else {
-        for (int half = kRunLanes / 2; half > 0; half /= 2) {
-          for (int k = 0; k < half; ++k) x[k] += x[k + half];
-        }
-        sums[sum * m.padded_channels + c] += x[0];
-      }
-      for (int64_t k = 0; k < lanes_stride; ++k) x[k] = 0;
-    }
-  }
-
-  // The input rows that segment i owns.
-  int64_t owned_begin(int64_t i) const { return i == 0 ? 0 : i * kStride - m.padding; }
-  int64_t owned_end(int64_t i) const {
-    return i == m.segments - 1 ? m.height : (i + 1) * kStride - m.padding;
-  }
-
-  void forward(int64_t b, int64_t c, int64_t i) const {
-    each_output(b, c, i, [&](const auto& at) {
-      store(y + at.out, choose<true, false, false>(at).a, at.count);
-    });
-  }
-
-  void reduce(int64_t b, int64_t c, int64_t i) const {
-    each_output(b, c, i, [&](const auto& at) {
-      constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<false, true, false>(at);
-      const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
-      const V<N> d = x.u - load<N>(p.mean + at.channel);
-      add<N>(0, at.lane, g);
-      add<N>(1, at.lane, g * d);
-      if (!tu) return;
-      add<N>(2, at.lane, g * x.tu);
-      if constexpr (kKernel == 1) {
-        add<N>(3, at.lane, x.tu);
-        add<N>(4, at.lane, x.tu * d);
-      }
-    });
-    if (kKernel == 1 || !tu) return;
-    const int64_t begin = owned_begin(i) * m.width, n = owned_end(i) * m.width - begin;
-    each_pixel(b, c, begin, n, [&](int64_t in, int64_t channel, int64_t lane, auto count) {
-      const V<L> t = load<L>(tu + in, count);
-      const V<L> d = load<L>(u + in, count) - load<L>(p.mean + channel);
-      add<L>(3, lane, t);
-      add<L>(4, lane, t * d);
-    });
-  }
-
-  void pushforward(int64_t b, int64_t c, int64_t i) const {
-    each_output(b, c, i, [&](const auto& at) {
-      constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<false, true, false>(at);
-      const V<N> d = x.u - load<N>(p.mean + at.channel);
-      V<N> t = load<N>(p.of_tu + at.channel) * x.tu + load<N>(p.of_d + at.channel) * d +
-               load<N>(p.constant + at.channel);
-      if (tresidual) t += x.tresidual;
-      store(y + at.out, gated<N>(x.z, t), at.count);
-      if (lanes) add<N>(2, at.lane, gated<N>(x.z, load<N>(gy + at.out, at.count)) * x.tu);
-    });
-  }
-
-  // What is written for N pixels with cotangent g.
-  template <int N, typename Count>
-  void emit(int64_t in, int64_t channel, const V<N>& g, Count count) const {
-    if (gresidual) store(gresidual + in, g, count);
-    if (!gu) return;
-    const V<N> d = load<N>(u + in, count) - load<N>(p.mean + channel);
-    V<N> out = load<N>(p.of_g + channel) * g + load<N>(p.of_d + channel) * d +
-               load<N>(p.constant + channel);
-    if (tu) out += load<N>(p.of_tu + channel) * load<N>(tu + in, count);
-    if (curvature) out += load<N>(curvature + in, count);
-    store(gu + in, out, count);
-  }
-  // For pixels that no window chose.
-  void emit_none(int64_t b, int64_t c, int64_t begin, int64_t n) const {
-    each_pixel(b, c, begin, n, [&](int64_t in, int64_t channel, int64_t, auto count) {
-      emit<L>(in, channel, V<L>{}, count);
-    });
-  }
-
-  void write(int64_t b, int64_t c, int64_t i) const {
-    static_assert(kKernel < 3);
-    each_output(b, c, i, [&](const auto& at) {
-      constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<true, false, true>(at);
-      const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
-      if constexpr (kKernel == 1) {
-        emit<N>(at.in, at.channel, g, at.count);
-        return;
-      }
-      const auto of = [&](int which) -> V<N> {
-        return x.which == index_t(which) ? g : V<N>{};
-      };
-      for (int h = 0; h < 2; ++h) {
-        const int64_t in = at.in + h * row;
-        const V<N> left = of(2 * h), right = of(2 * h + 1);
-        if constexpr (kShuffled && N > 1) {
-          constexpr auto all = std::make_integer_sequence<int, N>();
-          emit<N>(in, at.channel, interleaved<0>(left, right, all), at.count);
-          emit<N>(in + N, at.channel, interleaved<N>(left, right, all), at.count);
-        } else {
-          emit<N>(in, at.channel, left, at.count);
-          emit<N>(in + pixel, at.channel, right, at.count);
-        }
-      }
-    });
-    if constexpr (kKernel == 2) {
-      const int64_t begin = owned_begin(i), covered = 2 * m.out_width;
-      for (int64_t h = begin; h < begin + 2; ++h) {
-        emit_none(b, c, h * m.width + covered, m.width - covered);
-      }
-      emit_none(b, c, (begin + 2) * m.width, (owned_end(i) - begin - 2) * m.width);
-    }
-  }
-
-  // 3x3: windows share pixels. Three rows of g, as the windows of output row i see them, are kept and
-  // move on with i: [W, C], or a channel's even pixels and, `half` further on, its odd ones.
-  struct Rows {
-    acc_t* at[3];
-    int64_t size, half;
-  };
-
-  // Adds the cotangents of the windows of output row i to the rows h0 and below.
-  void spread(int64_t b, int64_t c, int64_t i, const Rows& rows, int h0) const {
-    const int64_t image = kLast ? b : b * m.channels + c;
-    const int64_t origin = (image * m.height + i * kStride - m.padding) * row;
-    each_output(b, c, i, [&](const auto& at) {
-      constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<true, false, true>(at);
-      const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
-      for (int h = h0 > at.h0 ? h0 : at.h0; h < at.h1; ++h) {
-        for (int w = at.w0; w < at.w1; ++w) {
-          int64_t place = at.in - origin + w * pixel;
-          if constexpr (!kLast) place = (place >> 1) + (place & 1) * rows.half;
-          acc_t* to = rows.at[h - h0] + place;
-          const V<N> chosen = x.which == index_t(h * kKernel + w) ? g : V<N>{};
-          store(to, V<N>(load<N>(to, at.count) + chosen), at.count);
-        }
-      }
-    });
-  }
-
-  void emit_row(int64_t b, int64_t c, int64_t h, const acc_t* g, int64_t half) const {
-    if constexpr (kLast) {
-      const int64_t begin = (b * m.height + h) * row;
-      each_pixel(b, c, h * m.width, m.width, [&](int64_t in, int64_t channel, int64_t, auto count) {
-        emit<L>(in, channel, load<L>(g + (in - begin), count), count);
-      });
-    } else {
-      const int64_t in = ((b * m.channels + c) * m.height + h) * row;
-      constexpr auto all = std::make_integer_sequence<int, L>();
-      int64_t w = 0;
-      for (; w + 2 * L <= m.width; w += 2 * L) {
-        const V<L> even = load<L>(g + w / 2), odd = load<L>(g + half + w / 2);
-        emit<L>(in + w, 0, interleaved<0>(even, odd, all), Whole{});
-        emit<L>(in + w + L, 0, interleaved<L>(even, odd, all), Whole{});
-      }
-      for (; w < m.width; ++w) emit<1>(in + w, 0, g[(w & 1) * half + w / 2], Whole{});
-    }
-  }
-
-  // Segments [begin, end) of image b.
-  void write_overlapping(int64_t b, int64_t c, int64_t begin, int64_t end, Rows rows) const {
-    const auto clear = [&](acc_t* x) { std::memset(x, 0, rows.size * sizeof(acc_t)); };
-    for (acc_t* x : rows.at) clear(x);
-    if (begin > 0) spread(b, c, begin - 1, {{rows.at[0]}, rows.size, rows.half}, 2);
-    for (int64_t i = begin; i < end; ++i) {
-      spread(b, c, i, rows, 0);
-      const int64_t top = i * kStride - m.padding;
-      for (int h = 0; h < 2; ++h) {
-        if (top + h >= 0 && top + h < m.height) emit_row(b, c, top + h, rows.at[h], rows.half);
-        clear(rows.at[h]);
-      }
-      acc_t* const emptied = rows.at[0];
-      rows.at[0] = rows.at[2];
-      rows.at[2] = emptied;
-    }
-    if (end < m.segments) return;
-    const int64_t next = end * kStride - m.padding;
-    if (next < m.height) emit_row(b, c, next, rows.at[0], rows.half);
-    if (next + 1 < m.height) {
-      emit_none(b, c, (next + 1) * m.width, (m.height - next - 1) * m.width);
-    }
-  }
 };
 
 // f(task's sums, image, channel, first segment, last segment) for tasks [begin, end).
@@ -467,19 +54,24 @@ enum class Pass { kForward, kReduce, kPushforward, kWrite };
 
 template <Pass kPass, typename scalar_t, int kKernel, bool kRelu, bool kLast>
 void run(const Maps& m, int64_t begin, int64_t end) {
-  using acc_t = typename Accumulator<scalar_t>::type;
-  Kernel<scalar_t, kKernel, kRelu, kLast> k(m);
+  using K = Kernel<scalar_t, kKernel, kRelu, kLast>;
+  using acc_t = typename K::acc_t;
+  using index_t = typename K::index_t;
+  K k(m);
   const bool sums = kPass == Pass::kReduce || (kPass == Pass::kPushforward && m.sums);
-  const bool overlap = kPass == Pass::kWrite && kKernel == 3;
-  const int64_t half = m.width / 2 + 1, size = kLast ? m.width * m.channels : 2 * half;
-  Scratch<acc_t> scratch(sums ? kSums * k.lanes_stride : overlap ? 3 * size : 0);
-  if (sums) k.lanes = scratch.data;
+  constexpr bool kOverlap = kPass == Pass::kWrite && kKernel == 3;
+  const int64_t size = kOverlap ? k.row_size() : 0;
+  Scratch<acc_t> numbers(sums ? kSums * k.lanes_stride : 2 * size);
+  Scratch<index_t> indices(2 * size);
+  if (sums) k.lanes = numbers.data;
+  for (int64_t i = 0; i < 2 * size; ++i) indices.data[i] = K::kNothing;
   each_range<kLast>(
       m, begin, end, [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last) {
         if constexpr (!kLast) k.at_channel(c);
-        if constexpr (kPass == Pass::kWrite && kKernel == 3) {
-          acc_t* const x = scratch.data;
-          k.write_overlapping(b, c, first, last, {{x, x + size, x + 2 * size}, size, half});
+        if constexpr (kOverlap) {
+          acc_t* const g = numbers.data;
+          index_t* const which = indices.data;
+          k.write_overlapping(b, c, first, last, {g, which}, {g + size, which + size});
         } else {
           for (int64_t i = first; i < last; ++i) {
             if constexpr (kPass == Pass::kForward) k.forward(b, c, i);
@@ -493,74 +85,88 @@ void run(const Maps& m, int64_t begin, int64_t end) {
   );
 }
 
-// sums[0], sums[1] of u - m.mean (float64 here) in float64: exact for what a channel's float32 can
-// hold, and u is read once.
+// Adds the lanes of x to N numbers in float64.
+template <typename T>
+inline void add_wide(double* to, const T& x) {
+  using acc_t = std::remove_reference_t<decltype(x[0])>;
+  using number_t = std::remove_cv_t<acc_t>;
+  constexpr int N = sizeof(T) / sizeof(number_t), kPart = kLanes<double>;
+  number_t lanes[N];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int i = 0; i < N; i += kPart) {
+    const Lanes<double, kPart> part = convert<double, kPart>(load<kPart>(lanes + i));
+    store(to + i, Lanes<double, kPart>(load<kPart>(to + i) + part));
+  }
+}
+
+// sums[0], sums[1] of u - m.mean, which is near the mean: over 16 values in the accumulator type, and
+// in float64 from there on. u is read once.
 template <typename scalar_t, bool kLast>
 void statistics(const Maps& m, int64_t begin, int64_t end) {
-  constexpr int L = kLanes<double>;
-  using V = Lanes<double, L>;
+  using acc_t = typename Accumulator<scalar_t>::type;
+  constexpr int L = kLanes<acc_t>, kRun = 16;
+  using V = Lanes<acc_t, L>;
   const auto* u = static_cast<const scalar_t*>(m.u);
-  const auto* shift = static_cast<const double*>(m.mean);
-  const auto wide = [](const scalar_t* p, auto count) {
-    return convert<double, L>(load<L>(p, count));
+  const auto* shift = static_cast<const acc_t*>(m.mean); // [C]
+  const auto deviations = [](const scalar_t* x, int64_t step, int64_t n, V at, double* sum,
+                             double* square, auto count) {
+    V s{}, q{};
+    for (int64_t i = 0; i < n; ++i) {
+      const V d = load<L>(x + i * step, count) - at;
+      s += d;
+      q += d * d;
+    }
+    add_wide(sum, s);
+    add_wide(square, q);
   };
+  Scratch<double> scratch(2 * (kLast ? m.padded_channels : kRunLanes));
   each_range<kLast>(
       m, begin, end, [&](double* sums, int64_t b, int64_t c, int64_t first, int64_t last) {
         const int64_t from = first * m.run, n = least(last * m.run, m.height * m.width) - from;
         if constexpr (kLast) {
           const scalar_t* x = u + (b * m.height * m.width + from) * m.channels;
-          const auto block = [&](auto vectors, int64_t k, auto count) {
-            constexpr int kVectors = decltype(vectors)::value;
-            V s[kVectors] = {}, q[kVectors] = {}, at[kVectors];
-            for (int v = 0; v < kVectors; ++v) at[v] = load<L>(shift + k + v * L);
-            for (int64_t i = 0; i < n; ++i) {
-              for (int v = 0; v < kVectors; ++v) {
-                const V d = wide(x + i * m.channels + k + v * L, count) - at[v];
-                s[v] += d;
-                q[v] += d * d;
-              }
+          for (int64_t i = 0; i < n; i += kRun, x += kRun * m.channels) {
+            const int64_t pixels = least(kRun, n - i);
+            double* const to = sums;
+            double* const square = to + m.padded_channels;
+            int64_t k = 0;
+            for (; k + L <= m.channels; k += L) {
+              const V at = load<L>(shift + k);
+              deviations(x + k, m.channels, pixels, at, to + k, square + k, Whole{});
             }
-            for (int v = 0; v < kVectors; ++v) {
-              double* out = sums + k + v * L;
-              store(out, V(load<L>(out, count) + s[v]), count);
-              out += m.padded_channels;
-              store(out, V(load<L>(out, count) + q[v]), count);
+            if (k < m.channels) {
+              const V at = load<L>(shift + k);
+              const Part part{m.channels - k};
+              deviations(x + k, m.channels, pixels, at, to + k, square + k, part);
             }
-          };
-          int64_t k = 0;
-          for (; k + 4 * L <= m.channels; k += 4 * L) {
-            block(std::integral_constant<int, 4>(), k, Whole{});
           }
-          constexpr std::integral_constant<int, 1> one;
-          for (; k + L <= m.channels; k += L) block(one, k, Whole{});
-          if (k < m.channels) block(one, k, Part{m.channels - k});
         } else {
-          constexpr int kRun = 32, kVectors = kRun / L; // the same lanes for any width
           const scalar_t* x = u + (b * m.channels + c) * m.height * m.width + from;
-          V s[kVectors] = {}, q[kVectors] = {};
+          double* const to = scratch.data;
+          double* const square = to + kRunLanes;
+          std::memset(to, 0, 2 * kRunLanes * sizeof(double));
           const V at = V{} + shift[c];
           int64_t i = 0;
-          for (; i + kRun <= n; i += kRun) {
-            for (int v = 0; v < kVectors; ++v) {
-              const V d = wide(x + i + v * L, Whole{}) - at;
-              s[v] += d;
-              q[v] += d * d;
+          while (i + kRunLanes <= n) {
+            const int64_t rows = least(kRun, (n - i) / kRunLanes);
+            for (int k = 0; k < kRunLanes; k += L) {
+              deviations(x + i + k, kRunLanes, rows, at, to + k, square + k, Whole{});
+            }
+            i += rows * kRunLanes;
+          }
+          for (; i < n; ++i) {
+            const double d = load<1>(x + i) - shift[c];
+            to[i % kRunLanes] += d;
+            square[i % kRunLanes] += d * d;
+          }
+          for (int half = kRunLanes / 2; half > 0; half /= 2) {
+            for (int k = 0; k < half; ++k) {
+              to[k] += to[k + half];
+              square[k] += square[k + half];
             }
           }
-          double total[2][kRun];
-          std::memcpy(total[0], s, sizeof s);
-          std::memcpy(total[1], q, sizeof q);
-          for (int lane = 0; i < n; ++i, ++lane) {
-            const double d = static_cast<double>(load<1>(x + i)) - shift[c];
-            total[0][lane] += d;
-            total[1][lane] += d * d;
-          }
-          for (int sum = 0; sum < 2; ++sum) {
-            for (int h = kRun / 2; h > 0; h /= 2) {
-              for (int lane = 0; lane < h; ++lane) total[sum][lane] += total[sum][lane + h];
-            }
-            sums[sum * m.padded_channels + c] += total[sum][0];
-          }
+          sums[c] += to[0];
+          sums[m.padded_channels + c] += square[0];
         }
       }
   );
@@ -602,11 +208,13 @@ void dispatch(const Maps& m, int64_t begin, int64_t end) {
           return with_layout(std::integral_constant<int, 3>(), relu);
       }
     };
-    if (m.activation == Activation::kRelu) {
-      with_kernel(std::true_type());
-    } else {
-      with_kernel(std::false_type());
+    // ReLU by itself where speed matters most: each is a third of a second to compile.
+    constexpr bool kHot =
+        FASTJAC_VECTOR_BYTES > 16 && sizeof(scalar_t) < 8 && !std::is_same_v<scalar_t, Half>;
+    if constexpr (kHot) {
+      if (m.activation == Activation::kRelu) return with_kernel(std::true_type());
     }
+    with_kernel(std::false_type());
   });
 }
 

@@ -26,6 +26,11 @@ def dense(u: Tensor) -> Tensor:
     return u.contiguous(memory_format=layout(u))
 
 
+def empty_map(u: Tensor, shape: Sequence[int]) -> Tensor:
+    """Of u's dtype, device and layout."""
+    return torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=layout(u))
+
+
 def check_map(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")

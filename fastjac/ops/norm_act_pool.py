@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fastjac.errors import FastjacError
 from fastjac.ops._library import define, refuse_forward_mode
-from fastjac.ops._maps import accumulator, check_channels, check_like, check_map, dense, layout
+from fastjac.ops._maps import accumulator, check_channels, check_like, check_map, dense, empty_map
 
 aten = torch.ops.aten
 
@@ -185,7 +185,7 @@ def norm_act_pool_backward(
     op = "norm_act_pool_backward"
     maps = {"residual": residual, "curvature": curvature}
     u, residual, curvature = _check(op, u, maps, activation, slope, pool)
-    gy = _check_output(op, "gy", gy, u, pool)
+    gy = check_like(op, "gy", gy, _output_shape(op, u, pool), "y", u)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
     (coefficient,) = check_channels(op, u, coefficient=coefficient)
     mask = [bool(wanted) for wanted in mask]
@@ -198,7 +198,7 @@ def norm_act_pool_backward(
         *(gy, u, residual, *channels, activation, float(slope), pool),
         *(training, coefficient, curvature, mask),
     )
-    return tuple(x if wanted else None for x, wanted in zip(results, mask))
+    return tuple(x if wanted else None for x, wanted in zip(results, mask, strict=True))
 
 
 def norm_act_pool_backward_ref(
@@ -226,7 +226,7 @@ def norm_act_pool_backward_ref(
     if curvature is not None:
         gu = gu + curvature
     results = (_like(u, gu), _like(u, g), _sum(g * xhat), _sum(g))
-    return tuple(x if wanted else u.new_empty(0) for x, wanted in zip(results, mask))
+    return tuple(x if wanted else u.new_empty(0) for x, wanted in zip(results, mask, strict=True))
 
 
 def norm_act_pool_pushforward(
@@ -290,7 +290,7 @@ def norm_act_pool_pushforward(
         raise FastjacError(f"{op}: statistics must be one of {_STATISTICS}, got {statistics!r}")
     if curvature and statistics == "fixed":
         raise FastjacError(f"{op}: curvature=True needs statistics='batch', got 'fixed'")
-    gy = _check_output(op, "gy", gy, u, pool)
+    gy = check_like(op, "gy", gy, _output_shape(op, u, pool), "y", u)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
     refuse_forward_mode(op, *_present(tu, tresidual, gy, u, residual, weight, bias))
     ty, gweight, coefficient, kappa = torch.ops.fastjac.norm_act_pool_pushforward(
@@ -426,7 +426,7 @@ def _statistics(
     return mean, var
 
 
-# The pieces of the equations, in plain PyTorch.
+# The pieces of the equations.
 
 
 def _column(x: Tensor) -> Tensor:
@@ -493,8 +493,7 @@ def _unpool(gy: Tensor, z: Tensor, activation: str, slope: float, pool: str) -> 
 
 def _like(u: Tensor, x: Tensor) -> Tensor:
     """x in u's dtype and layout, never an alias of an input."""
-    out = torch.empty(x.shape, dtype=u.dtype, device=u.device, memory_format=layout(u))
-    return out.copy_(x)
+    return empty_map(u, x.shape).copy_(x)
 
 
 # What the wrappers check.
@@ -538,10 +537,6 @@ def _check(
     return [u, *like]
 
 
-def _check_output(op: str, name: str, x: Tensor, u: Tensor, pool: str) -> Tensor:
-    return check_like(op, name, x, _output_shape(op, u, pool), "y", u)
-
-
 # Registration.
 
 _PARAMETERS = "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd"
@@ -566,10 +561,6 @@ define(
 )
 
 
-def _empty_map(u: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=layout(u))
-
-
 @torch.library.register_fake("fastjac::channel_statistics")
 def _statistics_fake(u):
     return _zeros(u), _zeros(u)
@@ -577,19 +568,21 @@ def _statistics_fake(u):
 
 @torch.library.register_fake("fastjac::norm_act_pool")
 def _forward_fake(u, residual, weight, bias, mean, invstd, activation, slope, pool):
-    return _empty_map(u, _output_shape("norm_act_pool", u, pool))
+    return empty_map(u, _output_shape("norm_act_pool", u, pool))
 
 
 @torch.library.register_fake("fastjac::norm_act_pool_backward")
 def _backward_fake(gy, u, *args):
-    results = (_empty_map(u, u.shape), _empty_map(u, u.shape), _zeros(u), _zeros(u))
-    return tuple(x if wanted else u.new_empty(0) for x, wanted in zip(results, args[-1]))
+    results = (empty_map(u, u.shape), empty_map(u, u.shape), _zeros(u), _zeros(u))
+    return tuple(
+        x if wanted else u.new_empty(0) for x, wanted in zip(results, args[-1], strict=True)
+    )
 
 
 @torch.library.register_fake("fastjac::norm_act_pool_pushforward")
 def _pushforward_fake(tu, tresidual, gy, u, *args):
-    kappa = _empty_map(u, u.shape) if args[-1] else u.new_empty(0)
-    return _empty_map(u, gy.shape), _zeros(u), _zeros(u), kappa
+    kappa = empty_map(u, u.shape) if args[-1] else u.new_empty(0)
+    return empty_map(u, gy.shape), _zeros(u), _zeros(u), kappa
 
 
 def _refuse(name: str, instead: str) -> None:

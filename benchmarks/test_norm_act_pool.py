@@ -1,0 +1,170 @@
+"""norm_act_pool and its derivatives, by themselves and as a step, against PyTorch's chain.
+
+Bytes that must move, u being S and y being Y bytes: every map is read once by each pass that needs it,
+and written once. Statistics: S. Forward: S + Y, and S for a residual. Backward: u and gy for the sums,
+u, gy and gu for the write. Pushforward, fixed statistics: u, tu, gy and ty in one pass. Pushforward,
+batch statistics: u, tu and gy for the sums, u, tu and ty, and u, tu, gy and the curvature.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastjac.ops import (
+    NormActPool,
+    channel_statistics,
+    channel_statistics_ref,
+    norm_act_pool,
+    norm_act_pool_backward,
+    norm_act_pool_backward_ref,
+    norm_act_pool_pushforward,
+    norm_act_pool_pushforward_ref,
+    norm_act_pool_ref,
+)
+
+SHAPE = (8, 64, 224, 224)  # the first block of a VGG
+LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+# activation, pool, residual
+KINDS = {
+    "relu-2x2": ("relu", "2x2", False),
+    "relu": ("relu", "none", False),
+    "add-relu": ("relu", "none", True),
+    "relu-3x3": ("relu", "3x3", False),
+}
+POOL = {
+    "none": lambda a: a,
+    "2x2": lambda a: F.max_pool2d(a, 2),
+    "3x3": lambda a: F.max_pool2d(a, 3, 2, 1),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+DTYPE = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture
+def maps(device, request):
+    """Makes u-shaped maps; a small batch where nothing is timed."""
+    generator = torch.Generator().manual_seed(0)
+    timed = request.config.getoption("benchmark_enable") or request.config.getoption(
+        "benchmark_only"
+    )
+    shape = SHAPE if timed else (2, 24, 20, 20)
+
+    def make(layout, dtype, size=None):
+        x = torch.randn(shape if size is None else size, generator=generator)
+        return x.to(device, dtype).contiguous(memory_format=layout)
+
+    return make
+
+
+def parameters(u):
+    mean, var = channel_statistics(u)
+    ramp = torch.linspace(0.5, 1.5, u.shape[1], device=u.device)
+    return ramp, 1 - ramp, mean, (var + 1e-5).rsqrt()
+
+
+def close(got, expected, dtype) -> None:
+    """In norm: of two near values in a window, another may have been chosen in float64."""
+    for x, y in zip(got, expected, strict=True):
+        if x is not None and x.numel():
+            assert (x.double() - y.double()).norm() <= TOLERANCE[dtype] * y.double().norm() + 1e-6
+
+
+@LAYOUT
+@DTYPE
+def test_channel_statistics(measure, device, maps, layout, dtype):
+    u = maps(layout, dtype)
+    close(channel_statistics(u), channel_statistics_ref(u.double()), torch.float32)
+    measure(device, u.nbytes, lambda: channel_statistics(u))
+
+
+@LAYOUT
+@DTYPE
+@KIND
+def test_norm_act_pool(measure, device, maps, layout, dtype, kind):
+    activation, pool, with_residual = kind
+    u = maps(layout, dtype)
+    residual = maps(layout, dtype) if with_residual else None
+    args = (u, residual, *parameters(u), activation, 0.01, pool)
+    y = norm_act_pool(*args)
+    close([y], [norm_act_pool_ref(*args)], dtype)
+    measure(device, (1 + with_residual) * u.nbytes + y.nbytes, lambda: norm_act_pool(*args))
+
+
+@LAYOUT
+@DTYPE
+@KIND
+def test_norm_act_pool_backward(measure, device, maps, layout, dtype, kind):
+    activation, pool, with_residual = kind
+    u = maps(layout, dtype)
+    residual = maps(layout, dtype) if with_residual else None
+    options = (u, residual, *parameters(u), activation, 0.01, pool)
+    gy = maps(layout, dtype, norm_act_pool(*options).shape)
+    args = (gy, *options, True, None, None, [True, with_residual, True, True])
+    close(norm_act_pool_backward(*args), norm_act_pool_backward_ref(*args), dtype)
+    inputs = (1 + with_residual) * u.nbytes
+    measure(device, 3 * inputs + 2 * gy.nbytes, lambda: norm_act_pool_backward(*args))
+
+
+@LAYOUT
+@KIND
+@pytest.mark.parametrize("statistics", ["fixed", "batch"])
+def test_norm_act_pool_pushforward(measure, device, maps, layout, kind, statistics):
+    activation, pool, with_residual = kind
+    dtype = torch.float32
+    u, tu = maps(layout, dtype), maps(layout, dtype)
+    residual, tresidual = (maps(layout, dtype) if with_residual else None for _ in range(2))
+    options = (u, residual, *parameters(u), activation, 0.01, pool)
+    gy = maps(layout, dtype, norm_act_pool(*options).shape)
+    batch = statistics == "batch"
+    args = (tu, tresidual, gy, *options, statistics, batch)
+    close(norm_act_pool_pushforward(*args), norm_act_pool_pushforward_ref(*args), dtype)
+    # z's inputs are read by every pass; the tangents by all but, for tresidual, those that write ty
+    n = 2 + with_residual
+    fixed = (n + with_residual) * u.nbytes + 2 * gy.nbytes
+    more = (n * u.nbytes + gy.nbytes) + (n + 1) * u.nbytes + gy.nbytes
+    moved = fixed - gy.nbytes + more if batch else fixed
+    measure(device, moved, lambda: norm_act_pool_pushforward(*args))
+
+
+def pytorch(u, residual, weight, bias, activation, pool):
+    n = F.batch_norm(u, None, None, weight, bias, True)
+    z = n if residual is None else n + residual
+    return POOL[pool](getattr(F, activation)(z, inplace=True))
+
+
+def fused(u, residual, weight, bias, activation, pool):
+    options = (True, 0.1, 1e-5, activation, 0.01, pool)
+    return NormActPool.apply(u, residual, weight, bias, None, None, *options)[0]
+
+
+@pytest.mark.parametrize("f", [fused, pytorch])
+@LAYOUT
+@DTYPE
+@KIND
+def test_forward_and_backward(measure, device, maps, layout, dtype, kind, f):
+    """A training step of the block. The bytes are those that the fused one must move, for both."""
+    activation, pool, with_residual = kind
+    u = maps(layout, dtype).requires_grad_()
+    residual = maps(layout, dtype).requires_grad_() if with_residual else None
+    weight, bias = (x.to(dtype).requires_grad_() for x in parameters(u.detach())[:2])
+    ins = [x for x in (u, residual, weight, bias) if x is not None]
+    y = f(u, residual, weight, bias, activation, pool)
+    gy = maps(layout, dtype, y.shape)
+    expected = pytorch(u, residual, weight, bias, activation, pool)
+    close([y], [expected], dtype)
+    if dtype == torch.float32:
+        got, grads = (torch.autograd.grad(v, ins, gy) for v in (y, expected))
+        for x, e in zip(got, grads, strict=True):
+            assert (x - e).norm() <= 1e-3 * e.norm()
+    del y, expected
+
+    def step():
+        torch.autograd.grad(f(u, residual, weight, bias, activation, pool), ins, gy)
+
+    inputs = (1 + with_residual) * u.nbytes
+    measure(device, u.nbytes + inputs + gy.nbytes + 3 * inputs + 2 * gy.nbytes, step)
