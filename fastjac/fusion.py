@@ -24,7 +24,8 @@ def fuse(model: nn.Module) -> FusedModel:
     is. Differentiable once. Deterministic where the rest of the network is.
     :meth:`FusedModel.unfuse` gives the model back.
 
-    Raises :class:`fastjac.errors.FastjacError` for a network that ``torch.fx`` cannot trace.
+    Raises :class:`fastjac.errors.FastjacError` for a network that ``torch.fx`` cannot trace, and for
+    hooks on a container in it, which would not fire.
     """
     if isinstance(model, FusedModel):
         raise FastjacError("fuse: the model is fused already")

@@ -29,7 +29,7 @@ def refuse_hooks(module: nn.Module, place: str) -> None:
     if has_hooks(module):
         raise _HookedError(
             f"{place} has a hook, which would not fire where the module is traced through: hook its "
-            "last leaf module instead; strategy='autograd' runs it"
+            "last leaf module instead; strategy='autograd', or a model that is not fused, runs it"
         )
 
 

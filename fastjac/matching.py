@@ -14,6 +14,7 @@ from fastjac import engine, reference
 from fastjac.chains import PIECEWISE_LINEAR
 from fastjac.errors import FastjacError, unknown
 from fastjac.features import find_layer
+from fastjac.fusion import FusedModel
 from fastjac.graph import Network
 from fastjac.losses import jacobian_match_loss
 from fastjac.ops import jacobian_match
@@ -56,6 +57,14 @@ def _check_target(target: Target) -> Target:
             f"target: expected LabelLogit or AttentionWindow, got {type(target).__name__}"
         )
     return target
+
+
+def _check_model(model: nn.Module, name: str) -> None:
+    if isinstance(model, FusedModel):
+        raise FastjacError(
+            f"the {name} is fused; expected the model itself, model.unfuse(): its chains are fused "
+            "here where that pays"
+        )
 
 
 def _check_input(x: Tensor, model: nn.Module, name: str) -> None:
@@ -141,6 +150,8 @@ class JacobianMatching(nn.Module):
         strategy: str = "auto",
     ) -> None:
         super().__init__()
+        _check_model(student, "student")
+        _check_model(teacher, "teacher")
         self.target = _check_target(target)
         self.normalize = target.normalize if normalize is None else normalize
         self.batch_stats = _check_choice("batch_stats", batch_stats, BATCH_STATS)
@@ -231,6 +242,7 @@ def input_jacobian(
     (int64), for AttentionWindow; None: the argmax of the model's own pooled attention map.
     ``batch_stats``, ``strategy``, errors and determinism: as in :class:`JacobianMatching`.
     """
+    _check_model(model, "model")
     _check_target(target)
     _check_choice("batch_stats", batch_stats, BATCH_STATS)
     _check_choice("strategy", strategy, STRATEGIES)

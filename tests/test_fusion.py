@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, FastjacError, FusedModel, JacobianMatching, LabelLogit, fuse
+from fastjac import (
+    AttentionWindow,
+    FastjacError,
+    FusedModel,
+    JacobianMatching,
+    LabelLogit,
+    fuse,
+    input_jacobian,
+)
 from fastjac.chains import Chain
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -321,6 +329,14 @@ def test_hooks():
     assert calls[1:] == [(3, 5)]
 
 
+def test_hooks_on_a_container_are_an_error():
+    fused = fuse(network("2x2"))
+    getattr(fused, "1").register_forward_hook(lambda m, args, y: None)
+    with pytest.raises(FastjacError, match=r"module '1' has a hook.*not fused, runs it"):
+        fused(images())
+    fused.unfuse()(images())
+
+
 def test_frozen_parameters():
     fused, plain = fuse(network("residual")), network("residual")
     for model in (fused, plain):
@@ -387,6 +403,17 @@ def test_a_network_that_cannot_be_fused_is_an_error():
         fuse(Untraceable())
     with pytest.raises(FastjacError, match="Pair must return one tensor of logits; got tuple"):
         fuse(Pair())
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autograd"])
+def test_matching_takes_the_model_itself(strategy):
+    model = network("2x2")
+    with pytest.raises(FastjacError, match=r"the student is fused; expected .*model.unfuse\(\)"):
+        JacobianMatching(fuse(model), model, strategy=strategy)
+    with pytest.raises(FastjacError, match="the teacher is fused"):
+        JacobianMatching(model, fuse(model), strategy=strategy)
+    with pytest.raises(FastjacError, match="the model is fused"):
+        input_jacobian(fuse(model), images(), AttentionWindow("1"), strategy=strategy)
 
 
 def test_a_sum_larger_than_the_map_is_an_error():
