@@ -29,13 +29,15 @@
 namespace fastjac::attention_window {
 
 constexpr int kThreads = 256;
+// 80 registers, and 128 for the slope: left to itself the compiler takes fewer, and spills.
+constexpr int kBlocksPerProcessor = 3, kSlopeBlocksPerProcessor = 2;
 constexpr int kWarp = 32;
 constexpr int kPixelLanes = 32;
 constexpr int kChannelLanes = kThreads / kPixelLanes;
 constexpr int64_t kMaxBlocks = window_crop::kMaxBlocks;
 
 template <int kVector, bool kSquare, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) planar_means(
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) planar_means(
     Map m,
     int64_t blocks, // of a sample
     const scalar_t* __restrict__ features, // [B, C, h, w]
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) planar_means(
 
 // A block has kThreads / lanes pixels of all samples'; lanes is a power of two, kWarp at most.
 template <int kVector, bool kSquare, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) interleaved_means(
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) interleaved_means(
     Map m,
     int lanes,
     const scalar_t* __restrict__ features, // [B, h, w, C]
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) find(
 }
 
 template <int kVector, bool kWholeLoads, bool kSquare, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) write_slope(
+__global__ void __launch_bounds__(kThreads, kSlopeBlocksPerProcessor) write_slope(
     window_crop::Crop g,
     window_crop::Strips s,
     const scalar_t* __restrict__ features, // the features' strides
