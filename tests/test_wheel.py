@@ -16,9 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OTHER_TORCH = "torch==2.13.0"
-# Tests of what needs more than PyTorch, or of the source tree. All others run beside OTHER_TORCH.
+# Tests of what needs more than PyTorch, of the source tree, or of pure Python that takes its time.
+# All others run beside OTHER_TORCH.
 ELSEWHERE = {"data", "models", "train", "cuda_executor", "cpu_kernels"}
-ELSEWHERE |= {"test_install.py", "test_wheel.py", "test_gpu_check.py", "__pycache__"}
+ELSEWHERE |= {"test_install.py", "test_wheel.py", "test_gpu_check.py", "test_support.py"}
 
 
 def command(*words: str | Path, cwd: Path = ROOT) -> str:
