@@ -114,12 +114,34 @@ def test_two_steps_may_be_in_flight_at_once(target, strategy):
     assert_same(gradients(student), {k: apart[0][k] + apart[1][k] for k in apart[0]})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.eval().requires_grad_(False).conv.requires_grad_(), "JacobianMatching"),
+        (lambda s: s.head.requires_grad_(False), "JacobianMatching"),
+        (lambda s: s.body.register_module("1", nn.BatchNorm2d(3).double()), "BatchNorm|Jacobian"),
+    ],
+    ids=["one parameter", "most parameters", "norms"],
+)
 @EVERY
-def test_double_backward_raises_and_says_so(target, strategy):
-    student = network()
+def test_double_backward_raises_and_says_so(target, strategy, change, message):
+    student = network(normalise=message != "JacobianMatching")
+    change(student)
     loss = matching(student, target, strategy)(images(), LABELS).jacobian_loss
-    with pytest.raises(FastjacError, match=r"differentiates once; got .*create_graph=True"):
-        torch.autograd.grad(loss, list(student.parameters()), create_graph=True, allow_unused=True)
+    wanted = [p for p in student.parameters() if p.requires_grad]
+    message = f"({message}).*differentiates once; got a backward with create_graph=True"
+    with pytest.raises(FastjacError, match=message):
+        torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+
+
+def test_a_second_derivative_of_other_outputs_raises_where_a_norm_has_none():
+    student = network()
+    student.norm, student.relu = nn.BatchNorm2d(3).double(), nn.GELU()  # no chain: a node each
+    logits = matching(student)(images(), LABELS).student_logits
+    with pytest.raises(
+        FastjacError, match=r"fastjac's BatchNorm differentiates once; got .*'autograd"
+    ):
+        torch.autograd.grad(logits.sum(), student.conv.weight, create_graph=True)
 
 
 def test_autograd_grad_gives_the_same_gradients():
