@@ -125,9 +125,7 @@ struct Kernel {
   template <bool kValue, bool kTangent, bool kWhich, int N, typename Count>
   FASTJAC_ALWAYS_INLINE Chosen<N> choose(const At<N, Count>& at) const {
     const V<N> scale = load<N>(p.scale + at.channel), shift = load<N>(p.shift + at.channel);
-    Chosen<N> best;
-    bool first = true;
-    const auto see = [&](int h, int w) __attribute__((always_inline)) {
+    const auto look = [&](int h, int w) __attribute__((always_inline)) {
       const int64_t offset = h * row + w * pixel;
       Chosen<N> x;
       x.u = tap(u, at, offset, w);
@@ -137,11 +135,12 @@ struct Kernel {
       if (kTangent && tu) x.tu = tap(tu, at, offset, w);
       if (kTangent && tresidual) x.tresidual = tap(tresidual, at, offset, w);
       x.which = I<N>{} + index_t(h * kKernel + w);
-      if (first) {
-        first = false;
-        best = x;
-        return;
-      }
+      return x;
+    };
+    constexpr bool kWhole = kKernel < 3 || (kShuffled && N > 1); // no window lacks a column
+    Chosen<N> best = look(kKernel < 3 ? 0 : at.h0, kWhole ? 0 : at.w0);
+    const auto see = [&](int h, int w) __attribute__((always_inline)) {
+      const Chosen<N> x = look(h, w);
       const auto better = (x.a > best.a) | (x.a != x.a);
       best.a = better ? x.a : best.a;
       best.z = better ? x.z : best.z;
@@ -150,22 +149,20 @@ struct Kernel {
       if (kTangent && tresidual) best.tresidual = better ? x.tresidual : best.tresidual;
       if constexpr (kWhich) best.which = better ? x.which : best.which;
     };
-    if constexpr (kKernel == 1) {
-      see(0, 0);
-    } else if constexpr (kKernel == 2) {
-      see(0, 0);
+    if constexpr (kKernel == 2) {
       see(0, 1);
       see(1, 0);
       see(1, 1);
-    } else if constexpr (kShuffled && N > 1) {
+    } else if constexpr (kKernel == 3) {
+      // The first is seen twice: it does not replace itself by another.
       for (int h = at.h0; h < at.h1; ++h) {
-        see(h, 0);
-        see(h, 1);
-        see(h, 2);
-      }
-    } else {
-      for (int h = at.h0; h < at.h1; ++h) {
-        for (int w = at.w0; w < at.w1; ++w) see(h, w);
+        if (kWhole || at.w1 - at.w0 == 3) {
+          see(h, 0);
+          see(h, 1);
+          see(h, 2);
+        } else {
+          for (int w = at.w0; w < at.w1; ++w) see(h, w);
+        }
       }
     }
     return best;
