@@ -371,9 +371,10 @@ def main() -> None:
             config = dataclasses.replace(CONFIGURATIONS[name], batch=batch)
             results.append(measure(name, config, args))
             print(table(results[-1]), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**environment(args), "results": results}, indent=1))
+            if args.json:  # each as it comes: an interrupted run keeps what it has measured
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                found = {**environment(args), "results": results}
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
