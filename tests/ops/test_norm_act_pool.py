@@ -397,7 +397,7 @@ def test_empty(device, shape, pool, layout):
     assert all(x.shape == shape[1:2] for x in channel_statistics(case.u))
 
 
-@pytest.mark.parametrize("mask", itertools.product([False, True], repeat=4), ids=str)
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=4)), ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_what_is_not_wanted_is_none(device, mask, training):
     case = Case(2, 5, 6, 6, with_residual=True, pool="2x2", device=device)
