@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,41 @@ class Chain:
     def __call__(self, residual: Tensor | None, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.run(residual, u, *args, **kwargs)[0]
         return y if u.dim() == 4 else y.view(u.shape)
+
+
+def remade(node: fx.Node, value: Any) -> bool:
+    """Whether ``value``, the node's, is one that a chain can make again from what it keeps anyway.
+
+    Then nobody needs to keep it: u stays, y is recomputed. A pooled y is small, and costs u's read.
+    """
+    return (
+        isinstance(node.target, Chain)
+        and node.target.pool == "none"
+        and node.args[0] is None
+        and value.dim() == 4  # else a view of what the chain made
+        and value.grad_fn is not None
+        and not torch.compiler.is_compiling()  # which chooses itself what to recompute
+    )
+
+
+def recomputing(values: list[Tensor]) -> AbstractContextManager[Any]:
+    """While it lasts, autograd keeps of these outputs of :func:`remade` chains how to make them again."""
+    if not values:
+        return nullcontext()
+    makers = {_place(value): value.grad_fn for value in values}
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: makers.get(_place(tensor), tensor),
+        lambda kept: kept if isinstance(kept, Tensor) else _again(kept),
+    )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _again(maker: Any) -> Tensor:
+    with torch.no_grad():
+        return NormActPool.again(maker)
 
 
 def as_map(x: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ def fuse(model: nn.Module) -> FusedModel:
 
     What it saves, in training: PyTorch keeps BatchNorm's input u, the activation's output, the pool's
     output and its int64 indices, 11 bytes for each fp32 element of u with a 2x2 pool; fused, u and the
-    pool's output stay, 5 bytes. Forward and backward read and write u-sized maps half as often.
+    pool's output stay, 5 bytes. Without a pool or an addition, u alone stays, 4 bytes instead of 8: what
+    follows (a convolution, for its weight's gradient) has the activation made again in the backward.
+    Forward and backward read and write u-sized maps half as often.
 
     Shares the model's modules, parameters and buffers: the same state dict, training either trains
     both. The same outputs and gradients (to rounding), in train and eval mode; running statistics are

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastjac.chains import fuse_chains, has_hooks
+from fastjac.chains import fuse_chains, has_hooks, recomputing, remade
 from fastjac.errors import FastjacError
 from fastjac.features import find_layer
 
@@ -165,10 +165,12 @@ class Program:
                     values[node] = _attribute(self.root, node.target)
                 else:
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                    if call is None:
-                        values[node] = self.callable(node)[1](*args, **kwargs)
-                    else:
-                        values[node] = call(node, args, kwargs, values)
+                    made = [values[n] for n in node.all_input_nodes if remade(n, values[n])]
+                    with recomputing(made):
+                        if call is None:
+                            values[node] = self.callable(node)[1](*args, **kwargs)
+                        else:
+                            values[node] = call(node, args, kwargs, values)
                 for done in self.last_read.get(node, ()):
                     del values[done]
         return values[self.output]

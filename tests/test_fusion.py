@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastjac import (
     AttentionWindow,
@@ -366,11 +367,11 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 @pytest.mark.parametrize(
     ("pool", "plain", "fused"),
-    [("2x2", 11, 5), ("3x3", 11, 5), ("", 8, 8)],
+    [("2x2", 11, 5), ("3x3", 11, 5), ("", 8, 4)],
     ids=["2x2", "3x3", "none"],
 )
 def test_bytes_kept_for_the_backward(pool, plain, fused):
-    """Of each float32 element of u: what follows the chain, a convolution, keeps its input too."""
+    """Of each float32 element of u. The convolution that follows keeps its input too, if not fused."""
     pools = {"2x2": [nn.MaxPool2d(2)], "3x3": [nn.MaxPool2d(3, 2, 1)], "": []}[pool]
     first = nn.Conv2d(3, 8, 3, padding=1)
     model = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), *pools, nn.Conv2d(8, 1, 1))
@@ -378,6 +379,64 @@ def test_bytes_kept_for_the_backward(pool, plain, fused):
     elements = first(x).numel()
     assert saved_bytes(model, x) / elements == pytest.approx(plain, abs=0.05)
     assert saved_bytes(fuse(model), x) / elements == pytest.approx(fused, abs=0.05)
+
+
+def unpooled() -> nn.Sequential:
+    """A chain without a pool, whose output two convolutions and a sum read."""
+    torch.manual_seed(0)
+    head = (nn.BatchNorm2d(C), nn.ReLU(), Branches(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, C, 3), *head).double()
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.b(x) + x
+
+
+def test_an_activation_is_not_kept_but_made_again():
+    model, alive = unpooled(), []
+    model[3].a.register_forward_pre_hook(
+        lambda module, args: alive.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    x = images()
+    y = fuse(model)(x)
+    assert [ref.expired() for ref in alive] == [True]
+    plain = copy.deepcopy(model).train()
+    expected = torch.autograd.grad(plain(x).square().sum(), plain.parameters())
+    loss = y.square().sum()
+    for retain in (True, True, False):
+        got = torch.autograd.grad(loss, model.parameters(), retain_graph=retain)
+        torch.testing.assert_close(got, expected, **EXACT)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, model.parameters())
+
+
+def test_an_activation_is_made_again_beside_hooks_of_the_callers():
+    model, x, seen = unpooled(), images(), []
+
+    def pack(t: Tensor) -> Tensor:
+        seen.append(t.shape)
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = fuse(model)(x)
+    got = torch.autograd.grad(y.square().sum(), model.parameters())
+    expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert seen
+
+
+def test_what_an_activation_is_made_from_must_not_be_overwritten():
+    model = unpooled()
+    loss = fuse(model)(images()).square().sum()
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # Errors

@@ -399,6 +399,11 @@ class NormActPool(torch.autograd.Function):
         gbias = None if gbias is None else gbias.to(bias.dtype)
         return gu, gresidual, gweight, gbias, *[None] * 8
 
+    @staticmethod
+    def again(node: Any) -> Tensor:
+        """y once more, bit for bit, from ``y.grad_fn`` and what it keeps."""
+        return norm_act_pool(*node.saved_tensors, *node.options)
+
 
 def _statistics(
     u: Tensor,
