@@ -6,12 +6,15 @@ A step is student and teacher forward, the loss and its backward; no optimiser. 
 cross-entropy, squared error of the logits and, for a window, attention matching; ``naive`` and
 ``fastjac`` add the Jacobian term. ``naive`` is the usual code: one forward with batch statistics,
 ``autograd.grad(create_graph=True)``, backward; it runs with ``batch_stats="batch"`` in every
-configuration, since frozen statistics would cost it a second forward.
+configuration, since frozen statistics would cost it a second forward. ``--contenders plain fused``
+compares the plain step with itself on networks that ``fastjac.fuse`` has rewritten.
 
 Time: all contenders in turn in one process, each in its better memory layout; median with 20 % and
-80 % quantiles, and the ratio to plain round by round. Memory: one process for each contender, peak
-resident memory of three steps over that before the first; under the default allocator.
-On a CPU the time is taken under two allocator settings: the default, and one that keeps its pages.
+80 % quantiles, and the ratio to plain round by round. On a CPU it is taken under two allocator
+settings, the default and one that keeps its pages, and a profile says how much of it PyTorch's own
+convolutions take: what nobody can save who leaves them as they are.
+Memory: peak resident memory of three steps over that before the first, each contender in processes of
+its own, the median of three; under the default allocator.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ PAGES_KEPT = {
 ALLOCATORS = {"pages kept": PAGES_KEPT, "default": {}}
 CONTENDERS = ("plain", "naive", "fastjac")
 LAYOUTS = ("contiguous", "channels_last")
+WARM = 3  # steps until the allocator has its pages
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,9 @@ class Contender:
         self.x = x.to(device, memory_format=form)
         self.y = torch.randint(config.classes, (config.batch,)).to(device)
         self.student, self.teacher, self.layer = student.train(), teacher.eval(), config.layer
-        self.device, self.amp, self.jacobians = device, amp, name != "plain"
+        self.device, self.amp, self.jacobians = device, amp, name not in ("plain", "fused")
+        if name == "fused":
+            self.student, self.teacher = fastjac.fuse(self.student), fastjac.fuse(self.teacher)
         target = fastjac.LabelLogit()
         if config.layer:
             target = fastjac.AttentionWindow(config.layer, window=config.window)
@@ -165,8 +171,9 @@ def time_steps(args: argparse.Namespace, config: Configuration) -> dict[str, Any
         for name in args.contenders
         for layout in args.layouts
     }
-    for contender in contenders.values():
-        contender.step()
+    for _ in range(WARM):
+        for contender in contenders.values():
+            contender.step()
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
     for _ in range(args.rounds):
         for key, contender in contenders.items():
@@ -192,7 +199,23 @@ def time_steps(args: argparse.Namespace, config: Configuration) -> dict[str, Any
             "ratio": statistics.median(a / b for a, b in zip(own, plain, strict=True)),
             "seconds": {layout: seconds[name, layout] for layout in args.layouts},
         }
+        if args.device == "cpu":
+            share = convolution_share(contenders[name, best[name]])
+            rows[name]["convolutions"] = share * rows[name]["ratio"]
     return rows
+
+
+def convolution_share(contender: Contender) -> float:
+    """The share of a step's operations that convolutions and their derivatives take; median of three."""
+    from torch.profiler import ProfilerActivity, profile
+
+    shares = []
+    for _ in range(3):
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            contender.step()
+        own = {e.key: e.self_cpu_time_total for e in profiled.key_averages()}
+        shares.append(sum(t for key, t in own.items() if "convolution" in key) / sum(own.values()))
+    return statistics.median(shares)
 
 
 def peak_memory(args: argparse.Namespace, config: Configuration) -> int:
@@ -255,8 +278,11 @@ def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[
         result["time"][setting] = rows
     layouts = {n: row["layout"] for n, row in next(iter(result["time"].values())).items()}
     for contender in args.contenders:
-        got = spawn("memory", config, args, [contender], [layouts[contender]], {})["bytes"]
-        result["memory"][contender] = got
+        got = [
+            spawn("memory", config, args, [contender], [layouts[contender]], {})["bytes"]
+            for _ in range(3)
+        ]
+        result["memory"][contender] = statistics.median(got)
     if args.memory_limit:
         limit = int(args.memory_limit * 2**30)
         result["memory_limit"] = limit
@@ -300,6 +326,7 @@ def table(result: dict[str, Any]) -> str:
             cells.append(
                 f"{setting}: {1e3 * row['median_s']:7.0f} ms ({low:.0f} to {high:.0f}) "
                 f"{row['ratio']:.2f}x"
+                + (f", convolutions {row['convolutions']:.2f}x" if "convolutions" in row else "")
             )
         cells.append(f"memory: {memory / 2**20:6.0f} MiB {memory / result['memory'][first]:.2f}x")
         lines.append("  " + " | ".join(cells))

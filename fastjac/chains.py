@@ -132,7 +132,7 @@ def remade(node: fx.Node, value: Any) -> bool:
 
 
 def recomputing(values: list[Tensor]) -> AbstractContextManager[Any]:
-    """While it lasts, autograd keeps of these outputs of :func:`remade` chains how to make them again."""
+    """While it lasts, autograd keeps how to make these outputs of :func:`remade` chains, not them."""
     if not values:
         return nullcontext()
     makers = {_place(value): value.grad_fn for value in values}
