@@ -7,12 +7,14 @@ cross-entropy, squared error of the logits and, for a window, attention matching
 ``fastjac`` add the Jacobian term. ``naive`` is the usual code: one forward with batch statistics,
 ``autograd.grad(create_graph=True)``, backward; it runs with ``batch_stats="batch"`` in every
 configuration, since frozen statistics would cost it a second forward. ``--contenders plain fused``
-compares the plain step with itself on networks that ``fastjac.fuse`` has rewritten.
+compares the plain step with itself on networks that ``fastjac.fuse`` has rewritten; in a configuration
+without a layer, since a layer's features end a chain.
 
 Time: all contenders in turn in one process, each in its better memory layout; median with 20 % and
 80 % quantiles, and the ratio to plain round by round. On a CPU it is taken under two allocator
 settings, the default and one that keeps its pages, and a profile says how much of it PyTorch's own
-convolutions take: what nobody can save who leaves them as they are.
+convolutions take: what nobody can save who leaves them as they are. Of fastjac's step, also the time in
+the Jacobian's own passes.
 Memory: peak resident memory of three steps over that before the first, each contender in processes of
 its own, the median of three; under the default allocator.
 """
@@ -61,6 +63,7 @@ CONFIGURATIONS = {
     "vgg9-224": Configuration("vgg9", "vgg9", 224, 8, "pool2"),
     "vgg9-448": Configuration("vgg9", "vgg9", 448, 8, "pool2", window=1 / 10),
     "vgg9-224-batch": Configuration("vgg9", "vgg9", 224, 8, "pool2", batch_stats="batch"),
+    "vgg9-224-logits": Configuration("vgg9", "vgg9", 224, 8),
     "resnet18-224": Configuration("resnet18", "resnet34", 224, 8, "layer1"),
     "vgg4-32": Configuration("vgg4", "vgg9", 32, 128, batch_stats="batch"),
 }
@@ -202,7 +205,43 @@ def time_steps(args: argparse.Namespace, config: Configuration) -> dict[str, Any
         if args.device == "cpu":
             share = convolution_share(contenders[name, best[name]])
             rows[name]["convolutions"] = share * rows[name]["ratio"]
+        if name == "fastjac":
+            rows[name]["passes_s"] = passes(contenders[name, best[name]], args.device)
     return rows
+
+
+def passes(contender: Contender, device: str) -> float:
+    """Seconds of a step in both networks' pullback and the student's pushforward; median of five."""
+    from unittest import mock
+
+    import torch
+
+    from fastjac import engine
+
+    spent = 0.0
+
+    def timed(function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal spent
+            wait()
+            start = time.perf_counter()
+            result = function(*args)
+            wait()
+            spent += time.perf_counter() - start
+            return result
+
+        return run
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    steps = []
+    with mock.patch.multiple(
+        engine, pullback=timed(engine.pullback), pushforward=timed(engine.pushforward)
+    ):
+        for _ in range(5):
+            spent = 0.0
+            contender.step()
+            steps.append(spent)
+    return statistics.median(steps)
 
 
 def convolution_share(contender: Contender) -> float:
@@ -294,24 +333,18 @@ def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[
 
 
 def largest_batch(result: dict[str, Any], name: str, limit: int, args: argparse.Namespace) -> int:
-    """The largest batch whose steps need at most ``limit`` bytes, to 5 %."""
+    """The largest batch whose steps need at most ``limit`` bytes, to 5 %; each try scales the last."""
     fields = {f: result[f] for f in Configuration.__dataclass_fields__}
     layout = next(iter(result["time"].values()))[name]["layout"]
-
-    def fits(batch: int) -> bool:
+    needed = {result["batch"]: result["memory"][name]}
+    while True:
+        last = next(reversed(needed))
+        batch = max(1, int(last * limit / needed[last]))
+        fitting = [b for b, got in needed.items() if got <= limit]
+        if batch in needed or (fitting and 0 <= batch - max(fitting) <= batch // 20):
+            return max(fitting, default=0)
         config = Configuration(**{**fields, "batch": batch})
-        return spawn("memory", config, args, [name], [layout], {})["bytes"] <= limit
-
-    batch = max(1, int(limit / result["memory"][name] * result["batch"]))
-    step = max(1, batch // 20)  # how finely it is found
-    if fits(batch):
-        while fits(batch + step):
-            batch += step
-    else:
-        batch -= step
-        while batch > 0 and not fits(batch):
-            batch -= step
-    return batch
+        needed[batch] = spawn("memory", config, args, [name], [layout], {})["bytes"]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -328,6 +361,8 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['ratio']:.2f}x"
                 + (f", convolutions {row['convolutions']:.2f}x" if "convolutions" in row else "")
             )
+            if "passes_s" in row:
+                cells[-1] += f", Jacobian passes {1e3 * row['passes_s']:.0f} ms"
         cells.append(f"memory: {memory / 2**20:6.0f} MiB {memory / result['memory'][first]:.2f}x")
         lines.append("  " + " | ".join(cells))
     if "largest_batch" in result:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -107,6 +108,15 @@ def define(schema: str, reference: Callable) -> None:
             _warn(f"{CPU.path} was built before {name} existed; to rebuild it: {REBUILD}")
 
     torch.library.impl(qualified, "default")(_stand_in(name, reference))
+
+
+def refuse_derivative(name: str, instead: str) -> None:
+    """Makes a derivative of ``torch.ops.fastjac.<name>`` an error; ``instead`` says what there is."""
+
+    def backward(ctx: Any, *_: Any) -> None:
+        raise FastjacError(f"{name}: its derivative is not supported; {instead}")
+
+    torch.library.register_autograd(f"fastjac::{name}", backward)
 
 
 def refuse_forward_mode(name: str, *tensors: torch.Tensor) -> None:

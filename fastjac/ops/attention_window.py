@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import define, refuse_forward_mode
+from fastjac.ops._library import define, refuse_derivative, refuse_forward_mode
 from fastjac.ops._maps import accumulator, check_map
 from fastjac.ops.window_crop import check_start, empty_crop, window_crop_ref
 
@@ -126,12 +126,5 @@ def _slope_fake(features, position, k, power):
     return empty_crop(features, (k, k)), empty_crop(features, (k, k))
 
 
-def _refuse(name: str, instead: str) -> None:
-    def backward(ctx, *_):
-        raise FastjacError(f"{name}: its derivative is not supported; {instead}")
-
-    torch.library.register_autograd(f"fastjac::{name}", backward)
-
-
-_refuse("attention_window", "attention_window_slope gives value's")
-_refuse("attention_window_slope", "attention_window_slope_ref can be differentiated")
+refuse_derivative("attention_window", "attention_window_slope gives value's")
+refuse_derivative("attention_window_slope", "attention_window_slope_ref can be differentiated")

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import define, refuse_forward_mode
+from fastjac.ops._library import define, refuse_derivative, refuse_forward_mode
 from fastjac.ops._maps import accumulator, check_channels, check_like, check_map, dense, empty_map
 
 aten = torch.ops.aten
@@ -590,14 +590,7 @@ def _pushforward_fake(tu, tresidual, gy, u, *args):
     return empty_map(u, gy.shape), _zeros(u), _zeros(u), kappa
 
 
-def _refuse(name: str, instead: str) -> None:
-    def backward(ctx, *_):
-        raise FastjacError(f"{name}: its derivative is not supported; {instead}")
-
-    torch.library.register_autograd(f"fastjac::{name}", backward)
-
-
-_refuse("channel_statistics", "NormActPool is differentiable")
-_refuse("norm_act_pool", "NormActPool is differentiable")
-_refuse("norm_act_pool_backward", "norm_act_pool_ref can be differentiated further")
-_refuse("norm_act_pool_pushforward", "norm_act_pool_ref can be differentiated further")
+refuse_derivative("channel_statistics", "NormActPool is differentiable")
+refuse_derivative("norm_act_pool", "NormActPool is differentiable")
+refuse_derivative("norm_act_pool_backward", "norm_act_pool_ref can be differentiated further")
+refuse_derivative("norm_act_pool_pushforward", "norm_act_pool_ref can be differentiated further")

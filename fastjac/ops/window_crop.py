@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import define, refuse_forward_mode
+from fastjac.ops._library import define, refuse_derivative, refuse_forward_mode
 from fastjac.ops._maps import check_map
 
 
@@ -147,11 +147,4 @@ def _fake(x, start, height, width, fill, adjoint):
     return empty_crop(x, (height, width))
 
 
-def _refuse(ctx, *_):
-    raise FastjacError(
-        "window_crop: its derivative is not supported; detach its input (window_crop_ref can be "
-        "differentiated)"
-    )
-
-
-torch.library.register_autograd("fastjac::window_crop", _refuse)
+refuse_derivative("window_crop", "detach its input (window_crop_ref can be differentiated)")
