@@ -1,6 +1,7 @@
 """A small teacher, and ways to run the trainer: in this process, or as one of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -54,6 +55,8 @@ def start(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # Of what a shell runs in the background, children inherit that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         processes.append(process)
         return process
