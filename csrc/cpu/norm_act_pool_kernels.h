@@ -64,6 +64,8 @@ void run(const Maps& m, int64_t begin, int64_t end) {
   Scratch<acc_t> numbers(sums ? kSums * k.lanes_stride : 2 * size);
   Scratch<index_t> indices(2 * size);
   if (sums) k.lanes = numbers.data;
+  Scratch<acc_t> lines(K::kLines * k.line);
+  k.lines = lines.data;
   for (int64_t i = 0; i < 2 * size; ++i) indices.data[i] = K::kNothing;
   each_range<kLast>(
       m, begin, end, [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last) {

@@ -1,8 +1,9 @@
 // What norm_act_pool's kernels do with a segment (norm_act_pool.h says what that is).
 //
 // Channels-last: a vector holds channels of one pixel. Contiguous: it holds neighbouring outputs of
-// one channel, whose pixels under a pool of stride 2 are every other one of a row: two loads and a
-// shuffle. The vectors of parameters are read at the channel there; here, from an array of one value.
+// one channel, whose pixels under a pool of stride 2 are every other one of a row: a segment's rows are
+// taken apart first, into lines that such a vector is contiguous in, and that have room at both ends.
+// The vectors of parameters are read at the channel there; here, from an array of one value.
 //
 // A window is walked in row order and keeps the first of its largest values. Pixels must be read once
 // and written once: forward u + y; sums u + gy (+ tu); write u + gy + gu (+ gresidual, tu, ...). The
@@ -59,6 +60,8 @@ struct Kernel {
   acc_t of_channel[7][kPadding];
   acc_t* lanes = nullptr; // [kSums, stride]: a segment's sums
   const int64_t lanes_stride = kLast ? m.padded_channels : kRunLanes;
+  acc_t* lines = nullptr; // [maps, kKernel, 2, line]: rows taken apart, zeros where they end
+  const int64_t line = (m.out_width / L + 2) * L;
 
   explicit Kernel(const Maps& maps) : m(maps) {
     const void* const given[] = {m.scale, m.shift, m.mean, m.of_g, m.of_tu, m.of_d, m.constant};
@@ -78,7 +81,7 @@ struct Kernel {
          of_channel[4], of_channel[5], of_channel[6]};
   }
 
-  // N outputs: their windows' first pixels are at `in`, and the taps [h0, h1) x [w0, w1) of the
+  // N outputs: their windows' first pixels are at `in`, and the taps [h0, h1) x [w0, w1) of all the
   // windows lie in the map.
   template <int N, typename Count>
   struct At {
@@ -88,20 +91,68 @@ struct Kernel {
     int64_t lane; // of the sums
     Count count;
     int h0, h1, w0, w1;
+    int64_t column = 0; // of the first output
   };
 
+  // The maps that windows are looked up in.
+  enum Source { kU, kResidual, kTu, kTresidual, kSources };
+
+  acc_t* line_of(int source, int h, int odd) const {
+    return lines + ((source * kKernel + h) * 2 + odd) * line;
+  }
+  static constexpr int64_t kLines = kShuffled ? kSources * kKernel * 2 : 0;
+
   template <int N, typename Count>
-  FASTJAC_ALWAYS_INLINE static V<N> tap(
-      const scalar_t* x, const At<N, Count>& at, int64_t offset, int w
-  ) {
-    x += at.in + offset;
-    if constexpr (kShuffled && N > 1) {
-      // Never past the windows' last pixel: from there on it may not be ours to read.
-      constexpr auto all = std::make_integer_sequence<int, N>();
-      if (w == kKernel - 1) return every_other<1>(load<N>(x - 1), load<N>(x - 1 + N), all);
-      return every_other<0>(load<N>(x), load<N>(x + N), all);
+  FASTJAC_ALWAYS_INLINE V<N> tap(
+      Source source, const scalar_t* x, const At<N, Count>& at, int h, int w
+  ) const {
+    if constexpr (kShuffled) {
+      return load<N>(line_of(source, h, w % 2) + at.column + w / 2);
     } else {
-      return load<N>(x, at.count);
+      return load<N>(x + at.in + h * row + w * pixel, at.count);
+    }
+  }
+
+  // even[q] and odd[q] are the columns 2 q - padding and the next.
+  void take_apart(const scalar_t* from, acc_t* even, acc_t* odd) const {
+    constexpr auto all = std::make_integer_sequence<int, L>();
+    const auto single = [&](int64_t column) {
+      const int64_t at = column + m.padding;
+      (at % 2 ? odd : even)[at / 2] = load<1>(from + column);
+    };
+    const auto vectors = [&](int64_t q) {
+      const scalar_t* x = from + 2 * q - m.padding;
+      __builtin_prefetch(x + kStride * row); // of the next segment: it is too short a run by itself
+      __builtin_prefetch(x + kStride * row + L);
+      const V<L> low = load<L>(x), high = load<L>(x + L);
+      store(even + q, every_other<0>(low, high, all));
+      store(odd + q, every_other<1>(low, high, all));
+    };
+    const int64_t first = m.padding, last = (m.width + m.padding) / 2 - L;
+    if (last < first) {
+      for (int64_t column = 0; column < m.width; ++column) single(column);
+      return;
+    }
+    for (int64_t column = 0; column < first; ++column) single(column);
+    for (int64_t q = first; q < last; q += L) vectors(q);
+    vectors(last); // some of it once more
+    for (int64_t column = 2 * (last + L) - m.padding; column < m.width; ++column) single(column);
+  }
+
+  // Rows [h0, h1) of the windows whose first row is at `top`.
+  template <bool kTangent>
+  void take_apart(int64_t top, int h0, int h1) const {
+    const auto rows = [&](Source source, const scalar_t* x) {
+      if (x == nullptr) return;
+      for (int h = h0; h < h1; ++h) {
+        take_apart(x + top + h * row, line_of(source, h, 0), line_of(source, h, 1));
+      }
+    };
+    rows(kU, u);
+    rows(kResidual, residual);
+    if constexpr (kTangent) {
+      rows(kTu, tu);
+      rows(kTresidual, tresidual);
     }
   }
 
@@ -115,39 +166,50 @@ struct Kernel {
     return activate_backward(activation, slope, z, x, [](const auto& e) { return exponential(e); });
   }
 
-  // Of each window: the largest a, and z, u, ... where it is; and which of the kernel^2 taps.
+  // Of each window: the largest a, and z, u, ... where it is; and which of the kernel^2 taps. What is
+  // not asked for, or not there, is not set: to clear it costs more than all the rest.
   template <int N>
   struct Chosen {
-    V<N> a{}, z{}, u{}, tu{}, tresidual{};
-    I<N> which{};
+    V<N> a, z, u, tu, tresidual;
+    I<N> which;
   };
+
+  // What windows are ordered by: a; under ReLU z, which is as good where a's gate is open.
+  template <int N>
+  static FASTJAC_ALWAYS_INLINE const V<N>& key(const Chosen<N>& x) {
+    if constexpr (kRelu) {
+      return x.z;
+    } else {
+      return x.a;
+    }
+  }
 
   template <bool kValue, bool kTangent, bool kWhich, int N, typename Count>
   FASTJAC_ALWAYS_INLINE Chosen<N> choose(const At<N, Count>& at) const {
     const V<N> scale = load<N>(p.scale + at.channel), shift = load<N>(p.shift + at.channel);
     const auto look = [&](int h, int w) __attribute__((always_inline)) {
-      const int64_t offset = h * row + w * pixel;
       Chosen<N> x;
-      x.u = tap(u, at, offset, w);
+      x.u = tap(kU, u, at, h, w);
       x.z = x.u * scale + shift;
-      if (residual) x.z += tap(residual, at, offset, w);
-      x.a = activated<N>(x.z);
-      if (kTangent && tu) x.tu = tap(tu, at, offset, w);
-      if (kTangent && tresidual) x.tresidual = tap(tresidual, at, offset, w);
+      if (residual) x.z += tap(kResidual, residual, at, h, w);
+      if constexpr (!kRelu) x.a = activated<N>(x.z);
+      if (kTangent && tu) x.tu = tap(kTu, tu, at, h, w);
+      if (kTangent && tresidual) x.tresidual = tap(kTresidual, tresidual, at, h, w);
       x.which = I<N>{} + index_t(h * kKernel + w);
       return x;
     };
-    constexpr bool kWhole = kKernel < 3 || (kShuffled && N > 1); // no window lacks a column
-    Chosen<N> best = look(kKernel < 3 ? 0 : at.h0, kWhole ? 0 : at.w0);
+    Chosen<N> best = look(kKernel < 3 ? 0 : at.h0, kKernel < 3 || kShuffled ? 0 : at.w0);
+    const auto take = [&](const Chosen<N>& x, const auto& where) __attribute__((always_inline)) {
+      if constexpr (!kRelu) best.a = where ? x.a : best.a;
+      best.z = where ? x.z : best.z;
+      if constexpr (!kValue) best.u = where ? x.u : best.u;
+      if (kTangent && tu) best.tu = where ? x.tu : best.tu;
+      if (kTangent && tresidual) best.tresidual = where ? x.tresidual : best.tresidual;
+      if constexpr (kWhich) best.which = where ? x.which : best.which;
+    };
     const auto see = [&](int h, int w) __attribute__((always_inline)) {
       const Chosen<N> x = look(h, w);
-      const auto better = (x.a > best.a) | (x.a != x.a);
-      best.a = better ? x.a : best.a;
-      best.z = better ? x.z : best.z;
-      if constexpr (!kValue) best.u = better ? x.u : best.u;
-      if (kTangent && tu) best.tu = better ? x.tu : best.tu;
-      if (kTangent && tresidual) best.tresidual = better ? x.tresidual : best.tresidual;
-      if constexpr (kWhich) best.which = better ? x.which : best.which;
+      take(x, (key<N>(x) > key<N>(best)) | (key<N>(x) != key<N>(x)));
     };
     if constexpr (kKernel == 2) {
       see(0, 1);
@@ -155,16 +217,33 @@ struct Kernel {
       see(1, 1);
     } else if constexpr (kKernel == 3) {
       // The first is seen twice: it does not replace itself by another.
-      for (int h = at.h0; h < at.h1; ++h) {
-        if (kWhole || at.w1 - at.w0 == 3) {
+      if (at.w1 - at.w0 == 3) {
+        for (int h = at.h0; h < at.h1; ++h) {
           see(h, 0);
           see(h, 1);
           see(h, 2);
-        } else {
+        }
+      } else if constexpr (kShuffled) {
+        const auto inside = [&](int w) {
+          I<N> column;
+          for (int k = 0; k < N; ++k) column[k] = index_t(2 * (at.column + k) - m.padding + w);
+          return (column >= 0) & (column < index_t(m.width));
+        };
+        take(look(at.h0, 1), ~inside(0)); // a window's middle column is in the map
+        for (int h = at.h0; h < at.h1; ++h) {
+          for (int w = 0; w < 3; ++w) {
+            const Chosen<N> x = look(h, w);
+            const auto better = (key<N>(x) > key<N>(best)) | (key<N>(x) != key<N>(x));
+            take(x, better & inside(w));
+          }
+        }
+      } else {
+        for (int h = at.h0; h < at.h1; ++h) {
           for (int w = at.w0; w < at.w1; ++w) see(h, w);
         }
       }
     }
+    if constexpr (kRelu && kValue) best.a = activated<N>(best.z);
     return best;
   }
 
@@ -186,8 +265,8 @@ struct Kernel {
     }
   }
 
-  // The outputs of segment i of image b: f(At).
-  template <typename F>
+  // The outputs of segment i of image b: f(At). kTangent: tangents are looked up too.
+  template <bool kTangent, typename F>
   void each_output(int64_t b, int64_t c, int64_t i, const F& f) const {
     if constexpr (kKernel == 1) {
       const int64_t begin = i * m.run, n = least(m.run, m.height * m.width - begin);
@@ -202,37 +281,34 @@ struct Kernel {
     const int64_t image = kLast ? b : b * m.channels + c;
     const int64_t in_row = (image * m.height + top) * row;
     const int64_t out_row = (image * m.out_height + i) * m.out_width * pixel;
-    const auto single = [&](int64_t j, auto lanes_, int64_t k, int64_t lane, auto count) {
-      const int64_t left = j * kStride - m.padding;
-      const int w0 = static_cast<int>(most(0, -left));
-      const int w1 = static_cast<int>(least(kKernel, m.width - left));
-      f(At<decltype(lanes_)::value, decltype(count)>{
-          in_row + left * pixel + k, out_row + j * pixel + k, k, lane, count, h0, h1, w0, w1
-      });
+    const auto begins = [&](int64_t j) { return int(most(0, m.padding - j * kStride)); };
+    const auto ends = [&](int64_t j) {
+      return int(least(kKernel, m.width + m.padding - j * kStride));
     };
     if constexpr (kLast) {
-      constexpr std::integral_constant<int, L> whole;
       for (int64_t j = 0; j < m.out_width; ++j) {
+        const int64_t in = in_row + (j * kStride - m.padding) * pixel, out = out_row + j * pixel;
+        const int w0 = begins(j), w1 = ends(j);
         int64_t k = 0;
-        for (; k + L <= m.channels; k += L) single(j, whole, k, k, Whole{});
-        if (k < m.channels) single(j, whole, k, k, Part{m.channels - k});
+        for (; k + L <= m.channels; k += L) {
+          f(At<L, Whole>{in + k, out + k, k, k, Whole{}, h0, h1, w0, w1});
+        }
+        if (k < m.channels) {
+          f(At<L, Part>{in + k, out + k, k, k, Part{m.channels - k}, h0, h1, w0, w1});
+        }
       }
     } else {
-      // Output j is summed in the same lane, however many of its neighbours go with it.
-      constexpr std::integral_constant<int, 1> one;
-      const auto lane = [&](int64_t j) { return (j - m.padding) & (kRunLanes - 1); };
-      int64_t j = 0;
-      for (; j < m.padding; ++j) single(j, one, 0, lane(j), Whole{}); // its window begins outside
-      const auto vectors = [&](auto lanes_) {
-        constexpr int N = decltype(lanes_)::value;
-        for (; j * 2 - m.padding + 2 * N + kKernel - 3 < m.width; j += N) {
-          const int64_t in = in_row + j * 2 - m.padding;
-          f(At<N, Whole>{in, out_row + j, 0, lane(j), Whole{}, h0, h1, 0, kKernel});
+      take_apart<kTangent>(in_row, h0, h1);
+      for (int64_t j = 0; j < m.out_width; j += L) {
+        const int64_t in = in_row + j * kStride - m.padding, lane = j % kRunLanes;
+        const int64_t n = least(L, m.out_width - j);
+        const int w0 = begins(j), w1 = ends(j + n - 1);
+        if (n == L) {
+          f(At<L, Whole>{in, out_row + j, 0, lane, Whole{}, h0, h1, w0, w1, j});
+        } else {
+          f(At<L, Part>{in, out_row + j, 0, lane, Part{n}, h0, h1, w0, w1, j});
         }
-      };
-      vectors(std::integral_constant<int, L>());
-      if constexpr (L > 4) vectors(std::integral_constant<int, 4>());
-      for (; j < m.out_width; ++j) single(j, one, 0, lane(j), Whole{});
+      }
     }
   }
 
@@ -268,13 +344,13 @@ struct Kernel {
   }
 
   void forward(int64_t b, int64_t c, int64_t i) const {
-    each_output(b, c, i, [&](const auto& at) {
+    each_output<false>(b, c, i, [&](const auto& at) {
       store(y + at.out, choose<true, false, false>(at).a, at.count);
     });
   }
 
   void reduce(int64_t b, int64_t c, int64_t i) const {
-    each_output(b, c, i, [&](const auto& at) {
+    each_output<true>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<false, true, false>(at);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
@@ -299,7 +375,7 @@ struct Kernel {
   }
 
   void pushforward(int64_t b, int64_t c, int64_t i) const {
-    each_output(b, c, i, [&](const auto& at) {
+    each_output<true>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<false, true, false>(at);
       const V<N> d = x.u - load<N>(p.mean + at.channel);
@@ -323,6 +399,23 @@ struct Kernel {
     if (curvature) out += load<N>(curvature + in, count);
     store(gu + in, out, count);
   }
+  // Contiguous: for the pixels of `count` pairs, at `in`.
+  FASTJAC_ALWAYS_INLINE void emit_pairs(
+      int64_t in, const V<L>& even, const V<L>& odd, Whole count
+  ) const {
+    constexpr auto all = std::make_integer_sequence<int, L>();
+    emit<L>(in, 0, interleaved<0>(even, odd, all), count);
+    emit<L>(in + L, 0, interleaved<L>(even, odd, all), count);
+  }
+  void emit_pairs(int64_t in, const V<L>& even, const V<L>& odd, Part count) const {
+    emit_some(in, even, odd, 2 * count.n);
+  }
+  // The first n of those pixels.
+  void emit_some(int64_t in, const V<L>& even, const V<L>& odd, int64_t n) const {
+    constexpr auto all = std::make_integer_sequence<int, L>();
+    emit<L>(in, 0, interleaved<0>(even, odd, all), Part{least(L, n)});
+    if (n > L) emit<L>(in + L, 0, interleaved<L>(even, odd, all), Part{n - L});
+  }
   // For pixels that no window chose.
   void emit_none(int64_t b, int64_t c, int64_t begin, int64_t n) const {
     each_pixel(b, c, begin, n, [&](int64_t in, int64_t channel, int64_t, auto count) {
@@ -332,7 +425,7 @@ struct Kernel {
 
   void write(int64_t b, int64_t c, int64_t i) const {
     static_assert(kKernel < 3);
-    each_output(b, c, i, [&](const auto& at) {
+    each_output<false>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<true, false, true>(at);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
@@ -344,10 +437,8 @@ struct Kernel {
       for (int h = 0; h < 2; ++h) {
         const int64_t in = at.in + h * row;
         const V<N> left = of(2 * h), right = of(2 * h + 1);
-        if constexpr (kShuffled && N > 1) {
-          constexpr auto all = std::make_integer_sequence<int, N>();
-          emit<N>(in, at.channel, interleaved<0>(left, right, all), at.count);
-          emit<N>(in + N, at.channel, interleaved<N>(left, right, all), at.count);
+        if constexpr (kShuffled) {
+          emit_pairs(in, left, right, at.count);
         } else {
           emit<N>(in, at.channel, left, at.count);
           emit<N>(in + pixel, at.channel, right, at.count);
@@ -377,7 +468,7 @@ struct Kernel {
   void choose_row(int64_t b, int64_t c, int64_t i, const Row& to) const {
     const int64_t image = kLast ? b : b * m.channels + c;
     const int64_t begin = (image * m.out_height + i) * m.out_width * pixel;
-    each_output(b, c, i, [&](const auto& at) {
+    each_output<false>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<true, false, true>(at);
       const int64_t place = at.out - begin + pixel;
@@ -428,17 +519,18 @@ struct Kernel {
       }
     } else {
       constexpr std::integral_constant<int, 1> one;
-      constexpr auto all = std::make_integer_sequence<int, L>();
       int64_t w = 0;
       for (; w < m.padding; ++w) single(w, one, 0, Whole{});
-      for (; w + 2 * L <= m.width; w += 2 * L) {
+      for (; w < m.width; w += 2 * L) {
         const int64_t at = (w + m.padding) / 2 + 1;
         const V<L> even = gathered<L>(upper, h, lower, at, false, Whole{});
         const V<L> odd = gathered<L>(upper, h, lower, at, true, Whole{});
-        emit<L>(in + w, 0, interleaved<0>(even, odd, all), Whole{});
-        emit<L>(in + w + L, 0, interleaved<L>(even, odd, all), Whole{});
+        if (w + 2 * L <= m.width) {
+          emit_pairs(in + w, even, odd, Whole{});
+        } else {
+          emit_some(in + w, even, odd, m.width - w);
+        }
       }
-      for (; w < m.width; ++w) single(w, one, 0, Whole{});
     }
   }
 
