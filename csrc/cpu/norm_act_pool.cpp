@@ -1,8 +1,8 @@
 // norm_act_pool and its derivatives on the CPU: checks, allocation, and the passes over memory that
 // norm_act_pool_kernels.h makes. The formulas are in common/norm_act_pool.h.
 //
-// Sums are kept in the accumulator type within a segment, and in float64 from there on; the segments
-// and chunks are added up in order.
+// Sums are kept in the accumulator type over some hundred values, and in float64 from there on; the
+// chunks are added up in order.
 
 #include "norm_act_pool.h"
 

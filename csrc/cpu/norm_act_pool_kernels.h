@@ -25,7 +25,8 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
-// f(task's sums, image, channel, first segment, last segment) for tasks [begin, end).
+// f(task's sums, image, channel, first segment, last segment, whether it is the task's last call) for
+// tasks [begin, end).
 template <bool kLast, typename F>
 void each_range(const Maps& m, int64_t begin, int64_t end, const F& f) {
   const int64_t stride = kSums * m.padded_channels;
@@ -37,15 +38,15 @@ void each_range(const Maps& m, int64_t begin, int64_t end, const F& f) {
       while (at < stop) {
         const int64_t b = at / m.segments, first = at % m.segments;
         const int64_t last = least(m.segments, first + stop - at);
-        f(sums(task), b, int64_t(0), first, last);
         at += last - first;
+        f(sums(task), b, int64_t(0), first, last, at == stop);
       }
     } else {
       const int64_t parts = (m.segments + m.chunk_segments - 1) / m.chunk_segments;
       const int64_t part = task % parts, plane = task / parts;
       const int64_t b = plane / m.channels, c = plane % m.channels;
       const int64_t first = part * m.chunk_segments;
-      f(sums(b * parts + part), b, c, first, least(m.segments, first + m.chunk_segments));
+      f(sums(b * parts + part), b, c, first, least(m.segments, first + m.chunk_segments), true);
     }
   }
 }
@@ -67,8 +68,10 @@ void run(const Maps& m, int64_t begin, int64_t end) {
   Scratch<acc_t> lines(K::kLines * k.line);
   k.lines = lines.data;
   for (int64_t i = 0; i < 2 * size; ++i) indices.data[i] = K::kNothing;
+  const int64_t most_held = k.most_held();
+  int64_t held = 0;
   each_range<kLast>(
-      m, begin, end, [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last) {
+      m, begin, end, [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last, bool done) {
         if constexpr (!kLast) k.at_channel(c);
         if constexpr (kOverlap) {
           acc_t* const g = numbers.data;
@@ -80,7 +83,10 @@ void run(const Maps& m, int64_t begin, int64_t end) {
             if constexpr (kPass == Pass::kReduce) k.reduce(b, c, i);
             if constexpr (kPass == Pass::kPushforward) k.pushforward(b, c, i);
             if constexpr (kPass == Pass::kWrite) k.write(b, c, i);
-            if (sums) k.flush(out, c);
+            if (!sums || (++held < most_held && !(done && i == last - 1))) continue;
+            if constexpr (kPass == Pass::kReduce) k.flush(out, c, 0, m.tu ? kSums : 2);
+            if constexpr (kPass == Pass::kPushforward) k.flush(out, c, 2, 3); // of g tu alone
+            held = 0;
           }
         }
       }
@@ -110,49 +116,59 @@ void statistics(const Maps& m, int64_t begin, int64_t end) {
   using V = Lanes<acc_t, L>;
   const auto* u = static_cast<const scalar_t*>(m.u);
   const auto* shift = static_cast<const acc_t*>(m.mean); // [C]
-  const auto deviations = [](const scalar_t* x, int64_t step, int64_t n, V at, double* sum,
-                             double* square, auto count) {
-    V s{}, q{};
+  // Of `columns` vectors side by side, n rows down: side by side first, as they lie in memory.
+  const auto deviations = [](const scalar_t* x, int64_t step, int64_t n, const acc_t* at, int64_t next,
+                             double* sum, double* square, auto columns, auto count) {
+    constexpr int K = decltype(columns)::value;
+    V s[K]{}, q[K]{}, shift[K];
+    for (int k = 0; k < K; ++k) shift[k] = load<L>(at + k * next);
     for (int64_t i = 0; i < n; ++i) {
-      const V d = load<L>(x + i * step, count) - at;
-      s += d;
-      q += d * d;
+      for (int k = 0; k < K; ++k) {
+        const V d = load<L>(x + i * step + k * L, count) - shift[k];
+        s[k] += d;
+        q[k] += d * d;
+      }
     }
-    add_wide(sum, s);
-    add_wide(square, q);
+    for (int k = 0; k < K; ++k) {
+      add_wide(sum + k * L, s[k]);
+      add_wide(square + k * L, q[k]);
+    }
   };
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 4> several;
   Scratch<double> scratch(2 * (kLast ? m.padded_channels : kRunLanes));
   each_range<kLast>(
-      m, begin, end, [&](double* sums, int64_t b, int64_t c, int64_t first, int64_t last) {
+      m, begin, end, [&](double* sums, int64_t b, int64_t c, int64_t first, int64_t last, bool) {
         const int64_t from = first * m.run, n = least(last * m.run, m.height * m.width) - from;
         if constexpr (kLast) {
           const scalar_t* x = u + (b * m.height * m.width + from) * m.channels;
           for (int64_t i = 0; i < n; i += kRun, x += kRun * m.channels) {
             const int64_t pixels = least(kRun, n - i);
-            double* const to = sums;
-            double* const square = to + m.padded_channels;
+            double* const square = sums + m.padded_channels;
+            const auto columns = [&](int64_t k, auto many, auto count) {
+              deviations(
+                  x + k, m.channels, pixels, shift + k, L, sums + k, square + k, many, count
+              );
+            };
             int64_t k = 0;
-            for (; k + L <= m.channels; k += L) {
-              const V at = load<L>(shift + k);
-              deviations(x + k, m.channels, pixels, at, to + k, square + k, Whole{});
-            }
-            if (k < m.channels) {
-              const V at = load<L>(shift + k);
-              const Part part{m.channels - k};
-              deviations(x + k, m.channels, pixels, at, to + k, square + k, part);
-            }
+            for (; k + 4 * L <= m.channels; k += 4 * L) columns(k, several, Whole{});
+            for (; k + L <= m.channels; k += L) columns(k, one, Whole{});
+            if (k < m.channels) columns(k, one, Part{m.channels - k});
           }
         } else {
           const scalar_t* x = u + (b * m.channels + c) * m.height * m.width + from;
           double* const to = scratch.data;
           double* const square = to + kRunLanes;
           std::memset(to, 0, 2 * kRunLanes * sizeof(double));
-          const V at = V{} + shift[c];
+          acc_t at[L];
+          store(at, V(V{} + shift[c]));
           int64_t i = 0;
           while (i + kRunLanes <= n) {
             const int64_t rows = least(kRun, (n - i) / kRunLanes);
-            for (int k = 0; k < kRunLanes; k += L) {
-              deviations(x + i + k, kRunLanes, rows, at, to + k, square + k, Whole{});
+            for (int k = 0; k < kRunLanes; k += 4 * L) {
+              deviations(
+                  x + i + k, kRunLanes, rows, at, 0, to + k, square + k, several, Whole{}
+              );
             }
             i += rows * kRunLanes;
           }

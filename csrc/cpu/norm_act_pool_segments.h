@@ -318,9 +318,9 @@ struct Kernel {
     store(at, V<N>(load<N>(at) + x));
   }
 
-  // Adds a segment's sums to those of its chunk.
-  void flush(double* sums, int64_t c) const {
-    for (int sum = 0; sum < kSums; ++sum) {
+  // Adds what the lanes hold of sums [begin, end) to those of the chunk.
+  void flush(double* sums, int64_t c, int begin, int end) const {
+    for (int sum = begin; sum < end; ++sum) {
       acc_t* x = lanes + sum * lanes_stride;
       if constexpr (kLast) {
         double* out = sums + sum * m.padded_channels;
@@ -333,6 +333,11 @@ struct Kernel {
       }
       for (int64_t k = 0; k < lanes_stride; ++k) x[k] = 0;
     }
+  }
+  // How many segments' sums the lanes may hold: 256 outputs of a channel, or 64 to a lane.
+  int64_t most_held() const {
+    const int64_t outputs = kKernel == 1 ? least(m.run, m.height * m.width) : m.out_width;
+    return most(1, (kLast ? 256 : 64 * kRunLanes) / outputs);
   }
 
   // The input rows that segment i owns.
