@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -336,7 +337,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_backward_cpu(
     auto* gw = mask[2] ? static_cast<acc_t*>(gweight.mutable_data_ptr()) : nullptr; // [C]
     auto* gb = mask[3] ? static_cast<acc_t*>(gbias.mutable_data_ptr()) : nullptr; // [C]
     std::vector<double> sums(kSums * m.padded_channels, 0);
+    std::unique_ptr<int8_t[]> chosen;
     if ((training && mask[0]) || mask[2] || mask[3]) {
+      const bool steps = act == Activation::kNone || act == Activation::kRelu ||
+                         act == Activation::kRelu6; // act' is 0 or 1
+      if (g.pool.kernel == 3 && steps && (mask[0] || mask[1])) {
+        chosen.reset(new int8_t[gy.numel()]);
+        m.chosen = chosen.get();
+      }
       ChunkSums chunks(m);
       run(kernels().reduce, m);
       sums = chunks.total();

@@ -37,6 +37,9 @@ struct Maps {
   const void* gy = nullptr; // [B, h, w, C] or [B, C, h, w]
   void *gu = nullptr, *gresidual = nullptr; // like u; gu also where a kernel writes kappa
   void* y = nullptr; // like gy; y, or its tangent
+  // Like gy, or null: which tap each 3x3 window chose, and -1 where act' is 0 there (else it is 1). The
+  // reduce pass leaves it for the write pass.
+  int8_t* chosen = nullptr;
 
   // [padded C], in the accumulator type.
   const void *scale = nullptr, *shift = nullptr, *mean = nullptr;

@@ -71,7 +71,8 @@ void run(const Maps& m, int64_t begin, int64_t end) {
   const int64_t most_held = k.most_held();
   int64_t held = 0;
   each_range<kLast>(
-      m, begin, end, [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last, bool done) {
+      m, begin, end,
+      [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last, bool done) {
         if constexpr (!kLast) k.at_channel(c);
         if constexpr (kOverlap) {
           acc_t* const g = numbers.data;
@@ -117,8 +118,8 @@ void statistics(const Maps& m, int64_t begin, int64_t end) {
   const auto* u = static_cast<const scalar_t*>(m.u);
   const auto* shift = static_cast<const acc_t*>(m.mean); // [C]
   // Of `columns` vectors side by side, n rows down: side by side first, as they lie in memory.
-  const auto deviations = [](const scalar_t* x, int64_t step, int64_t n, const acc_t* at, int64_t next,
-                             double* sum, double* square, auto columns, auto count) {
+  const auto deviations = [](const scalar_t* x, int64_t step, int64_t n, const acc_t* at,
+                             int64_t next, double* sum, double* square, auto columns, auto count) {
     constexpr int K = decltype(columns)::value;
     V s[K]{}, q[K]{}, shift[K];
     for (int k = 0; k < K; ++k) shift[k] = load<L>(at + k * next);
@@ -166,9 +167,7 @@ void statistics(const Maps& m, int64_t begin, int64_t end) {
           while (i + kRunLanes <= n) {
             const int64_t rows = least(kRun, (n - i) / kRunLanes);
             for (int k = 0; k < kRunLanes; k += 4 * L) {
-              deviations(
-                  x + i + k, kRunLanes, rows, at, 0, to + k, square + k, several, Whole{}
-              );
+              deviations(x + i + k, kRunLanes, rows, at, 0, to + k, square + k, several, Whole{});
             }
             i += rows * kRunLanes;
           }

@@ -32,6 +32,7 @@ struct Kernel {
   using index_t = typename Accumulator<scalar_t>::index;
   static constexpr int L = kLanes<acc_t>;
   static constexpr int kStride = kKernel == 1 ? 1 : 2;
+  static constexpr index_t kNothing = -1; // no tap
   static constexpr bool kShuffled = !kLast && kKernel > 1; // lanes are every other pixel
   template <int N>
   using V = Lanes<acc_t, N>;
@@ -357,9 +358,16 @@ struct Kernel {
   void reduce(int64_t b, int64_t c, int64_t i) const {
     each_output<true>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<false, true, false>(at);
+      const Chosen<N> x = choose<false, true, kKernel == 3>(at);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
       const V<N> d = x.u - load<N>(p.mean + at.channel);
+      if constexpr (kKernel == 3) {
+        if (m.chosen) {
+          const V<N> open = gated<N>(x.z, V<N>{} + acc_t(1));
+          const I<N> which = open != acc_t(0) ? x.which : I<N>{} + kNothing;
+          store_raw(m.chosen + at.out, convert<int8_t, N>(which), at.count);
+        }
+      }
       add<N>(0, at.lane, g);
       add<N>(1, at.lane, g * d);
       if (!tu) return;
@@ -465,7 +473,6 @@ struct Kernel {
     acc_t* g;
     index_t* which;
   };
-  static constexpr index_t kNothing = -1;
   int64_t row_size() const {
     return (m.out_width + 2) * pixel;
   }
@@ -473,6 +480,18 @@ struct Kernel {
   void choose_row(int64_t b, int64_t c, int64_t i, const Row& to) const {
     const int64_t image = kLast ? b : b * m.channels + c;
     const int64_t begin = (image * m.out_height + i) * m.out_width * pixel;
+    if (m.chosen) {
+      const auto copy = [&](int64_t k, auto count) {
+        const auto which = load_indices<L>(m.chosen + begin + k, count);
+        store(to.g + pixel + k, load<L>(gy + begin + k, count), count);
+        store_raw(to.which + pixel + k, convert<index_t, L>(which), count);
+      };
+      const int64_t n = m.out_width * pixel;
+      int64_t k = 0;
+      for (; k + L <= n; k += L) copy(k, Whole{});
+      if (k < n) copy(k, Part{n - k});
+      return;
+    }
     each_output<false>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<true, false, true>(at);
