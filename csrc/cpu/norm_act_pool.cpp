@@ -358,6 +358,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_backward_cpu(
       if (gb) gb[c] = static_cast<acc_t>(s.g);
     }
     if (!mask[0] && !mask[1]) return;
+    if (!training && added == nullptr) m.of_d = nullptr;
     m.curvature = data(curvature);
     m.gu = mask[0] ? gu.mutable_data_ptr() : nullptr;
     m.gresidual = mask[1] ? gresidual.mutable_data_ptr() : nullptr;
@@ -427,6 +428,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_pushforward_cpu(
       m.sums = nullptr;
     }
     each_channel(sums, set_tangent);
+    if (!batch) m.of_d = nullptr;
     run(kernels().pushforward, m);
     if (!batch) sums = chunks.total();
 

@@ -43,7 +43,8 @@ struct Maps {
 
   // [padded C], in the accumulator type.
   const void *scale = nullptr, *shift = nullptr, *mean = nullptr;
-  const void *of_g = nullptr, *of_tu = nullptr, *of_d = nullptr, *constant = nullptr;
+  const void *of_g = nullptr, *of_tu = nullptr, *constant = nullptr;
+  const void* of_d = nullptr; // null: neither it nor the constant is added
 
   double* sums = nullptr; // [chunks of a channel, kSums, padded C]
   int64_t chunks = 0; // tasks: all chunks

@@ -54,6 +54,9 @@ struct Kernel {
   scalar_t* const gresidual = static_cast<scalar_t*>(m.gresidual);
   scalar_t* const y = static_cast<scalar_t*>(m.y);
 
+  // Else nothing is added for a d that is not finite, which times zero is not zero.
+  const bool of_d = m.of_d != nullptr;
+
   // [C], or of one channel.
   struct Parameters {
     const acc_t *scale, *shift, *mean, *of_g, *of_tu, *of_d, *constant;
@@ -392,8 +395,8 @@ struct Kernel {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<false, true, false>(at);
       const V<N> d = x.u - load<N>(p.mean + at.channel);
-      V<N> t = load<N>(p.of_tu + at.channel) * x.tu + load<N>(p.of_d + at.channel) * d +
-               load<N>(p.constant + at.channel);
+      V<N> t = load<N>(p.of_tu + at.channel) * x.tu;
+      if (of_d) t += load<N>(p.of_d + at.channel) * d + load<N>(p.constant + at.channel);
       if (tresidual) t += x.tresidual;
       store(y + at.out, gated<N>(x.z, t), at.count);
       if (lanes) add<N>(2, at.lane, gated<N>(x.z, load<N>(gy + at.out, at.count)) * x.tu);
@@ -405,9 +408,11 @@ struct Kernel {
   FASTJAC_ALWAYS_INLINE void emit(int64_t in, int64_t channel, const V<N>& g, Count count) const {
     if (gresidual) store(gresidual + in, g, count);
     if (!gu) return;
-    const V<N> d = load<N>(u + in, count) - load<N>(p.mean + channel);
-    V<N> out = load<N>(p.of_g + channel) * g + load<N>(p.of_d + channel) * d +
-               load<N>(p.constant + channel);
+    V<N> out = load<N>(p.of_g + channel) * g;
+    if (of_d) {
+      const V<N> d = load<N>(u + in, count) - load<N>(p.mean + channel);
+      out += load<N>(p.of_d + channel) * d + load<N>(p.constant + channel);
+    }
     if (tu) out += load<N>(p.of_tu + channel) * load<N>(tu + in, count);
     if (curvature) out += load<N>(curvature + in, count);
     store(gu + in, out, count);
