@@ -73,13 +73,24 @@ inline void interleaved_means(
   for (int64_t i = 0; i < n; ++i) {
     const scalar_t* __restrict__ z = features + i * channels;
     acc_t sums[kLanes] = {};
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      acc_t x[kLanes]; // converted apart, or half types are not vectorised
-      for (int lane = 0; lane < kLanes; ++lane) x[lane] = static_cast<acc_t>(z[c + lane]);
-      for (int lane = 0; lane < kLanes; ++lane) sums[lane] += f(x[lane]);
+    const auto add = [&](const auto* x, int64_t count) {
+      int64_t c = 0;
+      for (; c + kLanes <= count; c += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += f(static_cast<acc_t>(x[c + lane]));
+      }
+      for (int lane = 0; c < count; ++c, ++lane) sums[lane] += f(static_cast<acc_t>(x[c]));
+    };
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      add(z, channels);
+    } else { // converted apart, in a loop of its own, or the compiler does it one by one
+      constexpr int64_t kRun = 16 * kLanes;
+      acc_t converted[kRun];
+      for (int64_t c = 0; c < channels; c += kRun) {
+        const int64_t count = std::min(kRun, channels - c);
+        for (int64_t k = 0; k < count; ++k) converted[k] = static_cast<acc_t>(z[c + k]);
+        add(converted, count);
+      }
     }
-    for (int lane = 0; c < channels; ++c, ++lane) sums[lane] += f(static_cast<acc_t>(z[c]));
     for (int half = kLanes / 2; half > 0; half /= 2) {
       for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
     }
