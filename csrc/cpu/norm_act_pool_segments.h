@@ -98,37 +98,37 @@ struct Kernel {
     int64_t column = 0; // of the first output
   };
 
-  // The maps that windows are looked up in.
-  enum Source { kU, kResidual, kTu, kTresidual, kSources };
+  // What windows are looked up in, when it is taken apart.
+  enum Source { kZ, kU, kTu, kTresidual, kSources };
 
   acc_t* line_of(int source, int h, int odd) const {
     return lines + ((source * kKernel + h) * 2 + odd) * line;
   }
   static constexpr int64_t kLines = kShuffled ? kSources * kKernel * 2 : 0;
 
+  // Tap (h, w) of a map that is taken apart, or not.
   template <int N, typename Count>
-  FASTJAC_ALWAYS_INLINE V<N> tap(
-      Source source, const scalar_t* x, const At<N, Count>& at, int h, int w
-  ) const {
-    if constexpr (kShuffled) {
-      return load<N>(line_of(source, h, w % 2) + at.column + w / 2);
-    } else {
-      return load<N>(x + at.in + h * row + w * pixel, at.count);
-    }
+  FASTJAC_ALWAYS_INLINE V<N> tap(Source source, const At<N, Count>& at, int h, int w) const {
+    return load<N>(line_of(source, h, w % 2) + at.column + w / 2);
+  }
+  template <int N, typename Count>
+  FASTJAC_ALWAYS_INLINE V<N> tap(const scalar_t* x, const At<N, Count>& at, int h, int w) const {
+    return load<N>(x + at.in + h * row + w * pixel, at.count);
   }
 
-  // even[q] and odd[q] are the columns 2 q - padding and the next.
-  void take_apart(const scalar_t* from, acc_t* even, acc_t* odd) const {
+  // even[q] and odd[q] are the columns 2 q - padding and the next of a row; value(column, lanes).
+  template <typename F>
+  void take_apart(acc_t* even, acc_t* odd, const F& value) const {
+    constexpr std::integral_constant<int, 1> one;
+    constexpr std::integral_constant<int, L> several;
     constexpr auto all = std::make_integer_sequence<int, L>();
     const auto single = [&](int64_t column) {
       const int64_t at = column + m.padding;
-      (at % 2 ? odd : even)[at / 2] = load<1>(from + column);
+      (at % 2 ? odd : even)[at / 2] = value(column, one);
     };
     const auto vectors = [&](int64_t q) {
-      const scalar_t* x = from + 2 * q - m.padding;
-      __builtin_prefetch(x + kStride * row); // of the next segment: it is too short a run by itself
-      __builtin_prefetch(x + kStride * row + L);
-      const V<L> low = load<L>(x), high = load<L>(x + L);
+      const int64_t column = 2 * q - m.padding;
+      const V<L> low = value(column, several), high = value(column + L, several);
       store(even + q, every_other<0>(low, high, all));
       store(odd + q, every_other<1>(low, high, all));
     };
@@ -143,20 +143,36 @@ struct Kernel {
     for (int64_t column = 2 * (last + L) - m.padding; column < m.width; ++column) single(column);
   }
 
-  // Rows [h0, h1) of the windows whose first row is at `top`.
-  template <bool kTangent>
+  // Rows [h0, h1) of the windows whose first row is at `top`: z, and what else is looked up.
+  template <bool kValue, bool kTangent>
   void take_apart(int64_t top, int h0, int h1) const {
-    const auto rows = [&](Source source, const scalar_t* x) {
-      if (x == nullptr) return;
-      for (int h = h0; h < h1; ++h) {
-        take_apart(x + top + h * row, line_of(source, h, 0), line_of(source, h, 1));
-      }
-    };
-    rows(kU, u);
-    rows(kResidual, residual);
-    if constexpr (kTangent) {
-      rows(kTu, tu);
-      rows(kTresidual, tresidual);
+    const V<L> scale = load<L>(p.scale), shift = load<L>(p.shift); // the channel's, in every lane
+    for (int h = h0; h < h1; ++h) {
+      const int64_t from = top + h * row;
+      const auto rows = [&](Source source, const auto& value) {
+        take_apart(line_of(source, h, 0), line_of(source, h, 1), value);
+      };
+      const auto row_of = [&](Source source, const scalar_t* x) {
+        rows(source, [&](int64_t column, auto lanes_) {
+          return load<decltype(lanes_)::value>(x + from + column);
+        });
+      };
+      rows(kZ, [&](int64_t column, auto lanes_) {
+        constexpr int N = decltype(lanes_)::value;
+        const scalar_t* x = u + from + column;
+        __builtin_prefetch(x + kStride * row); // of the next segment: too short a run by itself
+        V<N> z;
+        if constexpr (N == 1) {
+          z = load<1>(x) * scale[0] + shift[0];
+        } else {
+          z = load<N>(x) * scale + shift;
+        }
+        if (residual) z += load<N>(residual + from + column);
+        return z;
+      });
+      if constexpr (!kValue) row_of(kU, u);
+      if (kTangent && tu) row_of(kTu, tu);
+      if (kTangent && tresidual) row_of(kTresidual, tresidual);
     }
   }
 
@@ -188,17 +204,25 @@ struct Kernel {
     }
   }
 
+  // kValue: a and z are wanted, else z and u; kTangent: the tangents; kWhich: the tap.
   template <bool kValue, bool kTangent, bool kWhich, int N, typename Count>
   FASTJAC_ALWAYS_INLINE Chosen<N> choose(const At<N, Count>& at) const {
     const V<N> scale = load<N>(p.scale + at.channel), shift = load<N>(p.shift + at.channel);
     const auto look = [&](int h, int w) __attribute__((always_inline)) {
       Chosen<N> x;
-      x.u = tap(kU, u, at, h, w);
-      x.z = x.u * scale + shift;
-      if (residual) x.z += tap(kResidual, residual, at, h, w);
+      if constexpr (kShuffled) {
+        x.z = tap(kZ, at, h, w);
+        if constexpr (!kValue) x.u = tap(kU, at, h, w);
+        if (kTangent && tu) x.tu = tap(kTu, at, h, w);
+        if (kTangent && tresidual) x.tresidual = tap(kTresidual, at, h, w);
+      } else {
+        x.u = tap(u, at, h, w);
+        x.z = x.u * scale + shift;
+        if (residual) x.z += tap(residual, at, h, w);
+        if (kTangent && tu) x.tu = tap(tu, at, h, w);
+        if (kTangent && tresidual) x.tresidual = tap(tresidual, at, h, w);
+      }
       if constexpr (!kRelu) x.a = activated<N>(x.z);
-      if (kTangent && tu) x.tu = tap(kTu, tu, at, h, w);
-      if (kTangent && tresidual) x.tresidual = tap(kTresidual, tresidual, at, h, w);
       x.which = I<N>{} + index_t(h * kKernel + w);
       return x;
     };
@@ -228,9 +252,10 @@ struct Kernel {
           see(h, 2);
         }
       } else if constexpr (kShuffled) {
+        static constexpr index_t kEven[] = {0,  2,  4,  6,  8,  10, 12, 14,
+                                            16, 18, 20, 22, 24, 26, 28, 30};
         const auto inside = [&](int w) {
-          I<N> column;
-          for (int k = 0; k < N; ++k) column[k] = index_t(2 * (at.column + k) - m.padding + w);
+          const I<N> column = load_raw<N, index_t>(kEven) + index_t(2 * at.column - m.padding + w);
           return (column >= 0) & (column < index_t(m.width));
         };
         take(look(at.h0, 1), ~inside(0)); // a window's middle column is in the map
@@ -269,8 +294,8 @@ struct Kernel {
     }
   }
 
-  // The outputs of segment i of image b: f(At). kTangent: tangents are looked up too.
-  template <bool kTangent, typename F>
+  // The outputs of segment i of image b: f(At). What f will look up: see choose.
+  template <bool kValue, bool kTangent, typename F>
   void each_output(int64_t b, int64_t c, int64_t i, const F& f) const {
     if constexpr (kKernel == 1) {
       const int64_t begin = i * m.run, n = least(m.run, m.height * m.width - begin);
@@ -302,7 +327,7 @@ struct Kernel {
         }
       }
     } else {
-      take_apart<kTangent>(in_row, h0, h1);
+      take_apart<kValue, kTangent>(in_row, h0, h1);
       for (int64_t j = 0; j < m.out_width; j += L) {
         const int64_t in = in_row + j * kStride - m.padding, lane = j % kRunLanes;
         const int64_t n = least(L, m.out_width - j);
@@ -353,13 +378,13 @@ struct Kernel {
   }
 
   void forward(int64_t b, int64_t c, int64_t i) const {
-    each_output<false>(b, c, i, [&](const auto& at) {
+    each_output<true, false>(b, c, i, [&](const auto& at) {
       store(y + at.out, choose<true, false, false>(at).a, at.count);
     });
   }
 
   void reduce(int64_t b, int64_t c, int64_t i) const {
-    each_output<true>(b, c, i, [&](const auto& at) {
+    each_output<false, true>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<false, true, kKernel == 3>(at);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
@@ -391,7 +416,7 @@ struct Kernel {
   }
 
   void pushforward(int64_t b, int64_t c, int64_t i) const {
-    each_output<true>(b, c, i, [&](const auto& at) {
+    each_output<false, true>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<false, true, false>(at);
       const V<N> d = x.u - load<N>(p.mean + at.channel);
@@ -443,7 +468,7 @@ struct Kernel {
 
   void write(int64_t b, int64_t c, int64_t i) const {
     static_assert(kKernel < 3);
-    each_output<false>(b, c, i, [&](const auto& at) {
+    each_output<true, false>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<true, false, true>(at);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
@@ -497,7 +522,7 @@ struct Kernel {
       if (k < n) copy(k, Part{n - k});
       return;
     }
-    each_output<false>(b, c, i, [&](const auto& at) {
+    each_output<true, false>(b, c, i, [&](const auto& at) {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
       const Chosen<N> x = choose<true, false, true>(at);
       const int64_t place = at.out - begin + pixel;
