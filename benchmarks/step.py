@@ -157,7 +157,7 @@ def validate(config: Configuration, device: str) -> float:
     small = dataclasses.replace(config, batch=2, size=min(config.size, 112))
     gradients = []
     for name in ("reference", "fastjac"):
-        contender = Contender(name, small, "contiguous", device, amp=False)
+        contender = Contender(name, small, "channels_last", device, amp=False)
         contender.student.double()
         contender.teacher.double()
         contender.x = contender.x.double()

@@ -36,4 +36,13 @@ STABLE_TORCH_LIBRARY(fastjac, m) {
       "attention_window_slope(Tensor features, Tensor position, int k, float power) "
       "-> (Tensor slope, Tensor bend)"
   );
+  m.def(
+      "winograd(Tensor x, Tensor weight, Tensor? bias, int pad_height, int pad_width, bool "
+      "adjoint) "
+      "-> Tensor y"
+  );
+  m.def(
+      "winograd_weight(Tensor gy, Tensor x, Tensor weight, int pad_height, int pad_width) "
+      "-> Tensor gweight"
+  );
 }

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from fastjac.chains import fuse_chains, has_hooks, recomputing, remade
 from fastjac.errors import FastjacError
 from fastjac.features import find_layer
+from fastjac.ops.winograd import pays, winograd
 
 IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand"}
@@ -120,6 +121,22 @@ def describe(node: fx.Node) -> str:
     return f"{target_name(node)} ({node.name}" + (f", in module {path!r})" if path else ")")
 
 
+def forward_of(module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``plain``, PyTorch's way to compute ``module``; a convolution by winograd, where that pays."""
+    if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
+        return plain
+    if isinstance(module.padding, str):
+        return plain
+
+    def convolve(x: Tensor) -> Tensor:
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        if pays(x, module.weight, *geometry):
+            return winograd(x, module.weight, module.bias, module.padding)
+        return plain(x)
+
+    return convolve
+
+
 Call = Callable[[fx.Node, Any, Any, dict[fx.Node, Any]], Any]
 
 
@@ -179,7 +196,7 @@ class Program:
         """What a node calls: the module, if it is one, and the callable."""
         if node.op == "call_module":
             module = self.root.get_submodule(node.target)
-            return module, module
+            return module, module if has_hooks(module) else forward_of(module, module)
         if node.op == "call_method":
             name = node.target
             return None, lambda first, *args, **kwargs: getattr(first, name)(*args, **kwargs)

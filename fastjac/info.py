@@ -8,7 +8,6 @@ When building: ``FASTJAC_NATIVE=0`` and ``FASTJAC_CUDA=0`` leave out native and 
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -34,12 +33,6 @@ def _built(library: _library.NativeLibrary, record: dict) -> str:
     return f"{library.path}, with PyTorch {record['torch']}, {shown}"
 
 
-def _cpu_isa() -> str:
-    get = ctypes.CDLL(str(_library.CPU.path)).fastjac_cpu_isa
-    get.restype = ctypes.c_char_p
-    return get().decode()
-
-
 def report() -> str:
     """The text that ``python -m fastjac.info`` prints."""
     cpu, cuda, record = _library.CPU, _library.CUDA, _library.build_record()
@@ -51,7 +44,7 @@ def report() -> str:
         "GPUs": ", ".join(devices) or "none",
         "threads": str(torch.get_num_threads()),
         "cpu built": _built(cpu, record),
-        "cpu loaded": f"yes, {_cpu_isa()}" if cpu.loaded else f"no: {cpu.problem}",
+        "cpu loaded": f"yes, {_library.cpu_isa()}" if cpu.loaded else f"no: {cpu.problem}",
         "cuda built": _built(cuda, record),
         "cuda loaded": "yes" if cuda.loaded else f"no: {cuda.problem}",
     }

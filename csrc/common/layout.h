@@ -29,4 +29,16 @@ inline bool batch_is_outermost(const Tensor& x) {
   return x.size(0) <= 1 || x.numel() == 0 || x.stride(0) == x.numel() / x.size(0);
 }
 
+// Whether x [B, C, H, W] has the strides of a dense tensor with the channels last, or of a contiguous
+// one. Dimensions of size one have any stride; both can hold.
+inline bool is_channels_last(const Tensor& x) {
+  const int64_t order[] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  for (const int64_t i : order) {
+    if (x.size(i) != 1 && x.stride(i) != expected) return false;
+    expected *= x.size(i);
+  }
+  return true;
+}
+
 } // namespace fastjac

@@ -47,18 +47,6 @@ inline bool parse_batch_statistics(const char* op, const std::string& name) {
   return name == "batch";
 }
 
-// Whether x [B, C, H, W] has the strides of a dense tensor with the channels last, or of a contiguous
-// one. Dimensions of size one have any stride; both can hold.
-inline bool is_channels_last(const Tensor& x) {
-  const int64_t order[] = {1, 3, 2, 0};
-  int64_t expected = 1;
-  for (const int64_t i : order) {
-    if (x.size(i) != 1 && x.stride(i) != expected) return false;
-    expected *= x.size(i);
-  }
-  return true;
-}
-
 // The maps of one call: shape [B, C, H, W] in, [B, C, h, w] out, and where their elements are.
 struct Geometry {
   int64_t batch, channels, height, width, out_height, out_width;

@@ -47,4 +47,15 @@ inline void for_isa(const F& body) {
   body();
 }
 
+// The table of kernels of this processor's instruction set, where there is one for each (lanes.h) and
+// the compiler is one that makes them.
+#if defined(FASTJAC_X86) && !defined(__clang__)
+#define FASTJAC_KERNELS                    \
+  (isa() == Isa::kAvx512 ? avx512::kernels \
+   : isa() == Isa::kAvx2 ? avx2::kernels   \
+                         : portable::kernels)
+#else
+#define FASTJAC_KERNELS portable::kernels
+#endif
+
 } // namespace fastjac

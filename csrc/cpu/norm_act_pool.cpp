@@ -27,17 +27,7 @@ constexpr int64_t kGrain = 32768; // elements below which another thread costs m
 constexpr int64_t kMostChunks = 256; // of sums: enough for the threads, few enough to add up
 
 const Kernels& kernels() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  switch (isa()) {
-    case Isa::kAvx512:
-      return avx512::kernels;
-    case Isa::kAvx2:
-      return avx2::kernels;
-    case Isa::kPortable:
-      break;
-  }
-#endif
-  return portable::kernels;
+  return FASTJAC_KERNELS;
 }
 
 Storage storage(const Tensor& u) {

@@ -12,7 +12,15 @@ from fastjac.engine.record import Record
 from fastjac.engine.rules import rules_for
 from fastjac.errors import FastjacError
 from fastjac.features import check_logits, overwritten
-from fastjac.graph import Network, Program, active, describe, refuse_hooks, writes_in_place
+from fastjac.graph import (
+    Network,
+    Program,
+    active,
+    describe,
+    forward_of,
+    refuse_hooks,
+    writes_in_place,
+)
 
 
 @dataclass
@@ -135,7 +143,7 @@ def _hooked(
         with_kwargs = key in module._forward_pre_hooks_with_kwargs
         if (hook(module, args, kwargs) if with_kwargs else hook(module, args)) is not None:
             raise _replaced(record, "forward pre-hook", "input")
-    value = rule.forward(record, module.forward, args, kwargs)
+    value = rule.forward(record, forward_of(module, module.forward), args, kwargs)
     for key, hook in module._forward_hooks.items():
         with_kwargs = key in module._forward_hooks_with_kwargs
         given = (module, args, kwargs, value) if with_kwargs else (module, args, value)

@@ -24,6 +24,7 @@ from fastjac.ops.window_crop import (
     window_crop_adjoint_ref,
     window_crop_ref,
 )
+from fastjac.ops.winograd import winograd, winograd_ref, winograd_weight, winograd_weight_ref
 
 __all__ = [
     "NormActPool",
@@ -45,4 +46,8 @@ __all__ = [
     "window_crop_adjoint",
     "window_crop_adjoint_ref",
     "window_crop_ref",
+    "winograd",
+    "winograd_ref",
+    "winograd_weight",
+    "winograd_weight_ref",
 ]

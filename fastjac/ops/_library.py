@@ -6,6 +6,7 @@ device that has no native kernel for it, its reference runs, and says so once.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import warnings
@@ -81,6 +82,13 @@ if not CPU.loaded:
     )
 elif CUDA.broken:
     _warn(f"running without CUDA operators ({CUDA.problem}); to rebuild: {REBUILD}")
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU's operators use; they are loaded."""
+    get = ctypes.CDLL(str(CPU.path)).fastjac_cpu_isa
+    get.restype = ctypes.c_char_p
+    return get().decode()
 
 
 def define(schema: str, reference: Callable) -> None:

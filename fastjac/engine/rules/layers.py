@@ -13,6 +13,7 @@ from fastjac.engine import backward
 from fastjac.engine.crops import Crops
 from fastjac.engine.record import Edges, Record, Sink, Windows, compute_type
 from fastjac.engine.rules.base import Pointwise, Rule
+from fastjac.ops.winograd import convolution, convolution_input, convolution_weight
 from fastjac.support import Region, Window
 
 aten = torch.ops.aten
@@ -40,49 +41,23 @@ class Convolution(Rule):
     def needs_delta(self, record: Record) -> bool:
         return record.weight.requires_grad
 
-    def _backward(self, record: Record, delta: Tensor, x: Tensor, mask: list[bool]) -> Any:
-        zeros = [0] * (delta.dim() - 2)
-        return aten.convolution_backward(
-            delta,
-            x,
-            record.weight.detach().to(delta.dtype),
-            None,
-            record.stride,
-            record.padding,
-            record.dilation,
-            False,
-            zeros,
-            record.groups,
-            mask,
-        )
+    def _geometry(self, record: Record) -> tuple[Any, ...]:
+        return record.stride, record.padding, record.dilation, record.groups
 
     def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        # The input's cotangent does not depend on the input: it only tells its shape and layout.
-        x = torch.empty(record.shape, dtype=delta.dtype, device=delta.device)
-        if delta.dim() == 4 and delta.is_contiguous(memory_format=torch.channels_last):
-            x = torch.empty_like(x, memory_format=torch.channels_last)
-        return [self._backward(record, delta, x, [True, False, False])[0].to(record.input_dtype)]
+        weight = record.weight.detach().to(delta.dtype)
+        cotangent = convolution_input(delta, weight, record.shape, *self._geometry(record))
+        return [cotangent.to(record.input_dtype)]
 
     def pushforward(
         self, record: Record, tangents: list[Tensor], delta: Tensor | None, sink: Sink
     ) -> Tensor:
-        dtype = record.output_dtype
-        tangent = tangents[0].to(dtype)
+        tangent = tangents[0].to(record.output_dtype)
+        weight = record.weight.detach().to(tangent.dtype)
+        geometry = self._geometry(record)
         if record.weight.requires_grad:
-            mask = [False, True, False]
-            sink.add(record.weight, self._backward(record, delta, tangent, mask)[1])
-        zeros = [0] * (tangent.dim() - 2)
-        return torch.convolution(
-            tangent,
-            record.weight.detach().to(dtype),
-            None,
-            record.stride,
-            record.padding,
-            record.dilation,
-            False,
-            zeros,
-            record.groups,
-        )
+            sink.add(record.weight, convolution_weight(delta, tangent, weight, *geometry))
+        return convolution(tangent, weight, None, *geometry)
 
     def windows(self, record: Record) -> Windows:
         """The window of each axis of a 2-D convolution."""
