@@ -12,11 +12,12 @@ without a layer, since a layer's features end a chain.
 
 Time: all contenders in turn in one process, each in its better memory layout; median with 20 % and
 80 % quantiles, and the ratio to plain round by round. On a CPU it is taken under two allocator
-settings, the default and one that keeps its pages, and a profile says how much of it PyTorch's own
-convolutions take: what nobody can save who leaves them as they are. Of fastjac's step, also the time in
-the Jacobian's own passes.
+settings, the default and one that keeps its pages, and a profile says how much of it convolutions take,
+PyTorch's and fastjac's own. Of fastjac's step, also the time in the Jacobian's own passes.
 Memory: peak resident memory of three steps over that before the first, each contender in processes of
-its own, the median of three; under the default allocator.
+its own, the median of five; under the default allocator, whose heap keeps what it cannot return, more
+in one process and less in another. On a CPU also under one that maps every tensor of a MiB by itself:
+what the steps need.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ PAGES_KEPT = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 ALLOCATORS = {"pages kept": PAGES_KEPT, "default": {}}
+PAGES_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 CONTENDERS = ("plain", "naive", "fastjac")
 LAYOUTS = ("contiguous", "channels_last")
 WARM = 3  # steps until the allocator has its pages
@@ -253,7 +255,8 @@ def convolution_share(contender: Contender) -> float:
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             contender.step()
         own = {e.key: e.self_cpu_time_total for e in profiled.key_averages()}
-        shares.append(sum(t for key, t in own.items() if "convolution" in key) / sum(own.values()))
+        convolutions = [t for key, t in own.items() if "convolution" in key or "winograd" in key]
+        shares.append(sum(convolutions) / sum(own.values()))
     return statistics.median(shares)
 
 
@@ -317,11 +320,13 @@ def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[
         result["time"][setting] = rows
     layouts = {n: row["layout"] for n, row in next(iter(result["time"].values())).items()}
     for contender in args.contenders:
-        got = [
-            spawn("memory", config, args, [contender], [layouts[contender]], {})["bytes"]
-            for _ in range(3)
-        ]
+        mine = (config, args, [contender], [layouts[contender]])
+        got = [spawn("memory", *mine, {})["bytes"] for _ in range(5)]
         result["memory"][contender] = statistics.median(got)
+        result.setdefault("memory_of_each_process", {})[contender] = got
+        if args.device == "cpu":
+            needed = spawn("memory", *mine, PAGES_RETURNED)["bytes"]
+            result.setdefault("memory_needed", {})[contender] = needed
     if args.memory_limit:
         limit = int(args.memory_limit * 2**30)
         result["memory_limit"] = limit
@@ -364,6 +369,9 @@ def table(result: dict[str, Any]) -> str:
             if "passes_s" in row:
                 cells[-1] += f", Jacobian passes {1e3 * row['passes_s']:.0f} ms"
         cells.append(f"memory: {memory / 2**20:6.0f} MiB {memory / result['memory'][first]:.2f}x")
+        if needed := result.get("memory_needed"):
+            cells[-1] += f", needed {needed[name] / 2**20:.0f} MiB "
+            cells[-1] += f"{needed[name] / needed[first]:.2f}x"
         lines.append("  " + " | ".join(cells))
     if "largest_batch" in result:
         found = ", ".join(f"{name} {batch}" for name, batch in result["largest_batch"].items())

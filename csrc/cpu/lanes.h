@@ -203,7 +203,7 @@ inline T interleaved(const T& a, const T& b, std::integer_sequence<int, i...>) {
 inline double exponential(double x) {
   return std::exp(x);
 }
-__attribute__((noinline)) static void exponential_each(double* x, int n) {
+[[maybe_unused]] __attribute__((noinline)) static void exponential_each(double* x, int n) {
   for (int i = 0; i < n; ++i) x[i] = std::exp(x[i]);
 }
 template <typename T>

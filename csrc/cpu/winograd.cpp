@@ -22,9 +22,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kTiles = 36; // of a block: their places stay in a core's cache,
 constexpr int64_t kMostTiles = 288; // unless the filters are more than that
-constexpr int64_t kRun = 128; // tiles of a block of the weight's gradient, or a multiple of it
-constexpr int64_t kSums = 1 << 22; // numbers in the sums of all its parts, if one has no more
-constexpr int64_t kMostParts = 16;
+constexpr int64_t kRun = 128; // tiles of a block of the weight's gradient
+constexpr int64_t kMostParts = 16; // of it that have sums of their own,
+constexpr int64_t kMostSums = 1 << 24; // and the bytes of these, if one part has no more
 
 const Kernels& kernels() {
   return FASTJAC_KERNELS;
@@ -93,8 +93,13 @@ struct Serial {
   }
 };
 
-std::unique_ptr<char[]> numbers(const Problem& p, int64_t n) {
-  return std::unique_ptr<char[]>(new char[n * (p.is_double ? sizeof(double) : sizeof(float))]);
+int64_t size_of(const Problem& p) {
+  return p.is_double ? sizeof(double) : sizeof(float);
+}
+
+// By the calling thread, for all: other threads' heaps would keep what they once had.
+std::unique_ptr<char[]> bytes(int64_t n) {
+  return std::unique_ptr<char[]>(new char[n]);
 }
 
 Tensor winograd_cpu(
@@ -149,14 +154,14 @@ Tensor winograd_cpu(
       const_cast<void*>(weight.const_data_ptr()), weight.stride(1 - from), weight.stride(from),
       weight.stride(2), weight.stride(3)
   };
+  const int64_t size = size_of(p);
   if (adjoint) {
-    const int64_t size = p.is_double ? sizeof(double) : sizeof(float);
     w.data = static_cast<char*>(w.data) + 2 * (w.row + w.col) * size;
     w.row = -w.row, w.col = -w.col;
   }
   const Kernels& k = kernels();
   const int64_t panels = divide_up(p.filters, k.panel(p));
-  const auto places = numbers(p, kPlaces * panels * k.panel(p) * p.channels);
+  const auto places = bytes(kPlaces * panels * k.panel(p) * p.channels * size);
   const Parallel each;
   each(panels * divide_up(p.channels, k.group), [&](int64_t begin, int64_t end) {
     k.filters(p, w, places.get(), begin, end);
@@ -165,16 +170,18 @@ Tensor winograd_cpu(
   // The more filters there are to read, the more tiles read them at a time.
   const int64_t tiles = p.tiles(), row = p.input_row() + panels * k.panel(p);
   const int64_t most = std::clamp(p.channels * p.filters / 2048, kTiles, kMostTiles);
-  const int64_t blocks = padded(divide_up(tiles, most), torch::stable::get_num_threads());
-  const int64_t block = padded(divide_up(tiles, blocks), k.step);
-  each(blocks, [&](int64_t begin, int64_t end) {
-    const auto scratch = numbers(p, kPlaces * block * row);
-    for (int64_t b = begin; b < end; ++b) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = divide_up(divide_up(tiles, most), threads); // of each thread
+  const int64_t block = padded(divide_up(tiles, blocks * threads), k.step);
+  const int64_t needed = kPlaces * block * row * size;
+  const auto scratch = bytes(threads * needed);
+  each(threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin * blocks; b < end * blocks; ++b) {
       const int64_t first = b * block, last = std::min(tiles, first + block);
       if (first >= last) return;
       k.convolve(
           p, x.const_data_ptr(), places.get(), bias ? bias->const_data_ptr() : nullptr,
-          y.mutable_data_ptr(), scratch.get(), first, last
+          y.mutable_data_ptr(), scratch.get() + b / blocks * needed, first, last
       );
     }
   });
@@ -220,46 +227,50 @@ Tensor winograd_weight_cpu(
     return gweight;
   }
 
-  // Parts of the tiles have sums of their own, and depend on the shape alone; as do the runs that
-  // multiply_rows adds up, so the blocks may be of any number of them.
+  // Parts of the tiles have sums of their own, and depend on the shape alone: the bits do not depend on
+  // the threads.
   const Kernels& k = kernels();
   const int64_t panels = divide_up(p.filters, k.panel(p)), k_row = panels * k.panel(p);
-  const int64_t c_row = p.input_row(), size = p.is_double ? sizeof(double) : sizeof(float);
-  const int64_t runs = divide_up(p.tiles(), kRun), numbers_of_sums = kPlaces * k_row * c_row;
+  const int64_t c_row = p.input_row(), size = size_of(p);
+  const int64_t runs = divide_up(p.tiles(), kRun), sums_size = kPlaces * k_row * c_row * size;
   int64_t parts = 1;
-  while (parts < kMostParts && 2 * parts <= runs && 2 * parts * numbers_of_sums <= kSums)
-    parts *= 2;
+  while (parts < kMostParts && 2 * parts <= runs && 2 * parts * sums_size <= kMostSums) parts *= 2;
   const int64_t part_tiles = divide_up(runs, parts) * kRun;
-  const auto sums = numbers(p, parts * numbers_of_sums);
+  const auto sums = bytes(parts * sums_size);
 
-  const auto add_up = [&](int64_t part, int64_t most, const auto& each) {
-    char* part_sums = sums.get() + part * numbers_of_sums * size;
+  const int64_t of_inputs = kPlaces * kRun * c_row * size;
+  const int64_t needed = of_inputs + kPlaces * kRun * k_row * size;
+  const auto add_up = [&](int64_t part, char* v, const auto& each) {
+    char *d = v + of_inputs, *part_sums = sums.get() + part * sums_size;
     const int64_t last = std::min(p.tiles(), (part + 1) * part_tiles);
-    const auto v = numbers(p, kPlaces * most * c_row), d = numbers(p, kPlaces * most * k_row);
+    const int64_t of_panel = c_row * k.panel(p) * size;
     each(kPlaces * panels, [&](int64_t begin, int64_t end) {
-      std::fill(
-          part_sums + begin * c_row * k.panel(p) * size,
-          part_sums + end * c_row * k.panel(p) * size, 0
-      );
+      std::fill(part_sums + begin * of_panel, part_sums + end * of_panel, 0);
     });
-    for (int64_t first = part * part_tiles; first < last; first += most) {
-      const int64_t tiles = std::min(most, last - first);
+    for (int64_t first = part * part_tiles; first < last; first += kRun) {
+      const int64_t tiles = std::min(kRun, last - first);
       each(tiles, [&](int64_t begin, int64_t end) {
-        k.inputs(p, x.const_data_ptr(), v.get(), first, tiles, begin, end);
-        k.gradients(p, gy.const_data_ptr(), d.get(), first, tiles, begin, end);
+        k.inputs(p, x.const_data_ptr(), v, first, tiles, begin, end);
+        k.gradients(p, gy.const_data_ptr(), d, first, tiles, begin, end);
       });
       each(kPlaces * panels, [&](int64_t begin, int64_t end) {
-        k.accumulate(p, v.get(), d.get(), part_sums, tiles, begin, end);
+        k.accumulate(p, v, d, part_sums, tiles, begin, end);
       });
     }
   };
   const Parallel each;
-  if (parts >= torch::stable::get_num_threads()) {
-    each(parts, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) add_up(part, kRun, Serial());
+  const int64_t threads = torch::stable::get_num_threads();
+  if (parts >= threads) {
+    const auto scratch = bytes(threads * needed);
+    const int64_t share = divide_up(parts, threads);
+    each(threads, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin * share; part < std::min(parts, end * share); ++part) {
+        add_up(part, scratch.get() + part / share * needed, Serial());
+      }
     });
   } else {
-    for (int64_t part = 0; part < parts; ++part) add_up(part, 4 * kRun, each);
+    const auto scratch = bytes(needed);
+    for (int64_t part = 0; part < parts; ++part) add_up(part, scratch.get(), each);
   }
 
   const Weight w{
