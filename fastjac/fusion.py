@@ -19,6 +19,10 @@ def fuse(model: nn.Module) -> FusedModel:
     follows (a convolution, for its weight's gradient) has the activation made again in the backward.
     Forward and backward read and write u-sized maps half as often.
 
+    On a CPU, in float32 or float64 and channels-last layout, its 3x3 convolutions of stride 1 and at
+    least 32 channels, a multiple of 32, take 2.25 times fewer products
+    (:func:`fastjac.ops.winograd`), in the forward and the backward.
+
     Shares the model's modules, parameters and buffers: the same state dict, training either trains
     both. The same outputs and gradients (to rounding), in train and eval mode; running statistics are
     updated alike. Fuses BatchNorm2d with ReLU, ReLU6, LeakyReLU or SiLU, max-pools of 2x2 (stride 2) and
