@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -272,6 +273,7 @@ def peak_memory(args: argparse.Namespace, config: Configuration) -> int:
         return torch.cuda.max_memory_allocated() - before
     warm = Configuration(**{**asdict(config), "size": 32, "batch": 2})
     Contender(args.contenders[0], warm, args.layouts[0], args.device, args.amp).step()
+    gc.collect()  # a trace is cyclic, and holds the warm step's networks
     ctypes.CDLL(None).malloc_trim(0)  # what the warm step left free is not there before
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -315,11 +317,13 @@ def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[
     if error > 1e-9:
         raise SystemExit(f"{name}: fastjac's gradient is off by {error:.1e}; nothing was timed")
     settings = ALLOCATORS if args.device == "cpu" else {"device": {}}
-    for setting, env in settings.items():
-        rows = spawn("time", config, args, args.contenders, args.layouts, env)["rows"]
-        result["time"][setting] = rows
-    layouts = {n: row["layout"] for n, row in next(iter(result["time"].values())).items()}
-    for contender in args.contenders:
+    layouts = dict.fromkeys(args.contenders, args.layouts[-1])
+    if "time" in args.measure:
+        for setting, env in settings.items():
+            rows = spawn("time", config, args, args.contenders, args.layouts, env)["rows"]
+            result["time"][setting] = rows
+        layouts = {n: row["layout"] for n, row in next(iter(result["time"].values())).items()}
+    for contender in args.contenders if "memory" in args.measure else ():
         mine = (config, args, [contender], [layouts[contender]])
         got = [spawn("memory", *mine, {})["bytes"] for _ in range(5)]
         result["memory"][contender] = statistics.median(got)
@@ -340,7 +344,8 @@ def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[
 def largest_batch(result: dict[str, Any], name: str, limit: int, args: argparse.Namespace) -> int:
     """The largest batch whose steps need at most ``limit`` bytes, to 5 %; each try scales the last."""
     fields = {f: result[f] for f in Configuration.__dataclass_fields__}
-    layout = next(iter(result["time"].values()))[name]["layout"]
+    rows = next(iter(result["time"].values()), {})
+    layout = rows[name]["layout"] if rows else args.layouts[-1]
     needed = {result["batch"]: result["memory"][name]}
     while True:
         last = next(reversed(needed))
@@ -354,9 +359,10 @@ def largest_batch(result: dict[str, Any], name: str, limit: int, args: argparse.
 
 def table(result: dict[str, Any]) -> str:
     """The figures of one configuration, as text."""
-    first = next(iter(result["memory"]))
     lines = [f"{result['configuration']}, batch {result['batch']}"]
-    for name, memory in result["memory"].items():
+    names = result["memory"] or next(iter(result["time"].values()))
+    first = next(iter(names))
+    for name in names:
         cells = [f"{name:10s}"]
         for setting, rows in result["time"].items():
             row = rows[name]
@@ -368,7 +374,9 @@ def table(result: dict[str, Any]) -> str:
             )
             if "passes_s" in row:
                 cells[-1] += f", Jacobian passes {1e3 * row['passes_s']:.0f} ms"
-        cells.append(f"memory: {memory / 2**20:6.0f} MiB {memory / result['memory'][first]:.2f}x")
+        for memory in [result["memory"][name]] if result["memory"] else []:
+            share = memory / result["memory"][first]
+            cells.append(f"memory: {memory / 2**20:6.0f} MiB {share:.2f}x")
         if needed := result.get("memory_needed"):
             cells[-1] += f", needed {needed[name] / 2**20:.0f} MiB "
             cells[-1] += f"{needed[name] / needed[first]:.2f}x"
@@ -415,6 +423,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument(
+        "--measure", nargs="+", default=["time", "memory"], choices=("time", "memory")
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument(
