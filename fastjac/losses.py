@@ -32,7 +32,7 @@ def attention_match_loss(fs: Tensor, ft: Tensor) -> Tensor:
     (Zagoruyko & Komodakis, ICLR 2017). ``fs`` ``[B, Cs, h, w]``, ``ft`` ``[B, Ct, h, w]``.
     Differentiable in both, to any order.
     """
-    maps = [f.square().mean(1) if f.dim() == 4 else f for f in (fs, ft)]
+    maps = [(f * f).sum(1) / f.shape[1] if f.dim() == 4 else f for f in (fs, ft)]
     _same_shape("attention_match_loss (maps over h, w)", *maps, dims=3)
     unit = [m.flatten(1) for m in maps]
     unit = [m / m.norm(dim=1, keepdim=True).clamp_min(1e-12) for m in unit]

@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include "checks.h"
+#include "empty_map.h"
 #include "layout.h"
 #include "norm_act_pool.h"
 
@@ -150,16 +151,12 @@ inline void check_channels(
 
 inline Tensor empty_input_like(const Tensor& u, const Geometry& g) {
   const int64_t sizes[] = {g.batch, g.channels, g.height, g.width};
-  return torch::stable::empty(
-      {sizes, 4}, u.scalar_type(), std::nullopt, u.device(), std::nullopt, g.format
-  );
+  return empty_map(u, sizes, g.format);
 }
 
 inline Tensor empty_output_like(const Tensor& u, const Geometry& g) {
   const int64_t sizes[] = {g.batch, g.channels, g.out_height, g.out_width};
-  return torch::stable::empty(
-      {sizes, 4}, u.scalar_type(), std::nullopt, u.device(), std::nullopt, g.format
-  );
+  return empty_map(u, sizes, g.format);
 }
 
 // [C], in the accumulator dtype, zeros.

@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "checks.h"
+#include "empty_map.h"
 #include "window_crop.h"
 
 namespace fastjac::window_crop {
@@ -62,11 +63,9 @@ inline Crop describe_crop(const Tensor& x, int64_t rows, int64_t width, bool adj
 
 inline Tensor empty_crop(const Tensor& x, const Crop& g) {
   const int64_t sizes[] = {x.size(0), x.size(1), g.rows, g.width};
-  return torch::stable::empty(
-      {sizes, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-      g.unit > 1 ? torch::headeronly::MemoryFormat::ChannelsLast
-                 : torch::headeronly::MemoryFormat::Contiguous
-  );
+  const bool last = g.unit > 1;
+  using torch::headeronly::MemoryFormat;
+  return empty_map(x, sizes, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // `value` in dtype, as bits_t, an unsigned integer of its size.

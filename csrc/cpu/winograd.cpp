@@ -9,9 +9,9 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/MemoryFormat.h>
 
 #include "../common/checks.h"
+#include "../common/empty_map.h"
 #include "../common/layout.h"
 #include "isa.h"
 
@@ -143,10 +143,7 @@ Tensor winograd_cpu(
     );
   }
   const int64_t sizes[] = {p.batch, p.filters, p.out_height, p.out_width};
-  Tensor y = torch::stable::empty(
-      {sizes, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-      torch::headeronly::MemoryFormat::ChannelsLast
-  );
+  Tensor y = empty_map(x, sizes, torch::headeronly::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
 
   // The adjoint correlates with the filters turned by half a turn, in- and outputs exchanged.

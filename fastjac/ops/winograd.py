@@ -208,11 +208,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     wanted, padding = ctx.needs_input_grad, ctx.padding
-    gx = winograd(gy, weight, None, padding, not ctx.adjoint) if wanted[0] else None
     gweight = None
     if wanted[1]:
         both = (x, gy) if ctx.adjoint else (gy, x)
         gweight = winograd_weight(*both, weight, padding)
+        del both
+    del x  # made again for this alone, perhaps
+    gx = winograd(gy, weight, None, padding, not ctx.adjoint) if wanted[0] else None
     return gx, gweight, gy.sum((0, 2, 3)) if wanted[2] else None, None, None, None
 
 
