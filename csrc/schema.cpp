@@ -22,6 +22,12 @@ STABLE_TORCH_LIBRARY(fastjac, m) {
       "-> (Tensor gu, Tensor gresidual, Tensor gweight, Tensor gbias)"
   );
   m.def(
+      "norm_act_pool_backward_(Tensor gy, Tensor(a!) u, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor mean, Tensor invstd, str activation, float slope, str pool, "
+      "bool training, Tensor? coefficient, Tensor? curvature, bool[] mask) "
+      "-> (Tensor gresidual, Tensor gweight, Tensor gbias)"
+  );
+  m.def(
       "norm_act_pool_pushforward(Tensor tu, Tensor? tresidual, Tensor gy, Tensor u, "
       "Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
       "str activation, float slope, str pool, str statistics, bool curvature) "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fastjac.errors import FastjacError
 from fastjac.ops import NormActPool
+from fastjac.remaking import Maker, maker_of
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 PIECEWISE_LINEAR = frozenset({"none", "relu", "relu6", "leaky_relu"})
@@ -91,7 +91,7 @@ class Chain:
         residual, u = self._maps(residual, u)
         results = NormActPool.apply(
             *(u, residual, weight, bias, mean, var, training, momentum, eps),
-            *(self.activation, self.slope, self.pool),
+            *(self.activation, self.slope, self.pool, maker_of(u)),
         )
         return *results, bound, residual, u
 
@@ -111,44 +111,24 @@ class Chain:
             residual, u = residual.to(dtype).expand(u.shape), u.to(dtype)
         return None if residual is None else as_map(residual), as_map(u)
 
+    def maker(self, residual: fx.Node | None, y: Tensor) -> Maker | None:
+        """How to make y, this chain's output, again from its BatchNorm's input, bit for bit.
+
+        None for one that is pooled, and small, or has something added, which would have to be kept.
+        """
+        if self.pool != "none" or residual is not None:
+            return None
+        node = y.grad_fn
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                return NormActPool.again(node)
+
+        return make
+
     def __call__(self, residual: Tensor | None, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.run(residual, u, *args, **kwargs)[0]
         return y if u.dim() == 4 else y.view(u.shape)
-
-
-def remade(node: fx.Node, value: Any) -> bool:
-    """Whether ``value``, the node's, is one that a chain can make again from what it keeps anyway.
-
-    Then nobody needs to keep it: u stays, y is recomputed. A pooled y is small, and costs u's read.
-    """
-    return (
-        isinstance(node.target, Chain)
-        and node.target.pool == "none"
-        and node.args[0] is None
-        and value.dim() == 4  # else a view of what the chain made
-        and value.grad_fn is not None
-        and not torch.compiler.is_compiling()  # which chooses itself what to recompute
-    )
-
-
-def recomputing(values: list[Tensor]) -> AbstractContextManager[Any]:
-    """While it lasts, autograd keeps how to make these outputs of :func:`remade` chains, not them."""
-    if not values:
-        return nullcontext()
-    makers = {_place(value): value.grad_fn for value in values}
-    return torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: makers.get(_place(tensor), tensor),
-        lambda kept: kept if isinstance(kept, Tensor) else _again(kept),
-    )
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _again(maker: Any) -> Tensor:
-    with torch.no_grad():
-        return NormActPool.again(maker)
 
 
 def as_map(x: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastjac.chains import fuse_chains, has_hooks, recomputing, remade
+from fastjac.chains import Chain, fuse_chains, has_hooks
 from fastjac.errors import FastjacError
 from fastjac.features import find_layer
 from fastjac.ops.winograd import pays, winograd
+from fastjac.remaking import Maker, convolution_maker, recomputing
 
 IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand"}
@@ -182,8 +183,7 @@ class Program:
                     values[node] = _attribute(self.root, node.target)
                 else:
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                    made = [values[n] for n in node.all_input_nodes if remade(n, values[n])]
-                    with recomputing(made):
+                    with recomputing(self._makers(node, values)):
                         if call is None:
                             values[node] = self.callable(node)[1](*args, **kwargs)
                         else:
@@ -191,6 +191,23 @@ class Program:
                 for done in self.last_read.get(node, ()):
                     del values[done]
         return values[self.output]
+
+    def _makers(self, node: fx.Node, values: dict[fx.Node, Any]) -> list[tuple[Tensor, Maker]]:
+        """Those of what the node reads that can be made again, and how."""
+        found = ((values[n], self._maker(n, values[n])) for n in node.all_input_nodes)
+        return [(value, make) for value, make in found if make is not None]
+
+    def _maker(self, node: fx.Node, value: Any) -> Maker | None:
+        if not isinstance(value, Tensor) or value.dim() != 4 or value.grad_fn is None:
+            return None
+        if torch.compiler.is_compiling():  # which chooses itself what to recompute
+            return None
+        if isinstance(node.target, Chain):
+            return node.target.maker(node.args[0], value)
+        module = self.root.get_submodule(node.target) if node.op == "call_module" else None
+        if type(module) is nn.Conv2d and not has_hooks(module):
+            return convolution_maker(module, value)
+        return None
 
     def callable(self, node: fx.Node) -> tuple[nn.Module | None, Callable[..., Any]]:
         """What a node calls: the module, if it is one, and the callable."""

@@ -286,7 +286,10 @@ Tensor norm_act_pool_cpu(
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_backward_cpu(
+// `op` is norm_act_pool_backward; or norm_act_pool_backward_, and u then `to`, which becomes gu.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_to(
+    const char* op,
+    MaybeTensor to,
     const Tensor& gy,
     const Tensor& u,
     const MaybeTensor& residual,
@@ -302,7 +305,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_backward_cpu(
     const MaybeTensor& curvature,
     const std::vector<bool>& mask
 ) {
-  constexpr const char* op = "norm_act_pool_backward";
   const Geometry g = check_input(op, u, parse_pool(op, pool));
   check_map(op, "gy", gy, u, g, true);
   check_map(op, "residual", residual, u, g);
@@ -311,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_backward_cpu(
   check_channels(op, "coefficient", coefficient, u);
   STD_TORCH_CHECK(mask.size() == 4, op, ": mask must have 4 entries, got ", mask.size());
   const Activation act = parse_activation(op, activation);
-  Tensor gu = mask[0] ? empty_input_like(u, g) : nothing(u);
+  Tensor gu = !mask[0] ? nothing(u) : to ? *to : empty_input_like(u, g);
   Tensor gresidual = mask[1] ? empty_input_like(u, g) : nothing(u);
   Tensor gweight = mask[2] ? zero_channels(u) : nothing(u);
   Tensor gbias = mask[3] ? zero_channels(u) : nothing(u);
@@ -348,13 +350,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_backward_cpu(
       if (gb) gb[c] = static_cast<acc_t>(s.g);
     }
     if (!mask[0] && !mask[1]) return;
+    // A window that shares its pixels is looked at once more after some of them are written.
+    const bool again = g.pool.kernel == 3 && m.chosen == nullptr;
+    if (to && again) gu = empty_input_like(u, g);
     if (!training && added == nullptr) m.of_d = nullptr;
     m.curvature = data(curvature);
     m.gu = mask[0] ? gu.mutable_data_ptr() : nullptr;
     m.gresidual = mask[1] ? gresidual.mutable_data_ptr() : nullptr;
     run_write(m);
+    if (to && again) torch::stable::copy_(*to, gu);
   });
   return {gu, gresidual, gweight, gbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_backward_cpu(
+    const Tensor& gy,
+    const Tensor& u,
+    const MaybeTensor& residual,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    const Tensor& mean,
+    const Tensor& invstd,
+    const std::string& activation,
+    double slope,
+    const std::string& pool,
+    bool training,
+    const MaybeTensor& coefficient,
+    const MaybeTensor& curvature,
+    const std::vector<bool>& mask
+) {
+  return backward_to(
+      "norm_act_pool_backward", std::nullopt, gy, u, residual, weight, bias, mean, invstd,
+      activation, slope, pool, training, coefficient, curvature, mask
+  );
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_act_pool_backward_in_place_cpu(
+    const Tensor& gy,
+    Tensor u,
+    const MaybeTensor& residual,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    const Tensor& mean,
+    const Tensor& invstd,
+    const std::string& activation,
+    double slope,
+    const std::string& pool,
+    bool training,
+    const MaybeTensor& coefficient,
+    const MaybeTensor& curvature,
+    const std::vector<bool>& mask
+) {
+  auto [gu, gresidual, gweight, gbias] = backward_to(
+      "norm_act_pool_backward_", u, gy, u, residual, weight, bias, mean, invstd, activation, slope,
+      pool, training, coefficient, curvature, mask
+  );
+  return {gresidual, gweight, gbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_pushforward_cpu(
@@ -443,6 +494,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&channel_statistics_cpu));
   m.impl("norm_act_pool", TORCH_BOX(&norm_act_pool_cpu));
   m.impl("norm_act_pool_backward", TORCH_BOX(&norm_act_pool_backward_cpu));
+  m.impl("norm_act_pool_backward_", TORCH_BOX(&norm_act_pool_backward_in_place_cpu));
   m.impl("norm_act_pool_pushforward", TORCH_BOX(&norm_act_pool_pushforward_cpu));
 }
 

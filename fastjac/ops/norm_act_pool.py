@@ -157,6 +157,7 @@ def norm_act_pool_backward(
     coefficient: Tensor | None = None,
     curvature: Tensor | None = None,
     mask: Sequence[bool] = (True, True, True, True),
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     r"""The cotangents of :func:`norm_act_pool`'s inputs, from u alone.
 
@@ -173,6 +174,7 @@ def norm_act_pool_backward(
         training: whether mean and invstd are u's own statistics, and vary with it.
         coefficient: ``[C]``; curvature: of u's shape. Both are added to u's cotangent as above.
         mask: which of u, residual, weight and bias want theirs. Residual's needs a residual.
+        overwrite: whether u is no longer needed; on a CPU its cotangent is written over it then.
 
     Returns:
         Four, None where not wanted. Those of weight and bias are in the accumulator dtype.
@@ -194,10 +196,17 @@ def norm_act_pool_backward(
     if mask[1] and residual is None:
         raise FastjacError(f"{op}: mask[1] asks for residual's cotangent, but residual is None")
     refuse_forward_mode(op, *_present(gy, u, residual, weight, bias, coefficient, curvature))
-    results = torch.ops.fastjac.norm_act_pool_backward(
-        *(gy, u, residual, *channels, activation, float(slope), pool),
-        *(training, coefficient, curvature, mask),
-    )
+    arguments = (gy, u, residual, *channels, activation, float(slope), pool)
+    arguments += (training, coefficient, curvature, mask)
+    if overwrite and u.device.type == "cpu":
+        # PyTorch takes no derivative of an operator that writes in place, not even one that raises.
+        if torch.is_grad_enabled() and any(
+            x.requires_grad for x in _present(gy, u, residual, weight)
+        ):
+            raise FastjacError(f"{op}: expected no input that requires grad with overwrite=True")
+        results = (u, *torch.ops.fastjac.norm_act_pool_backward_(*arguments))
+    else:
+        results = torch.ops.fastjac.norm_act_pool_backward(*arguments)
     return tuple(x if wanted else None for x, wanted in zip(results, mask, strict=True))
 
 
@@ -227,6 +236,13 @@ def norm_act_pool_backward_ref(
         gu = gu + curvature
     results = (_like(u, gu), _like(u, g), _sum(g * xhat), _sum(g))
     return tuple(x if wanted else u.new_empty(0) for x, wanted in zip(results, mask, strict=True))
+
+
+def _backward_in_place(gy: Tensor, u: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    gu, *rest = norm_act_pool_backward_ref(gy, u, *arguments)
+    if arguments[-1][0]:
+        u.copy_(gu)
+    return tuple(rest)
 
 
 def norm_act_pool_pushforward(
@@ -341,12 +357,13 @@ class NormActPool(torch.autograd.Function):
     """:func:`norm_act_pool` with its statistics, differentiable once; keeps u (and residual) alone.
 
     ``NormActPool.apply(u, residual, weight, bias, running_mean, running_var, training, momentum, eps,
-    activation, slope, pool)`` gives y; the mean and 1/sqrt(var + eps) ``[C]`` that it used, not
+    activation, slope, pool, make)`` gives y; the mean and 1/sqrt(var + eps) ``[C]`` that it used, not
     differentiable; and two slots, whose gradients are added to u's cotangent: ``coefficient`` ``[C]``
     as coefficient · x̂, and ``curvature`` (of u's shape, without storage of its own) as it is.
 
     In training, the statistics are u's own, and the running ones, if given, are updated as
-    ``torch.batch_norm`` does. Else, the running ones are used, which must be given.
+    ``torch.batch_norm`` does. Else, the running ones are used, which must be given. ``make()`` gives u
+    once more, as a tensor of its own, which the backward may overwrite: then u is not kept either.
     """
 
     @staticmethod
@@ -364,12 +381,14 @@ class NormActPool(torch.autograd.Function):
         activation: str,
         slope: float,
         pool: str,
+        make: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         mean, var = _statistics(u, running_mean, running_var, training, momentum)
         invstd = (var + eps).rsqrt()
         y = norm_act_pool(u, residual, weight, bias, mean, invstd, activation, slope, pool)
-        ctx.save_for_backward(u, residual, weight, bias, mean, invstd)
-        ctx.options, ctx.training = (activation, slope, pool), training
+        kept = u if make is None else None
+        ctx.save_for_backward(kept, residual, weight, bias, mean, invstd)
+        ctx.options, ctx.training, ctx.make = (activation, slope, pool), training, make
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)
         return y, mean, invstd, torch.zeros_like(mean), u.new_zeros(()).expand(u.shape)
@@ -388,21 +407,26 @@ class NormActPool(torch.autograd.Function):
                 "NormActPool differentiates once; got a backward with create_graph=True "
                 "(norm_act_pool_ref can be differentiated further)"
             )
-        u, residual, weight, bias, mean, invstd = ctx.saved_tensors
+        u, residual, weight, bias, mean, invstd = NormActPool._inputs(ctx)
         if gy is None:  # only the slots have a gradient
             gy = u.new_zeros(_output_shape("NormActPool", u, ctx.options[2]))
         gu, gresidual, gweight, gbias = norm_act_pool_backward(
             *(gy, u, residual, weight, bias, mean, invstd, *ctx.options),
-            *(ctx.training, coefficient, curvature, ctx.needs_input_grad[:4]),
+            *(ctx.training, coefficient, curvature, ctx.needs_input_grad[:4], ctx.make is not None),
         )
         gweight = None if gweight is None else gweight.to(weight.dtype)
         gbias = None if gbias is None else gbias.to(bias.dtype)
-        return gu, gresidual, gweight, gbias, *[None] * 8
+        return gu, gresidual, gweight, gbias, *[None] * 9
+
+    @staticmethod
+    def _inputs(node: Any) -> tuple[Tensor | None, ...]:
+        u, *rest = node.saved_tensors
+        return u if node.make is None else node.make(), *rest
 
     @staticmethod
     def again(node: Any) -> Tensor:
         """y once more, bit for bit, from ``y.grad_fn`` and what it keeps."""
-        return norm_act_pool(*node.saved_tensors, *node.options)
+        return norm_act_pool(*NormActPool._inputs(node), *node.options)
 
 
 def _statistics(
@@ -559,6 +583,12 @@ define(
     norm_act_pool_backward_ref,
 )
 define(
+    f"norm_act_pool_backward_(Tensor gy, Tensor(a!) u, Tensor? residual, {_PARAMETERS}, {_OPTIONS}, "
+    "bool training, Tensor? coefficient, Tensor? curvature, bool[] mask) "
+    "-> (Tensor gresidual, Tensor gweight, Tensor gbias)",
+    _backward_in_place,
+)
+define(
     "norm_act_pool_pushforward(Tensor tu, Tensor? tresidual, Tensor gy, Tensor u, "
     f"Tensor? residual, {_PARAMETERS}, {_OPTIONS}, str statistics, bool curvature) "
     "-> (Tensor ty, Tensor gweight, Tensor coefficient, Tensor kappa)",
@@ -582,6 +612,11 @@ def _backward_fake(gy, u, *args):
     return tuple(
         x if wanted else u.new_empty(0) for x, wanted in zip(results, args[-1], strict=True)
     )
+
+
+@torch.library.register_fake("fastjac::norm_act_pool_backward_")
+def _backward_in_place_fake(gy, u, *args):
+    return _backward_fake(gy, u, *args)[1:]
 
 
 @torch.library.register_fake("fastjac::norm_act_pool_pushforward")

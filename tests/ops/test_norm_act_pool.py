@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -475,6 +476,58 @@ def test_opcheck(device, dtype, layout):
         tangents = (case.tu, case.tresidual, case.gy)
         args = (*tangents, *case.inputs, "relu", SLOPE, "3x3", statistics, curvature)
         check(OPS.norm_act_pool_pushforward.default, args, test_utils=utils)
+
+
+# Over u.
+
+
+@DTYPE
+@LAYOUT
+@POOLS
+@ACTIVATION
+def test_overwriting_u_gives_the_same_bits(device, dtype, layout, pool, activation):
+    sizes = ((2, 19, 7, 9), (2, 33, 6, 70), (1, 4, 5, 5))
+    for shape, training in itertools.product(sizes, (True, False)):
+        case = Case(
+            *shape,
+            with_residual=shape[1] == 19,
+            pool=pool,
+            device=device,
+            dtype=dtype,
+            layout=layout,
+        )
+        expected = case.backward(norm_act_pool_backward, activation, pool, training, True)
+        place = case.u.data_ptr()
+        overwriting = functools.partial(norm_act_pool_backward, overwrite=True)
+        got = case.backward(overwriting, activation, pool, training, True)
+        assert (got[0].data_ptr() == place) == (device == "cpu")
+        for x, y in zip(got, expected, strict=True):
+            assert (x is None and y is None) or torch.equal(x, y)
+
+
+def test_u_stays_where_its_cotangent_is_not_wanted(device):
+    case = Case(2, 5, 6, 6, pool="2x2", device=device)
+    u = case.u.clone()
+    overwriting = functools.partial(norm_act_pool_backward, overwrite=True)
+    got = case.backward(overwriting, "relu", "2x2", True, False, [False, False, True, True])
+    assert got[:2] == (None, None)
+    assert torch.equal(case.u, u)
+
+
+def test_overwriting_what_requires_grad_is_an_error():
+    case = Case(2, 5, 6, 6)
+    case.u.requires_grad_()
+    overwriting = functools.partial(norm_act_pool_backward, overwrite=True)
+    with pytest.raises(FastjacError, match="no input that requires grad with overwrite=True"):
+        case.backward(overwriting, "relu", "none", True, False)
+
+
+def test_opcheck_over_u():
+    case = Case(2, 3, 5, 7, with_residual=True, pool="3x3")
+    args = (*case.inputs, "relu", SLOPE, "3x3", True, case.coefficient, case.curvature, [True] * 4)
+    utils = ("test_schema", "test_faketensor")
+    op = OPS.norm_act_pool_backward_.default
+    torch.library.opcheck(op, (case.gy, *args), test_utils=utils)
 
 
 # The same bits.
