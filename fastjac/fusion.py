@@ -16,8 +16,13 @@ def fuse(model: nn.Module) -> FusedModel:
     What it saves, in training: PyTorch keeps BatchNorm's input u, the activation's output, the pool's
     output and its int64 indices, 11 bytes for each fp32 element of u with a 2x2 pool; fused, u and the
     pool's output stay, 5 bytes. Without a pool or an addition, u alone stays, 4 bytes instead of 8: what
-    follows (a convolution, for its weight's gradient) has the activation made again in the backward.
+    follows (a convolution, for its weight's gradient) has the activation made again in the backward. So
+    is u itself where a first convolution gives it, of at most 160 products for an output and at least
+    twice as large as the image: nothing of it stays.
     Forward and backward read and write u-sized maps half as often.
+
+    On a CPU, maps of a MiB and more lie in memory of malloc's own, of which glibc's heap can give the
+    same place again; PyTorch's profiler does not count it, and such a tensor's storage cannot be resized.
 
     On a CPU, in float32 or float64 and channels-last layout, its 3x3 convolutions of stride 1 and at
     least 32 channels, a multiple of 32, take 2.25 times fewer products

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 Maker = Callable[[], Tensor]
 
-# A convolution of at most so many products for an output (ResNet's first has 147) takes a few times as
-# long as reading its output does. It is made again where that is at least twice as large as its input.
+# Of a first convolution that is made again: the most products for an output (ResNet's has 147), which
+# take a few times as long as the output takes to read, and the least that it is larger than its input.
 _PRODUCTS = 160
 _GROWTH = 2
 
@@ -21,14 +21,15 @@ _GROWTH = 2
 def convolution_maker(module: nn.Conv2d, value: Tensor) -> Maker | None:
     """How to make ``value``, the module's output, again; None if it has to be kept.
 
-    Bit for bit where PyTorch's convolution is deterministic.
+    A network's first convolution gives its largest map, of few products, from an image that is kept
+    anyway and has no gradient. It is made bit for bit where PyTorch's convolution is deterministic.
     """
     filters, channels = module.out_channels, module.in_channels
     growth = filters / (channels * module.stride[0] * module.stride[1])
     kept = value.grad_fn
-    if type(kept).__name__ != "ConvolutionBackward0" or growth < _GROWTH:
+    if type(kept).__name__ != "ConvolutionBackward0" or kept.next_functions[0][0] is not None:
         return None
-    if module.weight.numel() > _PRODUCTS * filters:
+    if growth < _GROWTH or module.weight.numel() > _PRODUCTS * filters:
         return None
     # Autograd keeps no bias. The copy is what was added, whatever becomes of the module's.
     bias = None if module.bias is None else module.bias.detach().to(value.dtype, copy=True)
