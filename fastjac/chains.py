@@ -114,11 +114,13 @@ class Chain:
     def maker(self, residual: fx.Node | None, y: Tensor) -> Maker | None:
         """How to make y, this chain's output, again from its BatchNorm's input, bit for bit.
 
-        None for one that is pooled, and small, or has something added, which would have to be kept.
+        None for one that is pooled, and small, or has something added, which would have to be kept; and
+        for one that ``torch.compile`` made, in a graph of its own.
         """
-        if self.pool != "none" or residual is not None:
-            return None
         node = y.grad_fn
+        made = node.name() == "NormActPoolBackward"
+        if self.pool != "none" or residual is not None or not made:
+            return None
 
         def make() -> Tensor:
             with torch.no_grad():

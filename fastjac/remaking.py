@@ -27,7 +27,7 @@ def convolution_maker(module: nn.Conv2d, value: Tensor) -> Maker | None:
     filters, channels = module.out_channels, module.in_channels
     growth = filters / (channels * module.stride[0] * module.stride[1])
     kept = value.grad_fn
-    if type(kept).__name__ != "ConvolutionBackward0" or kept.next_functions[0][0] is not None:
+    if kept.name() != "ConvolutionBackward0" or kept.next_functions[0][0] is not None:
         return None
     if growth < _GROWTH or module.weight.numel() > _PRODUCTS * filters:
         return None

@@ -405,7 +405,12 @@ def test_an_activation_is_not_kept_but_made_again():
     x = images()
     y = fuse(model)(x)
     assert [ref.expired() for ref in alive] == [True]
-    plain = copy.deepcopy(model).train()
+    check_gradients(y, model, x)
+
+
+def check_gradients(y: Tensor, model: nn.Module, x: Tensor) -> None:
+    """Of y, what ``model``, fused, gave for x: once, again, and for the last time."""
+    plain = copy.deepcopy(model)
     expected = torch.autograd.grad(plain(x).square().sum(), plain.parameters())
     loss = y.square().sum()
     for retain in (True, True, False):
@@ -478,31 +483,18 @@ def with_first(first: nn.Conv2d, *pool: nn.Module) -> nn.Sequential:
 def test_a_first_convolution_is_not_kept_but_made_again(first, pool, memory_format):
     pools = {"none": [], "2x2": [nn.MaxPool2d(2)], "3x3": [nn.MaxPool2d(3, 2, 1)]}[pool]
     model, alive = with_first(FIRST[first](), *pools).to(memory_format=memory_format), []
-    fused = fuse(model)
-    run = fused.network.program().run
+    program = fuse(model).network.program()
 
-    def noting(x: Tensor) -> Tensor:
-        def call(node, args, kwargs, values):
-            value = fused.network.program().callable(node)[1](*args, **kwargs)
-            if node.target == "0":
-                alive.append(StorageWeakRef(value.untyped_storage()))
-            return value
-
-        return run(x, call)
+    def call(node, args, kwargs, values):
+        value = program.callable(node)[1](*args, **kwargs)
+        if node.target == "0":
+            alive.append(StorageWeakRef(value.untyped_storage()))
+        return value
 
     x = images().contiguous(memory_format=memory_format)
-    y = noting(x)
+    y = program.run(x, call)
     assert [ref.expired() for ref in alive] == [True]
-    plain = copy.deepcopy(model)
-    for module in (plain, model):  # its second batch
-        module[1].reset_running_stats()
-    expected = torch.autograd.grad(plain(x).square().sum(), plain.parameters())
-    loss = y.square().sum()
-    for retain in (True, True, False):
-        got = torch.autograd.grad(loss, model.parameters(), retain_graph=retain)
-        torch.testing.assert_close(got, expected, **EXACT)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, model.parameters())
+    check_gradients(y, model, x)
 
 
 def test_what_a_first_convolution_is_made_from():
@@ -551,6 +543,17 @@ def test_the_engine_makes_a_first_convolution_again(strategy, batch_stats):
         out = matcher(images())
         (out.jacobian_loss + out.student_logits.square().sum()).backward()
         gradients.append([p.grad for p in student.parameters()])
+    torch.testing.assert_close(*gradients, **EXACT)
+
+
+def test_torch_compile_trains_a_fused_network():
+    """It makes graphs of its own, whose results have nothing that a chain could be made again from."""
+    model = with_first(FIRST["bias"]())
+    fused = fuse(model)
+    gradients = []
+    for run in (torch.compile(fused, backend="aot_eager"), model):
+        loss = run(images()).square().sum()
+        gradients.append(torch.autograd.grad(loss, model.parameters()))
     torch.testing.assert_close(*gradients, **EXACT)
 
 

@@ -351,14 +351,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_to(
     }
     if (!mask[0] && !mask[1]) return;
     // A window that shares its pixels is looked at once more after some of them are written.
-    const bool again = g.pool.kernel == 3 && m.chosen == nullptr;
-    if (to && again) gu = empty_input_like(u, g);
+    const bool apart = to && mask[0] && g.pool.kernel == 3 && m.chosen == nullptr;
+    if (apart) gu = empty_input_like(u, g);
     if (!training && added == nullptr) m.of_d = nullptr;
     m.curvature = data(curvature);
     m.gu = mask[0] ? gu.mutable_data_ptr() : nullptr;
     m.gresidual = mask[1] ? gresidual.mutable_data_ptr() : nullptr;
     run_write(m);
-    if (to && again) torch::stable::copy_(*to, gu);
+    if (apart) torch::stable::copy_(*to, gu);
   });
   return {gu, gresidual, gweight, gbias};
 }

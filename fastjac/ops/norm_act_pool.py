@@ -180,7 +180,8 @@ def norm_act_pool_backward(
         Four, None where not wanted. Those of weight and bias are in the accumulator dtype.
 
     Raises:
-        FastjacError: an argument is of the wrong kind; or a derivative is asked for.
+        FastjacError: an argument is of the wrong kind; a derivative is asked for; or, with
+            ``overwrite``, could be: an input requires grad, and gradients are enabled.
 
     Two passes over memory; one, where not training and neither sum is wanted.
     """
@@ -195,14 +196,13 @@ def norm_act_pool_backward(
         raise FastjacError(f"{op}: mask must have 4 entries, got {len(mask)}")
     if mask[1] and residual is None:
         raise FastjacError(f"{op}: mask[1] asks for residual's cotangent, but residual is None")
-    refuse_forward_mode(op, *_present(gy, u, residual, weight, bias, coefficient, curvature))
+    given = _present(gy, u, residual, weight, bias, coefficient, curvature)
+    refuse_forward_mode(op, *given)
     arguments = (gy, u, residual, *channels, activation, float(slope), pool)
     arguments += (training, coefficient, curvature, mask)
     if overwrite and u.device.type == "cpu":
         # PyTorch takes no derivative of an operator that writes in place, not even one that raises.
-        if torch.is_grad_enabled() and any(
-            x.requires_grad for x in _present(gy, u, residual, weight)
-        ):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in given):
             raise FastjacError(f"{op}: expected no input that requires grad with overwrite=True")
         results = (u, *torch.ops.fastjac.norm_act_pool_backward_(*arguments))
     else:

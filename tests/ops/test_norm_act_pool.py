@@ -505,18 +505,24 @@ def test_overwriting_u_gives_the_same_bits(device, dtype, layout, pool, activati
             assert (x is None and y is None) or torch.equal(x, y)
 
 
-def test_u_stays_where_its_cotangent_is_not_wanted(device):
-    case = Case(2, 5, 6, 6, pool="2x2", device=device)
-    u = case.u.clone()
+@POOLS
+@ACTIVATION
+@pytest.mark.parametrize("wants_residual", [False, True])
+def test_u_stays_where_its_cotangent_is_not_wanted(device, activation, pool, wants_residual):
+    case = Case(2, 5, 6, 6, with_residual=True, pool=pool, device=device)
+    u, mask = case.u.clone(), [False, wants_residual, False, False]
+    expected = case.backward(norm_act_pool_backward, activation, pool, True, False, mask)
     overwriting = functools.partial(norm_act_pool_backward, overwrite=True)
-    got = case.backward(overwriting, "relu", "2x2", True, False, [False, False, True, True])
-    assert got[:2] == (None, None)
+    got = case.backward(overwriting, activation, pool, True, False, mask)
+    assert got[0] is None
     assert torch.equal(case.u, u)
+    if wants_residual:
+        assert torch.equal(got[1], expected[1])
 
 
 def test_overwriting_what_requires_grad_is_an_error():
     case = Case(2, 5, 6, 6)
-    case.u.requires_grad_()
+    case.bias.requires_grad_()
     overwriting = functools.partial(norm_act_pool_backward, overwrite=True)
     with pytest.raises(FastjacError, match="no input that requires grad with overwrite=True"):
         case.backward(overwriting, "relu", "none", True, False)
