@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +76,20 @@ def test_a_large_result_can_be_written_shared_and_copied_like_any_other():
     y.add_(1)
     torch.testing.assert_close(y, expected + 1)
     assert torch.equal(torch.from_numpy(y.numpy().copy()), y)
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages"
+)
+def test_the_pages_of_a_large_result_are_asked_to_be_huge():
+    y = chain(torch.ones(1, 8, 1024, 512))  # 16 MiB
+    middle = y.data_ptr() + y.nbytes // 2
+    flags = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        word = line.split()[0]
+        if not word.endswith(":"):
+            begin, end = (int(x, 16) for x in word.split("-"))
+        elif word == "VmFlags:" and begin <= middle < end:
+            flags = line.split()[1:]
+    assert flags is not None, "the map's memory is not listed"
+    assert "hg" in flags
