@@ -13,6 +13,18 @@
 #include <cstring>
 #include <utility>
 
+#if FASTJAC_VECTOR_BYTES > \
+    16 // of x86's: the pragma does not define the compiler's own macros in time
+#define FASTJAC_F16C
+#include <immintrin.h>
+#endif
+#if FASTJAC_VECTOR_BYTES == 64
+#define FASTJAC_AVX512
+#endif
+
+// After a lambda's parameters: a call for each vector costs as much as what is done with it.
+#define FASTJAC_INLINED __attribute__((always_inline))
+
 #pragma GCC diagnostic ignored "-Wpsabi" // these vectors are never passed between files
 
 namespace fastjac {
@@ -77,6 +89,85 @@ inline Lanes<T, N> load_raw(const void* p) {
   return x;
 }
 
+// What a comparison of lanes gives, and what select() asks: integers 0 and -1 as wide as the lanes, or
+// a bool. Where AVX-512 has 16 of them it is a register of bits, by the processor's own instructions: GCC
+// takes an operation on two comparisons of the vector extension apart, bit by bit.
+template <typename T>
+inline auto greater(const T& a, const T& b) {
+  return a > b;
+}
+template <typename T>
+inline auto equal(const T& a, const T& b) {
+  return a == b;
+}
+// Whether either is a NaN.
+template <typename T>
+inline auto unordered(const T& a, const T& b) {
+  return (a != a) | (b != b);
+}
+template <typename T>
+inline auto unordered(const T& x) {
+  return x != x;
+}
+// The larger; of a NaN and a number, either.
+template <typename T>
+inline T larger(const T& a, const T& b) {
+  return a > b ? a : b;
+}
+template <typename M, typename T>
+inline T select(const M& where, const T& a, const T& b) {
+  return where ? a : b;
+}
+template <typename M, typename T>
+inline T add_where(const M& where, const T& a, const T& b) {
+  return a + (where ? b : T{});
+}
+
+#ifdef FASTJAC_AVX512
+struct Mask16 {
+  __mmask16 bits;
+};
+using Floats16 = Lanes<float, 16>;
+using Integers16 = Lanes<int32_t, 16>;
+
+inline Mask16 operator|(Mask16 a, Mask16 b) {
+  return {_kor_mask16(a.bits, b.bits)};
+}
+inline Mask16 operator&(Mask16 a, Mask16 b) {
+  return {_kand_mask16(a.bits, b.bits)};
+}
+inline Mask16 operator~(Mask16 a) {
+  return {_knot_mask16(a.bits)};
+}
+inline Mask16 greater(const Floats16& a, const Floats16& b) {
+  return {_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ)};
+}
+inline Mask16 greater(const Integers16& a, const Integers16& b) {
+  return {_mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b)};
+}
+inline Mask16 equal(const Integers16& a, const Integers16& b) {
+  return {_mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b)};
+}
+inline Mask16 unordered(const Floats16& a, const Floats16& b) {
+  return {_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q)};
+}
+inline Mask16 unordered(const Floats16& x) {
+  return unordered(x, x);
+}
+inline Floats16 larger(const Floats16& a, const Floats16& b) {
+  return (Floats16)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
+}
+inline Floats16 select(Mask16 where, const Floats16& a, const Floats16& b) {
+  return (Floats16)_mm512_mask_blend_ps(where.bits, (__m512)b, (__m512)a);
+}
+inline Floats16 add_where(Mask16 where, const Floats16& a, const Floats16& b) {
+  return (Floats16)_mm512_mask_add_ps((__m512)a, where.bits, (__m512)a, (__m512)b);
+}
+inline Integers16 select(Mask16 where, const Integers16& a, const Integers16& b) {
+  return (Integers16)_mm512_mask_blend_epi32(where.bits, (__m512i)b, (__m512i)a);
+}
+#endif
+
 // N consecutive numbers, in the accumulator type.
 template <int N>
 inline Lanes<float, N> load(const float* p) {
@@ -88,11 +179,23 @@ inline Lanes<double, N> load(const double* p) {
 }
 template <int N>
 inline Lanes<float, N> load(const BFloat16* p) {
+#ifdef FASTJAC_AVX512
+  if constexpr (N == 16) { // GCC 12 widens them in two halves
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(-1, load_raw<4, long long>(p));
+    return bit_cast<Floats16>(Lanes<uint32_t, 16>((Lanes<uint32_t, 16>)wide << 16));
+  }
+#endif
   const auto bits = convert<uint32_t, N>(load_raw<N, uint16_t>(p)) << 16;
   return bit_cast<Lanes<float, N>>(bits);
 }
 template <int N>
 inline Lanes<float, N> load(const Half* p) {
+#ifdef FASTJAC_AVX512
+  if constexpr (N == 16) return (Floats16)_mm512_maskz_cvtph_ps(-1, load_raw<4, long long>(p));
+#endif
+#ifdef FASTJAC_F16C
+  if constexpr (N == 8) return (Lanes<float, 8>)_mm256_cvtph_ps(load_raw<2, long long>(p));
+#endif
   using Bits = Lanes<uint32_t, N>;
   const Bits h = convert<uint32_t, N>(load_raw<N, uint16_t>(p));
   // The exponent moves from bias 15 to bias 127; denormals become normal by the product.
@@ -118,6 +221,14 @@ inline void store(BFloat16* p, const T& x) {
   using Bits = Lanes<uint32_t, N>;
   const Bits f = bit_cast<Bits>(x);
   const Bits rounded = (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
+#ifdef FASTJAC_AVX512
+  if constexpr (N == 16) {
+    const Integers16 bits =
+        select(unordered(x), Integers16{} + 0x7fc0, bit_cast<Integers16>(rounded));
+    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(-1, (__m512i)bits));
+    return;
+  }
+#endif
   const Bits bits = (f & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
   const auto result = convert<uint16_t, N>(bits);
   std::memcpy(p, &result, sizeof result);
@@ -125,6 +236,20 @@ inline void store(BFloat16* p, const T& x) {
 template <typename T>
 inline void store(Half* p, const T& x) {
   constexpr int N = sizeof(T) / sizeof(float);
+#ifdef FASTJAC_AVX512
+  if constexpr (N == 16) {
+    _mm256_storeu_si256(
+        (__m256i*)p, _mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT)
+    );
+    return;
+  }
+#endif
+#ifdef FASTJAC_F16C
+  if constexpr (N == 8) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
   using Bits = Lanes<uint32_t, N>;
   const Bits f = bit_cast<Bits>(x), magnitude = f & 0x7fffffffu;
   const Bits normal = (magnitude - 0x37fff001u + ((magnitude >> 13) & 1u)) >> 13;

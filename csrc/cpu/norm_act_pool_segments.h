@@ -68,6 +68,7 @@ struct Kernel {
   const int64_t line = (m.out_width / L + 2) * L;
 
   explicit Kernel(const Maps& maps) : m(maps) {
+    for (int64_t& begin : rows_in_lines) begin = -1;
     const void* const given[] = {m.scale, m.shift, m.mean, m.of_g, m.of_tu, m.of_d, m.constant};
     const acc_t** const named[] = {&p.scale, &p.shift, &p.mean,    &p.of_g,
                                    &p.of_tu, &p.of_d,  &p.constant};
@@ -96,20 +97,25 @@ struct Kernel {
     Count count;
     int h0, h1, w0, w1;
     int64_t column = 0; // of the first output
+    int first_line = 0; // of the window's first row
   };
 
   // What windows are looked up in, when it is taken apart.
   enum Source { kZ, kU, kTu, kTresidual, kSources };
 
-  acc_t* line_of(int source, int h, int odd) const {
-    return lines + ((source * kKernel + h) * 2 + odd) * line;
+  // The rows of a window lie in turn in kKernel lines, from `first_line` on.
+  acc_t* line_of(int source, int first_line, int h, int odd) const {
+    const int place = first_line + h < kKernel ? first_line + h : first_line + h - kKernel;
+    return lines + ((source * kKernel + place) * 2 + odd) * line;
   }
+  // Where the rows that are in the lines begin: windows of 3x3 share a row.
+  mutable int64_t rows_in_lines[kKernel];
   static constexpr int64_t kLines = kShuffled ? kSources * kKernel * 2 : 0;
 
   // Tap (h, w) of a map that is taken apart, or not.
   template <int N, typename Count>
   FASTJAC_ALWAYS_INLINE V<N> tap(Source source, const At<N, Count>& at, int h, int w) const {
-    return load<N>(line_of(source, h, w % 2) + at.column + w / 2);
+    return load<N>(line_of(source, at.first_line, h, w % 2) + at.column + w / 2);
   }
   template <int N, typename Count>
   FASTJAC_ALWAYS_INLINE V<N> tap(const scalar_t* x, const At<N, Count>& at, int h, int w) const {
@@ -144,13 +150,16 @@ struct Kernel {
   }
 
   // Rows [h0, h1) of the windows whose first row is at `top`: z, and what else is looked up.
-  template <bool kValue, bool kTangent>
-  void take_apart(int64_t top, int h0, int h1) const {
+  template <int kAsked>
+  void take_apart(int64_t top, int h0, int h1, int first_line) const {
     const V<L> scale = load<L>(p.scale), shift = load<L>(p.shift); // the channel's, in every lane
     for (int h = h0; h < h1; ++h) {
       const int64_t from = top + h * row;
+      int64_t& there = rows_in_lines[(first_line + h) % kKernel];
+      if (there == from) continue;
+      there = from;
       const auto rows = [&](Source source, const auto& value) {
-        take_apart(line_of(source, h, 0), line_of(source, h, 1), value);
+        take_apart(line_of(source, first_line, h, 0), line_of(source, first_line, h, 1), value);
       };
       const auto row_of = [&](Source source, const scalar_t* x) {
         rows(source, [&](int64_t column, auto lanes_) {
@@ -170,9 +179,9 @@ struct Kernel {
         if (residual) z += load<N>(residual + from + column);
         return z;
       });
-      if constexpr (!kValue) row_of(kU, u);
-      if (kTangent && tu) row_of(kTu, tu);
-      if (kTangent && tresidual) row_of(kTresidual, tresidual);
+      if constexpr (kAsked & kTheU) row_of(kU, u);
+      if constexpr (kAsked & kTheTangents) row_of(kTu, tu);
+      if ((kAsked & kTheTangents) && tresidual) row_of(kTresidual, tresidual);
     }
   }
 
@@ -186,93 +195,144 @@ struct Kernel {
     return activate_backward(activation, slope, z, x, [](const auto& e) { return exponential(e); });
   }
 
-  // Of each window: the largest a, and z, u, ... where it is; and which of the kernel^2 taps. What is
-  // not asked for, or not there, is not set: to clear it costs more than all the rest.
+  // Of each window: the largest a and z there, under ReLU z alone; and what was asked for there. What is
+  // not asked for, or not there, is not set.
   template <int N>
   struct Chosen {
     V<N> a, z, u, tu, tresidual;
-    I<N> which;
+    I<N> which; // of the kernel^2 taps
+  };
+  enum Asked { kZAlone = 0, kWhich = 1, kTheU = 2, kTheTangents = 4 };
+
+  // The taps [h0, h1) x [w0, w1) in row order; or all, unrolled.
+  struct SomeTaps {
+    int h0, h1, w0, w1;
+
+    template <typename F>
+    FASTJAC_ALWAYS_INLINE void each(const F& f) const {
+      for (int h = h0; h < h1; ++h) {
+        for (int w = w0; w < w1; ++w) f(h, w);
+      }
+    }
+  };
+  struct AllTaps {
+    static constexpr int h0 = 0, w0 = 0;
+
+    template <typename F>
+    FASTJAC_ALWAYS_INLINE void each(const F& f) const {
+#pragma GCC unroll 9
+      for (int tap = 0; tap < kKernel * kKernel; ++tap) f(tap / kKernel, tap % kKernel);
+    }
   };
 
-  // What windows are ordered by: a; under ReLU z, which is as good where a's gate is open.
-  template <int N>
-  static FASTJAC_ALWAYS_INLINE const V<N>& key(const Chosen<N>& x) {
-    if constexpr (kRelu) {
-      return x.z;
-    } else {
-      return x.a;
+  template <int kAsked, int N, typename Count>
+  FASTJAC_ALWAYS_INLINE Chosen<N> choose(const At<N, Count>& at) const {
+    if constexpr (kKernel == 3) {
+      if (at.h1 - at.h0 < 3 || at.w1 - at.w0 < 3) {
+        const int w0 = kShuffled ? 0 : at.w0, w1 = kShuffled ? 3 : at.w1;
+        return choose_among<kAsked, N>(at, SomeTaps{at.h0, at.h1, w0, w1});
+      }
     }
+    return choose_among<kAsked, N>(at, AllTaps{});
   }
 
-  // kValue: a and z are wanted, else z and u; kTangent: the tangents; kWhich: the tap.
-  template <bool kValue, bool kTangent, bool kWhich, int N, typename Count>
-  FASTJAC_ALWAYS_INLINE Chosen<N> choose(const At<N, Count>& at) const {
+  template <int kAsked, int N, typename Count, typename Taps>
+  FASTJAC_ALWAYS_INLINE Chosen<N> choose_among(const At<N, Count>& at, const Taps& taps) const {
+    constexpr bool kAll = std::is_same_v<Taps, AllTaps>;
     const V<N> scale = load<N>(p.scale + at.channel), shift = load<N>(p.shift + at.channel);
-    const auto look = [&](int h, int w) __attribute__((always_inline)) {
-      Chosen<N> x;
+    const auto look = [&](int h, int w) FASTJAC_INLINED -> V<N> {
       if constexpr (kShuffled) {
-        x.z = tap(kZ, at, h, w);
-        if constexpr (!kValue) x.u = tap(kU, at, h, w);
-        if (kTangent && tu) x.tu = tap(kTu, at, h, w);
-        if (kTangent && tresidual) x.tresidual = tap(kTresidual, at, h, w);
+        return tap(kZ, at, h, w);
       } else {
-        x.u = tap(u, at, h, w);
-        x.z = x.u * scale + shift;
-        if (residual) x.z += tap(residual, at, h, w);
-        if (kTangent && tu) x.tu = tap(tu, at, h, w);
-        if (kTangent && tresidual) x.tresidual = tap(tresidual, at, h, w);
+        const V<N> z = tap(u, at, h, w) * scale + shift;
+        return residual ? V<N>(z + tap(residual, at, h, w)) : z;
       }
-      if constexpr (!kRelu) x.a = activated<N>(x.z);
-      x.which = I<N>{} + index_t(h * kKernel + w);
-      return x;
     };
-    Chosen<N> best = look(kKernel < 3 ? 0 : at.h0, kKernel < 3 || kShuffled ? 0 : at.w0);
-    const auto take = [&](const Chosen<N>& x, const auto& where) __attribute__((always_inline)) {
-      if constexpr (!kRelu) best.a = where ? x.a : best.a;
-      best.z = where ? x.z : best.z;
-      if constexpr (!kValue) best.u = where ? x.u : best.u;
-      if (kTangent && tu) best.tu = where ? x.tu : best.tu;
-      if (kTangent && tresidual) best.tresidual = where ? x.tresidual : best.tresidual;
-      if constexpr (kWhich) best.which = where ? x.which : best.which;
-    };
-    const auto see = [&](int h, int w) __attribute__((always_inline)) {
-      const Chosen<N> x = look(h, w);
-      take(x, (key<N>(x) > key<N>(best)) | (key<N>(x) != key<N>(x)));
-    };
-    if constexpr (kKernel == 2) {
-      see(0, 1);
-      see(1, 0);
-      see(1, 1);
-    } else if constexpr (kKernel == 3) {
-      // The first is seen twice: it does not replace itself by another.
-      if (at.w1 - at.w0 == 3) {
-        for (int h = at.h0; h < at.h1; ++h) {
-          see(h, 0);
-          see(h, 1);
-          see(h, 2);
-        }
-      } else if constexpr (kShuffled) {
-        static constexpr index_t kEven[] = {0,  2,  4,  6,  8,  10, 12, 14,
-                                            16, 18, 20, 22, 24, 26, 28, 30};
-        const auto inside = [&](int w) {
-          const I<N> column = load_raw<N, index_t>(kEven) + index_t(2 * at.column - m.padding + w);
-          return (column >= 0) & (column < index_t(m.width));
-        };
-        take(look(at.h0, 1), ~inside(0)); // a window's middle column is in the map
-        for (int h = at.h0; h < at.h1; ++h) {
-          for (int w = 0; w < 3; ++w) {
-            const Chosen<N> x = look(h, w);
-            const auto better = (key<N>(x) > key<N>(best)) | (key<N>(x) != key<N>(x));
-            take(x, better & inside(w));
-          }
-        }
+    // What windows are ordered by: under ReLU z, which is as good where a's gate is open.
+    const auto key_of = [&](const V<N>& z) FASTJAC_INLINED -> V<N> {
+      if constexpr (kRelu) {
+        return z;
       } else {
-        for (int h = at.h0; h < at.h1; ++h) {
-          for (int w = at.w0; w < at.w1; ++w) see(h, w);
-        }
+        return activated<N>(z);
       }
+    };
+    const auto number = [](int h, int w) { return I<N>{} + index_t(h * kKernel + w); };
+
+    if constexpr (kRelu && kAll && kAsked == kZAlone) { // no matter where
+      Chosen<N> best;
+      best.z = look(0, 0);
+      auto nan = unordered(best.z, best.z);
+      V<N> last;
+      taps.each([&](int h, int w) FASTJAC_INLINED {
+        const int tap = h * kKernel + w;
+        if (tap == 0) return;
+        const V<N> x = look(h, w);
+        best.z = larger(x, best.z);
+        if (tap % 2 == 0 || tap == kKernel * kKernel - 1) nan = nan | unordered(x, last);
+        last = x;
+      });
+      if (kKernel > 1) best.z = select(nan, V<N>{} + acc_t(NAN), best.z);
+      best.a = activated<N>(best.z);
+      return best;
     }
-    if constexpr (kRelu && kValue) best.a = activated<N>(best.z);
+    V<N> z = look(taps.h0, taps.w0), key = key_of(z);
+    I<N> which = number(taps.h0, taps.w0);
+    using Mask = decltype(greater(key, key) | unordered(key));
+    Mask taken[kAll ? kKernel * kKernel : 1];
+    const auto take = [&](int h, int w, const V<N>& x, const V<N>& k, const Mask& where)
+                          FASTJAC_INLINED {
+                            key = select(where, k, key);
+                            if constexpr (!kRelu) z = select(where, x, z);
+                            if constexpr (!kAll || (kAsked & kWhich))
+                              which = select(where, number(h, w), which);
+                            if constexpr (kAll) taken[h * kKernel + w] = where;
+                          };
+    // Lanes that have column w: a row's ends are not among all taps.
+    const auto inside = [&](int w) FASTJAC_INLINED {
+      static constexpr index_t kEven[] = {0,  2,  4,  6,  8,  10, 12, 14,
+                                          16, 18, 20, 22, 24, 26, 28, 30};
+      const I<N> column = load_raw<N, index_t>(kEven) + index_t(2 * at.column - m.padding + w);
+      return greater(column, I<N>{} - 1) & greater(I<N>{} + index_t(m.width), column);
+    };
+    if constexpr (!kAll && kShuffled) { // a window's middle column is in the map
+      const V<N> x = look(taps.h0, 1);
+      take(taps.h0, 1, x, key_of(x), ~inside(0));
+    }
+    taps.each([&](int h, int w) FASTJAC_INLINED {
+      if (kAll && h == 0 && w == 0) return; // else it is seen twice, and does not replace itself
+      const V<N> x = look(h, w), k = key_of(x);
+      const Mask better = greater(k, key) | unordered(k);
+      if constexpr (!kAll && kShuffled) {
+        take(h, w, x, k, better & inside(w));
+      } else {
+        take(h, w, x, k, better);
+      }
+    });
+
+    Chosen<N> best;
+    best.z = kRelu ? key : z;
+    best.a = kRelu ? activated<N>(key) : key;
+    best.which = which;
+    const auto there = [&](const auto& from) FASTJAC_INLINED -> V<N> {
+      V<N> value = tap(from, at, taps.h0, taps.w0);
+      taps.each([&](int h, int w) FASTJAC_INLINED {
+        if constexpr (kAll) {
+          if (h + w > 0) value = select(taken[h * kKernel + w], tap(from, at, h, w), value);
+        } else {
+          value = select(equal(which, number(h, w)), tap(from, at, h, w), value);
+        }
+      });
+      return value;
+    };
+    if constexpr (kShuffled) {
+      if constexpr (kAsked & kTheU) best.u = there(kU);
+      if constexpr (kAsked & kTheTangents) best.tu = there(kTu);
+      if ((kAsked & kTheTangents) && tresidual) best.tresidual = there(kTresidual);
+    } else {
+      if constexpr (kAsked & kTheU) best.u = there(u);
+      if constexpr (kAsked & kTheTangents) best.tu = there(tu);
+      if ((kAsked & kTheTangents) && tresidual) best.tresidual = there(tresidual);
+    }
     return best;
   }
 
@@ -295,13 +355,16 @@ struct Kernel {
   }
 
   // The outputs of segment i of image b: f(At). What f will look up: see choose.
-  template <bool kValue, bool kTangent, typename F>
+  template <int kAsked, typename F>
   void each_output(int64_t b, int64_t c, int64_t i, const F& f) const {
     if constexpr (kKernel == 1) {
       const int64_t begin = i * m.run, n = least(m.run, m.height * m.width - begin);
-      each_pixel(b, c, begin, n, [&](int64_t in, int64_t channel, int64_t lane, auto count) {
-        f(At<L, decltype(count)>{in, in, channel, lane, count, 0, 1, 0, 1});
-      });
+      each_pixel(
+          b, c, begin, n,
+          [&](int64_t in, int64_t channel, int64_t lane, auto count) FASTJAC_INLINED {
+            f(At<L, decltype(count)>{in, in, channel, lane, count, 0, 1, 0, 1});
+          }
+      );
       return;
     }
     const int64_t top = i * kStride - m.padding;
@@ -327,15 +390,16 @@ struct Kernel {
         }
       }
     } else {
-      take_apart<kValue, kTangent>(in_row, h0, h1);
+      const int line = static_cast<int>((top + m.padding) % kKernel);
+      take_apart<kAsked>(in_row, h0, h1, line);
       for (int64_t j = 0; j < m.out_width; j += L) {
         const int64_t in = in_row + j * kStride - m.padding, lane = j % kRunLanes;
         const int64_t n = least(L, m.out_width - j);
         const int w0 = begins(j), w1 = ends(j + n - 1);
         if (n == L) {
-          f(At<L, Whole>{in, out_row + j, 0, lane, Whole{}, h0, h1, w0, w1, j});
+          f(At<L, Whole>{in, out_row + j, 0, lane, Whole{}, h0, h1, w0, w1, j, line});
         } else {
-          f(At<L, Part>{in, out_row + j, 0, lane, Part{n}, h0, h1, w0, w1, j});
+          f(At<L, Part>{in, out_row + j, 0, lane, Part{n}, h0, h1, w0, w1, j, line});
         }
       }
     }
@@ -378,34 +442,42 @@ struct Kernel {
   }
 
   void forward(int64_t b, int64_t c, int64_t i) const {
-    each_output<true, false>(b, c, i, [&](const auto& at) {
-      store(y + at.out, choose<true, false, false>(at).a, at.count);
+    each_output<kZAlone>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
+      store(y + at.out, choose<kZAlone>(at).a, at.count);
     });
   }
 
   void reduce(int64_t b, int64_t c, int64_t i) const {
-    each_output<false, true>(b, c, i, [&](const auto& at) {
+    if (tu) {
+      reduce_with<true>(b, c, i);
+    } else {
+      reduce_with<false>(b, c, i);
+    }
+  }
+  template <bool kTangent>
+  void reduce_with(int64_t b, int64_t c, int64_t i) const {
+    constexpr int kAsked = kTheU | (kTangent ? kTheTangents : 0) | (kKernel == 3 ? kWhich : 0);
+    each_output<kAsked>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<false, true, kKernel == 3>(at);
+      const Chosen<N> x = choose<kAsked>(at);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
       const V<N> d = x.u - load<N>(p.mean + at.channel);
       if constexpr (kKernel == 3) {
         if (m.chosen) {
           const V<N> open = gated<N>(x.z, V<N>{} + acc_t(1));
-          const I<N> which = open != acc_t(0) ? x.which : I<N>{} + kNothing;
+          const I<N> which = select(greater(open, V<N>{}), x.which, I<N>{} + kNothing);
           store_raw(m.chosen + at.out, convert<int8_t, N>(which), at.count);
         }
       }
       add<N>(0, at.lane, g);
       add<N>(1, at.lane, g * d);
-      if (!tu) return;
-      add<N>(2, at.lane, g * x.tu);
-      if constexpr (kKernel == 1) {
+      if constexpr (kTangent) add<N>(2, at.lane, g * x.tu);
+      if constexpr (kTangent && kKernel == 1) {
         add<N>(3, at.lane, x.tu);
         add<N>(4, at.lane, x.tu * d);
       }
     });
-    if (kKernel == 1 || !tu) return;
+    if (kKernel == 1 || !kTangent) return;
     const int64_t begin = owned_begin(i) * m.width, n = owned_end(i) * m.width - begin;
     each_pixel(b, c, begin, n, [&](int64_t in, int64_t channel, int64_t lane, auto count) {
       const V<L> t = load<L>(tu + in, count);
@@ -416,12 +488,22 @@ struct Kernel {
   }
 
   void pushforward(int64_t b, int64_t c, int64_t i) const {
-    each_output<false, true>(b, c, i, [&](const auto& at) {
+    if (of_d) {
+      pushforward_with<kTheTangents | kTheU>(b, c, i);
+    } else {
+      pushforward_with<kTheTangents>(b, c, i);
+    }
+  }
+  template <int kAsked>
+  void pushforward_with(int64_t b, int64_t c, int64_t i) const {
+    each_output<kAsked>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<false, true, false>(at);
-      const V<N> d = x.u - load<N>(p.mean + at.channel);
+      const Chosen<N> x = choose<kAsked>(at);
       V<N> t = load<N>(p.of_tu + at.channel) * x.tu;
-      if (of_d) t += load<N>(p.of_d + at.channel) * d + load<N>(p.constant + at.channel);
+      if constexpr (kAsked & kTheU) {
+        const V<N> d = x.u - load<N>(p.mean + at.channel);
+        t += load<N>(p.of_d + at.channel) * d + load<N>(p.constant + at.channel);
+      }
       if (tresidual) t += x.tresidual;
       store(y + at.out, gated<N>(x.z, t), at.count);
       if (lanes) add<N>(2, at.lane, gated<N>(x.z, load<N>(gy + at.out, at.count)) * x.tu);
@@ -468,15 +550,17 @@ struct Kernel {
 
   void write(int64_t b, int64_t c, int64_t i) const {
     static_assert(kKernel < 3);
-    each_output<true, false>(b, c, i, [&](const auto& at) {
+    each_output<kWhich>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<true, false, true>(at);
+      const Chosen<N> x = choose<kWhich>(at);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
       if constexpr (kKernel == 1) {
         emit<N>(at.in, at.channel, g, at.count);
         return;
       }
-      const auto of = [&](int which) -> V<N> { return x.which == index_t(which) ? g : V<N>{}; };
+      const auto of = [&](int which) {
+        return select(equal(x.which, I<N>{} + index_t(which)), g, V<N>{});
+      };
       for (int h = 0; h < 2; ++h) {
         const int64_t in = at.in + h * row;
         const V<N> left = of(2 * h), right = of(2 * h + 1);
@@ -522,67 +606,67 @@ struct Kernel {
       if (k < n) copy(k, Part{n - k});
       return;
     }
-    each_output<true, false>(b, c, i, [&](const auto& at) {
+    each_output<kWhich>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<true, false, true>(at);
+      const Chosen<N> x = choose<kWhich>(at);
       const int64_t place = at.out - begin + pixel;
       store(to.g + place, gated<N>(x.z, load<N>(gy + at.out, at.count)), at.count);
       store_raw(to.which + place, x.which, at.count);
     });
   }
 
-  // The cotangent at column 2 j - padding (+ 1: odd) of an input row that is row h of the windows of
-  // `upper`, and row 0 of those of `lower`, if any. `at` is the place of window j.
-  template <int N, typename Count>
-  FASTJAC_ALWAYS_INLINE V<N> gathered(
-      const Row& upper, int h, const Row* lower, int64_t at, bool odd, Count count
+  // The cotangents at columns 2 j - padding (even) and the next (odd) of an input row that is row kUpper of
+  // the windows of `upper`, and if kShared row 0 of those of `lower`. `at` is the place of window j.
+  template <int N>
+  struct Pair {
+    V<N> even, odd;
+  };
+  template <int kUpper, bool kShared, int N, typename Count>
+  FASTJAC_ALWAYS_INLINE Pair<N> gathered(
+      const Row& upper, const Row& lower, int64_t at, Count count
   ) const {
-    V<N> g{};
-    const auto see = [&](const Row& from, int64_t place, int tap) __attribute__((always_inline)) {
-      const I<N> which = load_indices<N>(from.which + place, count);
-      g += which == index_t(tap) ? load<N>(from.g + place, count) : V<N>{};
+    Pair<N> g{};
+    const auto see = [&](const Row& from, int first) FASTJAC_INLINED {
+      const auto tap = [&](int w) { return I<N>{} + index_t(first + w); };
+      const I<N> left = load_indices<N>(from.which + at - pixel, count);
+      const I<N> here = load_indices<N>(from.which + at, count);
+      const V<N> gy_left = load<N>(from.g + at - pixel, count), gy = load<N>(from.g + at, count);
+      g.even = add_where(equal(left, tap(2)), g.even, gy_left);
+      g.even = add_where(equal(here, tap(0)), g.even, gy);
+      g.odd = add_where(equal(here, tap(1)), g.odd, gy);
     };
-    const auto see_row = [&](const Row& from, int first) __attribute__((always_inline)) {
-      if (odd) {
-        see(from, at, first + 1);
-      } else {
-        see(from, at - pixel, first + 2);
-        see(from, at, first);
-      }
-    };
-    see_row(upper, 3 * h);
-    if (lower) see_row(*lower, 0);
+    see(upper, 3 * kUpper);
+    if constexpr (kShared) see(lower, 0);
     return g;
   }
 
-  void emit_row(int64_t b, int64_t c, int64_t y, const Row& upper, int h, const Row* lower) const {
+  template <int kUpper, bool kShared>
+  void emit_row(int64_t b, int64_t c, int64_t y, const Row& upper, const Row& lower) const {
     const int64_t image = kLast ? b : b * m.channels + c;
     const int64_t in = (image * m.height + y) * row;
-    const auto single = [&](int64_t w, auto lanes_, int64_t k, auto count) {
-      constexpr int N = decltype(lanes_)::value;
-      const int64_t from_left = w + m.padding, at = (from_left / 2 + 1) * pixel + k;
-      const bool odd = from_left % 2;
-      emit<N>(in + w * pixel + k, k, gathered<N>(upper, h, lower, at, odd, count), count);
-    };
     if constexpr (kLast) {
-      constexpr std::integral_constant<int, L> whole;
-      for (int64_t w = 0; w < m.width; ++w) {
+      const auto pair = [&](int64_t w, int64_t k, auto count) FASTJAC_INLINED {
+        const int64_t at = ((w + m.padding) / 2 + 1) * pixel + k;
+        const Pair<L> g = gathered<kUpper, kShared, L>(upper, lower, at, count);
+        if (w >= 0) emit<L>(in + w * pixel + k, k, g.even, count);
+        if (w + 1 < m.width) emit<L>(in + (w + 1) * pixel + k, k, g.odd, count);
+      };
+      for (int64_t w = -m.padding; w < m.width; w += 2) {
         int64_t k = 0;
-        for (; k + L <= m.channels; k += L) single(w, whole, k, Whole{});
-        if (k < m.channels) single(w, whole, k, Part{m.channels - k});
+        for (; k + L <= m.channels; k += L) pair(w, k, Whole{});
+        if (k < m.channels) pair(w, k, Part{m.channels - k});
       }
     } else {
-      constexpr std::integral_constant<int, 1> one;
-      int64_t w = 0;
-      for (; w < m.padding; ++w) single(w, one, 0, Whole{});
-      for (; w < m.width; w += 2 * L) {
+      if (m.padding) { // the odd column of windows 0
+        emit<1>(in, 0, gathered<kUpper, kShared, 1>(upper, lower, 1, Whole{}).odd, Whole{});
+      }
+      for (int64_t w = m.padding; w < m.width; w += 2 * L) {
         const int64_t at = (w + m.padding) / 2 + 1;
-        const V<L> even = gathered<L>(upper, h, lower, at, false, Whole{});
-        const V<L> odd = gathered<L>(upper, h, lower, at, true, Whole{});
+        const Pair<L> g = gathered<kUpper, kShared, L>(upper, lower, at, Whole{});
         if (w + 2 * L <= m.width) {
-          emit_pairs(in + w, even, odd, Whole{});
+          emit_pairs(in + w, g.even, g.odd, Whole{});
         } else {
-          emit_some(in + w, even, odd, m.width - w);
+          emit_some(in + w, g.even, g.odd, m.width - w);
         }
       }
     }
@@ -598,11 +682,11 @@ struct Kernel {
       choose_row(b, c, i, here);
       const int64_t top = i * kStride - m.padding;
       if (i > 0) {
-        emit_row(b, c, top, above, 2, &here);
+        emit_row<2, true>(b, c, top, above, here);
       } else if (top >= 0) {
-        emit_row(b, c, top, here, 0, nullptr);
+        emit_row<0, false>(b, c, top, here, here);
       }
-      if (top + 1 < m.height) emit_row(b, c, top + 1, here, 1, nullptr);
+      if (top + 1 < m.height) emit_row<1, false>(b, c, top + 1, here, here);
       const Row next = above;
       above = here;
       here = next;
@@ -610,7 +694,7 @@ struct Kernel {
     if (end < m.segments) return;
     const int64_t next = end * kStride - m.padding;
     if (next >= m.height) return;
-    emit_row(b, c, next, above, 2, nullptr);
+    emit_row<2, false>(b, c, next, above, above);
     emit_none(b, c, (next + 1) * m.width, (m.height - next - 1) * m.width);
   }
 };
