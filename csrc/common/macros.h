@@ -6,3 +6,11 @@
 #else
 #define FASTJAC_HOST_DEVICE
 #endif
+
+// Inlined everywhere: the CPU's kernels are compiled for several instruction sets, and a function
+// that is not inlined would be kept for one of them.
+#if defined(__GNUC__)
+#define FASTJAC_ALWAYS_INLINE FASTJAC_HOST_DEVICE inline __attribute__((always_inline))
+#else
+#define FASTJAC_ALWAYS_INLINE FASTJAC_HOST_DEVICE inline
+#endif

@@ -19,14 +19,6 @@
 
 #include "macros.h"
 
-// Inlined everywhere: the CPU's kernels are compiled for several instruction sets, and a function
-// that is not inlined would be kept for one of them.
-#if defined(__GNUC__)
-#define FASTJAC_ALWAYS_INLINE FASTJAC_HOST_DEVICE inline __attribute__((always_inline))
-#else
-#define FASTJAC_ALWAYS_INLINE FASTJAC_HOST_DEVICE inline
-#endif
-
 namespace fastjac::norm_act_pool {
 
 enum class Activation : int { kNone, kRelu, kRelu6, kLeakyRelu, kSilu };

@@ -21,6 +21,7 @@
 #include "../common/attention_window.h"
 #include "../common/attention_window_host.h"
 #include "isa.h"
+#include "small_floats.h"
 #include "window_crop.h"
 
 namespace fastjac::attention_window {
@@ -29,9 +30,6 @@ namespace {
 constexpr int64_t kBlock = 1024; // pixels: their sums and the rows read for them fit an L1 cache
 constexpr int kLanes = 16; // an AVX-512 register of fp32
 constexpr int64_t kGrain = 32768; // elements below which another thread costs more than it brings
-
-template <typename scalar_t>
-using accumulator_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 // a[i] = mean over c of |z|^p for n pixels, z at features[c * stride + i]. Eight channels at a time,
 // as a tree: fewer passes over the sums, and less rounding.

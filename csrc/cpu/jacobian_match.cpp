@@ -6,7 +6,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/Dispatch.h>
 
 #include "../common/jacobian_match_host.h"
 #include "jacobian_match.h"
@@ -65,14 +64,16 @@ std::tuple<Tensor, Tensor> jacobian_match_cpu(
 ) {
   return allocate_and_run(
       js, jt, eps, [&](const Tensor& s, const Tensor& t, const Tensor& v, const Tensor& loss) {
-        const auto run = [&](auto zero) { match<decltype(zero)>(s, t, v, loss, normalize, eps); };
-        THO_DISPATCH_SWITCH(
-            s.scalar_type(), "jacobian_match",
-            THO_DISPATCH_CASE(ScalarType::Double, [&] { run(scalar_t{}); })
-                THO_DISPATCH_CASE(ScalarType::Float, [&] { run(scalar_t{}); })
-                    THO_DISPATCH_CASE(ScalarType::BFloat16, [&] { run(scalar_t{}); })
-                        THO_DISPATCH_CASE(ScalarType::Half, [&] { run(scalar_t{}); })
-        );
+        switch (s.scalar_type()) {
+          case ScalarType::Double:
+            return match<double>(s, t, v, loss, normalize, eps);
+          case ScalarType::Float:
+            return match<float>(s, t, v, loss, normalize, eps);
+          case ScalarType::BFloat16:
+            return match<BFloat16>(s, t, v, loss, normalize, eps);
+          default: // allocate_and_run has seen to it
+            return match<Half>(s, t, v, loss, normalize, eps);
+        }
       }
   );
 }

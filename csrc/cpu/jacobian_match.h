@@ -16,15 +16,15 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 #include "../common/jacobian_match.h"
 #include "isa.h"
+#include "small_floats.h"
 
 namespace fastjac::jacobian_match {
 
-constexpr int64_t kBlock = 4096; // three fp32 blocks fill an L1 cache of 48 KiB
+constexpr int64_t kBlock = 1024; // three of fp32 leave room in an L1 cache
 constexpr int kLanes =
     32; // two AVX-512 registers of fp32 per sum: enough to hide an addition's latency
 constexpr int64_t kGrain = 32768; // elements below which another thread costs more than it brings
@@ -52,16 +52,48 @@ inline Sums<acc_t> lane_sums(int64_t n, const F& terms) {
   return {first[0], second[0]};
 }
 
+// A block's numbers, where a plain loop finds them: where they lie in memory, or widened.
+template <typename scalar_t>
+struct Block {
+  using number_t = scalar_t;
+
+  const scalar_t* of(const scalar_t* x, int64_t) {
+    return x;
+  }
+  scalar_t* begin_write(scalar_t* x) {
+    return x;
+  }
+  void end_write(scalar_t*, int64_t) {}
+};
+template <>
+struct Block<Half> {
+  using number_t = float;
+  float numbers[kBlock];
+
+  const float* of(const Half* x, int64_t n) {
+    widen(x, n, numbers);
+    return numbers;
+  }
+  float* begin_write(Half*) {
+    return numbers;
+  }
+  void end_write(Half* x, int64_t n) {
+    narrow(numbers, n, x);
+  }
+};
+
 template <typename scalar_t>
 struct Sample {
-  using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+  using acc_t = accumulator_t<scalar_t>;
+  using number_t = typename Block<scalar_t>::number_t;
 
   const scalar_t* js; // [N]
   const scalar_t* jt; // [N]
   scalar_t* v; // [N]
 
   Sums<acc_t> squared_norms(int64_t begin, int64_t n) const {
-    const scalar_t *s = js + begin, *t = jt + begin;
+    Block<scalar_t> blocks[2];
+    const number_t *s = blocks[0].of(js + begin, n), *t = blocks[1].of(jt + begin, n);
     Sums<acc_t> sums;
     for_isa([&] {
       sums = lane_sums<acc_t>(n, [&](int64_t i) -> Sums<acc_t> {
@@ -75,7 +107,8 @@ struct Sample {
   // sum d^2 and <d, u>
   template <bool kNormalize>
   Sums<acc_t> difference(int64_t begin, int64_t n, Scales<acc_t> k) const {
-    const scalar_t *s = js + begin, *t = jt + begin;
+    Block<scalar_t> blocks[2];
+    const number_t *s = blocks[0].of(js + begin, n), *t = blocks[1].of(jt + begin, n);
     Sums<acc_t> sums;
     for_isa([&] {
       sums = lane_sums<acc_t>(n, [&](int64_t i) -> Sums<acc_t> {
@@ -88,14 +121,17 @@ struct Sample {
 
   template <bool kNormalize>
   void write_gradient(int64_t begin, int64_t n, Scales<acc_t> k, acc_t along) const {
-    const scalar_t* __restrict__ s = js + begin, * __restrict__ t = jt + begin;
-    scalar_t* __restrict__ out = v + begin;
+    Block<scalar_t> blocks[3];
+    const number_t* __restrict__ s = blocks[0].of(js + begin, n);
+    const number_t* __restrict__ t = blocks[1].of(jt + begin, n);
+    number_t* __restrict__ out = blocks[2].begin_write(v + begin);
     for_isa([=] {
       for (int64_t i = 0; i < n; ++i) {
         out[i] =
-            static_cast<scalar_t>(Element<kNormalize, acc_t>(s[i], t[i], k).gradient(k, along));
+            static_cast<number_t>(Element<kNormalize, acc_t>(s[i], t[i], k).gradient(k, along));
       }
     });
+    blocks[2].end_write(v + begin, n);
   }
 };
 

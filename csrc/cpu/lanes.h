@@ -13,6 +13,8 @@
 #include <cstring>
 #include <utility>
 
+#include "small_floats.h"
+
 #if FASTJAC_VECTOR_BYTES > \
     16 // of x86's: the pragma does not define the compiler's own macros in time
 #define FASTJAC_F16C
@@ -29,14 +31,6 @@
 
 namespace fastjac {
 
-// The bits of 16-bit numbers.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
 namespace FASTJAC_TARGET_NAME {
 
 template <typename T, int N>
@@ -50,16 +44,9 @@ struct LanesOf<T, 1> {
 template <typename T, int N>
 using Lanes = typename LanesOf<T, N>::type;
 
-template <typename scalar_t>
-struct Accumulator {
-  using type = float;
-  using index = int32_t; // of the same size: the lanes of a comparison
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-  using index = int64_t;
-};
+// Of an accumulator's size: the lanes of a comparison.
+template <typename acc_t>
+using index_of = std::conditional_t<sizeof(acc_t) == 8, int64_t, int32_t>;
 
 // A register's lanes of an accumulator type.
 template <typename acc_t>
@@ -219,17 +206,13 @@ template <typename T>
 inline void store(BFloat16* p, const T& x) {
   constexpr int N = sizeof(T) / sizeof(float);
   using Bits = Lanes<uint32_t, N>;
-  const Bits f = bit_cast<Bits>(x);
-  const Bits rounded = (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
+  const Bits bits = to_bfloat16(bit_cast<Bits>(x));
 #ifdef FASTJAC_AVX512
   if constexpr (N == 16) {
-    const Integers16 bits =
-        select(unordered(x), Integers16{} + 0x7fc0, bit_cast<Integers16>(rounded));
     _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(-1, (__m512i)bits));
     return;
   }
 #endif
-  const Bits bits = (f & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
   const auto result = convert<uint16_t, N>(bits);
   std::memcpy(p, &result, sizeof result);
 }
@@ -285,7 +268,7 @@ inline void store(scalar_t* p, const T& x, Whole) {
 }
 template <typename scalar_t, typename T>
 inline void store(scalar_t* p, const T& x, Part part) {
-  scalar_t there[sizeof(T) / sizeof(typename Accumulator<scalar_t>::type)];
+  scalar_t there[sizeof(T) / sizeof(accumulator_t<scalar_t>)];
   store(there, x);
   for (int64_t i = 0; i < part.n; ++i) p[i] = there[i];
 }

@@ -112,7 +112,7 @@ inline void add_wide(double* to, const T& x) {
 // in float64 from there on. u is read once.
 template <typename scalar_t, bool kLast>
 void statistics(const Maps& m, int64_t begin, int64_t end) {
-  using acc_t = typename Accumulator<scalar_t>::type;
+  using acc_t = accumulator_t<scalar_t>;
   constexpr int L = kLanes<acc_t>, kRun = 16;
   using V = Lanes<acc_t, L>;
   const auto* u = static_cast<const scalar_t*>(m.u);

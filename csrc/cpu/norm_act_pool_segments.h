@@ -28,8 +28,8 @@ inline int64_t most(int64_t a, int64_t b) {
 // kKernel is the pool's; kRelu: the activation is ReLU, and otherwise m says which.
 template <typename scalar_t, int kKernel, bool kRelu, bool kLast>
 struct Kernel {
-  using acc_t = typename Accumulator<scalar_t>::type;
-  using index_t = typename Accumulator<scalar_t>::index;
+  using acc_t = accumulator_t<scalar_t>;
+  using index_t = index_of<acc_t>;
   static constexpr int L = kLanes<acc_t>;
   static constexpr int kStride = kKernel == 1 ? 1 : 2;
   static constexpr index_t kNothing = -1; // no tap
@@ -279,14 +279,12 @@ struct Kernel {
     I<N> which = number(taps.h0, taps.w0);
     using Mask = decltype(greater(key, key) | unordered(key));
     Mask taken[kAll ? kKernel * kKernel : 1];
-    const auto take = [&](int h, int w, const V<N>& x, const V<N>& k, const Mask& where)
-                          FASTJAC_INLINED {
-                            key = select(where, k, key);
-                            if constexpr (!kRelu) z = select(where, x, z);
-                            if constexpr (!kAll || (kAsked & kWhich))
-                              which = select(where, number(h, w), which);
-                            if constexpr (kAll) taken[h * kKernel + w] = where;
-                          };
+    const auto take = [&](int h, int w, V<N> x, V<N> k, Mask where) FASTJAC_INLINED {
+      key = select(where, k, key);
+      if constexpr (!kRelu) z = select(where, x, z);
+      if constexpr (!kAll || (kAsked & kWhich)) which = select(where, number(h, w), which);
+      if constexpr (kAll) taken[h * kKernel + w] = where;
+    };
     // Lanes that have column w: a row's ends are not among all taps.
     const auto inside = [&](int w) FASTJAC_INLINED {
       static constexpr index_t kEven[] = {0,  2,  4,  6,  8,  10, 12, 14,

@@ -168,6 +168,20 @@ def test_zero_jacobians_stay_finite(device, dtype, normalize):
     check((loss, v), js, jt, normalize, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
+def every_number(dtype):
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_and_rounded_as_in_pytorch(device, dtype):
+    js = every_number(dtype).to(device)
+    shuffle = torch.randperm(len(js), generator=torch.Generator().manual_seed(0)).to(device)
+    for jt in (torch.zeros_like(js), js.flip(0), js[shuffle]):
+        _, v = jacobian_match(js[None], jt[None], normalize=False)
+        expected = (2 * (js.float() - jt.float())).to(dtype)
+        torch.testing.assert_close(v[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
 @NORMALIZE
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_propagate_as_in_pytorch(device, value, normalize):

@@ -566,6 +566,17 @@ def test_bits_are_the_same_from_run_to_run_and_for_any_thread_count(device):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_and_rounded_as_in_pytorch(device, dtype, layout):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16)
+    u = bits.view(dtype).reshape(1, 64, 32, 32).contiguous(memory_format=layout)
+    mean, scale = torch.zeros(64, device=device), torch.linspace(-3, 3, 64, device=device)
+    y = norm_act_pool(u, None, None, None, mean, scale, "none", 0.0, "none")
+    expected = (u.float() * scale[:, None, None]).to(dtype)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_bits_are_the_same_for_any_instruction_set(isa):
     env = {**os.environ, "FASTJAC_CPU_ISA": isa}

@@ -1,0 +1,69 @@
+// bfloat16 and float16 on the CPU: stored in 16 bits, and float32 in arithmetic. Includes nothing of
+// PyTorch.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../common/macros.h"
+
+namespace fastjac {
+
+// Half of the bits of the nearest bfloat16, ties to even, for those of a float32: a number, or a vector of
+// numbers that ?: selects among lane by lane.
+template <typename Bits>
+FASTJAC_ALWAYS_INLINE Bits to_bfloat16(const Bits& f) {
+  const Bits rounded = (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
+  return (f & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+}
+
+// Converts as a plain loop can do it.
+struct BFloat16 {
+  uint16_t bits;
+
+  BFloat16() = default;
+  explicit BFloat16(float x) {
+    uint32_t f;
+    std::memcpy(&f, &x, sizeof f);
+    bits = static_cast<uint16_t>(to_bfloat16(f));
+  }
+  operator float() const {
+    const uint32_t f = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &f, sizeof x);
+    return x;
+  }
+};
+// Converted by widen() and narrow() alone.
+struct Half {
+  uint16_t bits;
+};
+
+// What is computed in.
+template <typename scalar_t>
+using accumulator_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// n numbers one after the other, exactly; and back, to the nearest, ties to even.
+void widen(const Half* from, int64_t n, float* to);
+void narrow(const float* from, int64_t n, Half* to);
+
+namespace small_floats {
+
+struct Kernels {
+  void (*widen)(const Half* from, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, Half* to);
+};
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace portable {
+extern const Kernels kernels;
+}
+
+} // namespace small_floats
+} // namespace fastjac
