@@ -15,8 +15,8 @@
 
 #include "small_floats.h"
 
-#if FASTJAC_VECTOR_BYTES > \
-    16 // of x86's: the pragma does not define the compiler's own macros in time
+// x86's AVX2 and AVX-512: the pragma does not define the compiler's own macros in time.
+#if FASTJAC_VECTOR_BYTES > 16
 #define FASTJAC_F16C
 #include <immintrin.h>
 #endif

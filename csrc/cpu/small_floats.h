@@ -18,17 +18,17 @@ FASTJAC_ALWAYS_INLINE Bits to_bfloat16(const Bits& f) {
   return (f & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
 }
 
-// Converts as a plain loop can do it.
+// Converts as a plain loop can do it. (Inlined, since it is compiled for several instruction sets.)
 struct BFloat16 {
   uint16_t bits;
 
   BFloat16() = default;
-  explicit BFloat16(float x) {
+  FASTJAC_ALWAYS_INLINE explicit BFloat16(float x) {
     uint32_t f;
     std::memcpy(&f, &x, sizeof f);
     bits = static_cast<uint16_t>(to_bfloat16(f));
   }
-  operator float() const {
+  FASTJAC_ALWAYS_INLINE operator float() const {
     const uint32_t f = static_cast<uint32_t>(bits) << 16;
     float x;
     std::memcpy(&x, &f, sizeof x);
