@@ -332,6 +332,25 @@ def test_error_at_most_twice_pytorchs(device, dtype, layout, pool, activation):
 
 
 @POOLS
+@LAYOUT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu_keeps_each_nan_where_it_is_fastest(device, dtype, pool, layout):
+    """Whole vectors of windows and a rest; a NaN of either sign, first or last in a window."""
+    case = Case(2, 18, 8, 70, pool=pool, device=device, layout=layout, dtype=dtype)
+    nan = torch.rand(case.u.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    case.u[nan < 0.04], case.u[nan > 0.96] = float("nan"), -float("nan")
+    got, expected = (case.forward(f, "relu", pool) for f in (norm_act_pool, norm_act_pool_ref))
+    assert 0 < expected.isnan().sum() < expected.numel()
+    assert torch.equal(got.isnan(), expected.isnan())
+
+    mask = [True, False, False, False]
+    got = case.backward(norm_act_pool_backward, "relu", pool, False, False, mask)[0]
+    expected = case.backward(norm_act_pool_backward_ref, "relu", pool, False, False, mask)[0]
+    assert expected[case.u.isnan()].count_nonzero() > 0
+    assert torch.equal(got[case.u.isnan()] != 0, expected[case.u.isnan()] != 0)
+
+
+@POOLS
 @ACTIVATION
 @LAYOUT
 def test_nan_and_inf_as_in_pytorch(device, activation, pool, layout):
