@@ -195,8 +195,7 @@ struct Kernel {
     return activate_backward(activation, slope, z, x, [](const auto& e) { return exponential(e); });
   }
 
-  // Of each window: the largest a and z there, under ReLU z alone; and what was asked for there. What is
-  // not asked for, or not there, is not set.
+  // Of each window: the largest a, z there, and what else was asked for there. What was not, is not set.
   template <int N>
   struct Chosen {
     V<N> a, z, u, tu, tresidual;
