@@ -29,6 +29,8 @@ namespace {
 
 constexpr int64_t kBlock = 1024; // pixels: their sums and the rows read for them fit an L1 cache
 constexpr int kLanes = 16; // an AVX-512 register of fp32
+constexpr int kGroup =
+    16; // pixels whose lanes are added up together: one by one, each waits for the last
 constexpr int64_t kGrain = 32768; // elements below which another thread costs more than it brings
 
 // a[i] = mean over c of |z|^p for n pixels, z at features[c * stride + i]. Eight channels at a time,
@@ -68,31 +70,39 @@ inline void interleaved_means(
     const F& f,
     acc_t* __restrict__ a
 ) {
-  for (int64_t i = 0; i < n; ++i) {
-    const scalar_t* __restrict__ z = features + i * channels;
-    acc_t sums[kLanes] = {};
-    const auto add = [&](const auto* x, int64_t count) {
-      int64_t c = 0;
-      for (; c + kLanes <= count; c += kLanes) {
-        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += f(static_cast<acc_t>(x[c + lane]));
-      }
-      for (int lane = 0; c < count; ++c, ++lane) sums[lane] += f(static_cast<acc_t>(x[c]));
-    };
-    if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      add(z, channels);
-    } else { // converted apart, in a loop of its own, or the compiler does it one by one
-      constexpr int64_t kRun = 16 * kLanes;
-      acc_t converted[kRun];
-      for (int64_t c = 0; c < channels; c += kRun) {
-        const int64_t count = std::min(kRun, channels - c);
-        for (int64_t k = 0; k < count; ++k) converted[k] = static_cast<acc_t>(z[c + k]);
-        add(converted, count);
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const int pixels = static_cast<int>(std::min<int64_t>(kGroup, n - i));
+    acc_t sums[kGroup][kLanes] = {};
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      const scalar_t* __restrict__ z = features + (i + pixel) * channels;
+      acc_t* __restrict__ sum = sums[pixel];
+      const auto add = [&](const auto* x, int64_t count) {
+        int64_t c = 0;
+        for (; c + kLanes <= count; c += kLanes) {
+          for (int lane = 0; lane < kLanes; ++lane) sum[lane] += f(static_cast<acc_t>(x[c + lane]));
+        }
+        for (int lane = 0; c < count; ++c, ++lane) sum[lane] += f(static_cast<acc_t>(x[c]));
+      };
+      if constexpr (std::is_same_v<scalar_t, acc_t>) {
+        add(z, channels);
+      } else { // converted apart, in a loop of its own, or the compiler does it one by one
+        constexpr int64_t kRun = 16 * kLanes;
+        acc_t converted[kRun];
+        for (int64_t c = 0; c < channels; c += kRun) {
+          const int64_t count = std::min(kRun, channels - c);
+          for (int64_t k = 0; k < count; ++k) converted[k] = static_cast<acc_t>(z[c + k]);
+          add(converted, count);
+        }
       }
     }
     for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+      for (int pixel = 0; pixel < pixels; ++pixel) {
+        for (int lane = 0; lane < half; ++lane) sums[pixel][lane] += sums[pixel][lane + half];
+      }
     }
-    a[i] = sums[0] / static_cast<acc_t>(channels);
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      a[i + pixel] = sums[pixel][0] / static_cast<acc_t>(channels);
+    }
   }
 }
 
@@ -115,9 +125,10 @@ inline Best<acc_t> best_window(const Map& m, const acc_t* __restrict__ a /* [h, 
       for (int64_t i = 1; i < k; ++i) {
         for (int64_t x = 0; x < columns; ++x) windows[x] += column_sums[x + i];
       }
+      for (int64_t x = 0; x < columns; ++x) windows[x] /= area;
     });
     for (int64_t x = 0; x < columns; ++x) {
-      const Best<acc_t> window{windows[x] / area, y * columns + x};
+      const Best<acc_t> window{windows[x], y * columns + x};
       if (best.loses_to(window)) best = window;
     }
   }
