@@ -69,11 +69,51 @@ inline Lanes<To, N> convert(const From& from) {
   }
 }
 
+// Integers kept as bytes. (GCC 12 converts these one after the other.)
+template <typename To, int N>
+inline Lanes<To, N> from_bytes(const Lanes<int8_t, N>& x) {
+#ifdef FASTJAC_AVX512
+  if constexpr (std::is_same_v<To, int32_t> && N == 16) {
+    return (Lanes<To, N>)_mm512_maskz_cvtepi8_epi32(-1, (__m128i)x);
+  }
+#elif defined(FASTJAC_F16C)
+  if constexpr (std::is_same_v<To, int32_t> && N == 8) {
+    return (Lanes<To, N>)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bit_cast<long long>(x)));
+  }
+#endif
+  return convert<To, N>(x);
+}
+template <int N, typename From>
+inline Lanes<int8_t, N> to_bytes(const From& x) {
+#ifdef FASTJAC_AVX512
+  if constexpr (sizeof(From) == 64 && N == 16) {
+    return (Lanes<int8_t, N>)_mm512_maskz_cvtepi32_epi8(-1, (__m512i)x);
+  }
+#endif
+  return convert<int8_t, N>(x);
+}
+
 template <int N, typename T>
 inline Lanes<T, N> load_raw(const void* p) {
   Lanes<T, N> x;
   std::memcpy(&x, p, sizeof x);
   return x;
+}
+
+// Stored as T, whose numbers lie at p: what is stored as bytes, by memcpy, may be a pointer or a size to
+// the compiler, and it loads all of those again.
+template <typename T, int N>
+struct InMemory {
+  typedef T type __attribute__((vector_size(sizeof(T) * N), aligned(alignof(T))));
+};
+template <typename T>
+struct InMemory<T, 1> {
+  typedef T type;
+};
+template <typename T, typename V>
+inline void store_as(void* p, const V& x) {
+  using type = typename InMemory<T, sizeof(V) / sizeof(T)>::type;
+  *static_cast<type*>(p) = bit_cast<type>(x);
 }
 
 // What a comparison of lanes gives, and what select() asks: integers 0 and -1 as wide as the lanes, or
@@ -195,11 +235,11 @@ inline Lanes<float, N> load(const Half* p) {
 
 template <typename T>
 inline void store(float* p, const T& x) {
-  std::memcpy(p, &x, sizeof x);
+  store_as<float>(p, x);
 }
 template <typename T>
 inline void store(double* p, const T& x) {
-  std::memcpy(p, &x, sizeof x);
+  store_as<double>(p, x);
 }
 // Rounded to the nearest, ties to even.
 template <typename T>
@@ -209,27 +249,24 @@ inline void store(BFloat16* p, const T& x) {
   const Bits bits = to_bfloat16(bit_cast<Bits>(x));
 #ifdef FASTJAC_AVX512
   if constexpr (N == 16) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(-1, (__m512i)bits));
+    store_as<uint16_t>(p, _mm512_maskz_cvtepi32_epi16(-1, (__m512i)bits));
     return;
   }
 #endif
-  const auto result = convert<uint16_t, N>(bits);
-  std::memcpy(p, &result, sizeof result);
+  store_as<uint16_t>(p, convert<uint16_t, N>(bits));
 }
 template <typename T>
 inline void store(Half* p, const T& x) {
   constexpr int N = sizeof(T) / sizeof(float);
 #ifdef FASTJAC_AVX512
   if constexpr (N == 16) {
-    _mm256_storeu_si256(
-        (__m256i*)p, _mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT)
-    );
+    store_as<uint16_t>(p, _mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
     return;
   }
 #endif
 #ifdef FASTJAC_F16C
   if constexpr (N == 8) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+    store_as<uint16_t>(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
     return;
   }
 #endif
@@ -241,8 +278,7 @@ inline void store(Half* p, const T& x) {
   const Bits large = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
   const Bits finite = magnitude < 0x38800000u ? denormal : normal;
   const Bits bits = (magnitude >= 0x477ff000u ? large : finite) | ((f >> 16) & 0x8000u);
-  const auto result = convert<uint16_t, N>(bits);
-  std::memcpy(p, &result, sizeof result);
+  store_as<uint16_t>(p, convert<uint16_t, N>(bits));
 }
 
 // How many lanes are there: all of them, or the first n.
@@ -286,7 +322,7 @@ inline Lanes<T, N> load_indices(const T* p, Part part) {
 }
 template <typename T, typename V>
 inline void store_raw(T* p, const V& x, Whole) {
-  std::memcpy(p, &x, sizeof x);
+  store_as<T>(p, x);
 }
 template <typename T, typename V>
 inline void store_raw(T* p, const V& x, Part part) {

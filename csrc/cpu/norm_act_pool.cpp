@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -47,6 +48,12 @@ const void* data(const MaybeTensor& x) {
   return x ? x->const_data_ptr() : nullptr;
 }
 
+// The same, and a NaN with no more bits than bfloat16's: what is computed with it rounds to a NaN.
+template <typename T>
+T quiet(T x) {
+  return std::isnan(x) ? std::numeric_limits<T>::quiet_NaN() : x;
+}
+
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -60,7 +67,7 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
   m.kernel = g.pool.kernel, m.stride = g.pool.stride, m.padding = g.pool.padding;
   m.channels_last = g.channels_last;
   m.storage = storage(u);
-  m.activation = activation, m.slope = slope;
+  m.activation = activation, m.slope = quiet(slope);
   m.padded_channels = divide_up(g.channels, kPadding) * kPadding;
   m.u = u.const_data_ptr();
 
@@ -133,19 +140,20 @@ class Parameters {
       const Tensor& mean,
       const Tensor& invstd
   )
-      : channels_(m.channels), padded_(m.padded_channels), values_(7 * padded_, acc_t(0)) {
+      : channels_(m.channels),
+        padded_(m.padded_channels),
+        values_(kParameters * padded_, acc_t(0)) {
     const auto* w = static_cast<const acc_t*>(data(weight)); // [C]
     const auto* b = static_cast<const acc_t*>(data(bias)); // [C]
     const auto* mu = static_cast<const acc_t*>(mean.const_data_ptr()); // [C]
     invstd_ = static_cast<const acc_t*>(invstd.const_data_ptr()); // [C]
     for (int64_t c = 0; c < channels_; ++c) {
       const acc_t scale = (w ? w[c] : acc_t(1)) * invstd_[c];
-      values_[c] = scale;
-      values_[padded_ + c] = (b ? b[c] : acc_t(0)) - mu[c] * scale;
-      values_[2 * padded_ + c] = mu[c];
+      values_[c] = quiet(scale);
+      values_[padded_ + c] = quiet((b ? b[c] : acc_t(0)) - mu[c] * scale);
+      values_[2 * padded_ + c] = quiet(mu[c]);
     }
-    m.scale = row(0), m.shift = row(1), m.mean = row(2);
-    m.of_g = row(3), m.of_tu = row(4), m.of_d = row(5), m.constant = row(6);
+    m.parameters = values_.data();
   }
 
   double scale(int64_t c) const {
@@ -157,14 +165,10 @@ class Parameters {
 
   void set(int64_t c, const Affine<double>& k) {
     const double of[] = {k.of_g, k.of_tu, k.of_d, k.constant};
-    for (int i = 0; i < 4; ++i) values_[(3 + i) * padded_ + c] = static_cast<acc_t>(of[i]);
+    for (int i = 0; i < 4; ++i) values_[(3 + i) * padded_ + c] = quiet(static_cast<acc_t>(of[i]));
   }
 
  private:
-  const acc_t* row(int i) const {
-    return values_.data() + i * padded_;
-  }
-
   int64_t channels_, padded_;
   std::vector<acc_t> values_;
   const acc_t* invstd_;
@@ -226,7 +230,7 @@ std::tuple<Tensor, Tensor> channel_statistics_cpu(const Tensor& u) {
   with_accumulator(u, [&](auto zero) {
     using acc_t = decltype(zero);
     const std::vector<acc_t> shift = near_mean<acc_t>(u, g, m.padded_channels);
-    m.mean = shift.data();
+    m.parameters = shift.data();
     ChunkSums chunks(m);
     run(kernels().statistics, m);
     const std::vector<double> sums = chunks.total();
@@ -353,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_to(
     // A window that shares its pixels is looked at once more after some of them are written.
     const bool apart = to && mask[0] && g.pool.kernel == 3 && m.chosen == nullptr;
     if (apart) gu = empty_input_like(u, g);
-    if (!training && added == nullptr) m.of_d = nullptr;
+    if (!training && added == nullptr) m.adds_d = false;
     m.curvature = data(curvature);
     m.gu = mask[0] ? gu.mutable_data_ptr() : nullptr;
     m.gresidual = mask[1] ? gresidual.mutable_data_ptr() : nullptr;
@@ -469,7 +473,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_pushforward_cpu(
       m.sums = nullptr;
     }
     each_channel(sums, set_tangent);
-    if (!batch) m.of_d = nullptr;
+    if (!batch) m.adds_d = false;
     run(kernels().pushforward, m);
     if (!batch) sums = chunks.total();
 

@@ -16,6 +16,7 @@ namespace fastjac::norm_act_pool {
 enum class Storage { kDouble, kFloat, kBFloat16, kHalf };
 
 constexpr int kSums = 5; // Sums' members: g, gd, gt, t, td
+constexpr int kParameters = 7; // scale, shift, mean, of_g, of_tu, of_d, constant
 constexpr int kRunLanes = 64; // a contiguous row is summed in that many lanes
 constexpr int kPadding = 16; // vectors [C] are allocated up to a multiple of it
 
@@ -41,10 +42,9 @@ struct Maps {
   // reduce pass leaves it for the write pass.
   int8_t* chosen = nullptr;
 
-  // [padded C], in the accumulator type.
-  const void *scale = nullptr, *shift = nullptr, *mean = nullptr;
-  const void *of_g = nullptr, *of_tu = nullptr, *constant = nullptr;
-  const void* of_d = nullptr; // null: neither it nor the constant is added
+  // [kParameters, padded C], in the accumulator type; for the statistics [padded C], near the mean.
+  const void* parameters = nullptr;
+  bool adds_d = true; // else neither of_d d nor the constant is added
 
   double* sums = nullptr; // [chunks of a channel, kSums, padded C]
   int64_t chunks = 0; // tasks: all chunks
@@ -53,7 +53,7 @@ struct Maps {
 // Each runs tasks [begin, end). The sums are those of common/norm_act_pool.h.
 struct Kernels {
   using Run = void (*)(const Maps&, int64_t begin, int64_t end);
-  Run statistics; // sums[0], sums[1] = sum (u - mean), sum (u - mean)^2
+  Run statistics; // sums[0], sums[1] = sum (u - near), sum (u - near)^2
   Run forward; // y
   Run reduce; // the sums: g and gd; where tu is given, all
   Run pushforward; // y's tangent; where sums is given, also gt

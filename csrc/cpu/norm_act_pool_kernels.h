@@ -108,7 +108,7 @@ inline void add_wide(double* to, const T& x) {
   }
 }
 
-// sums[0], sums[1] of u - m.mean, which is near the mean: over 16 values in the accumulator type, and
+// sums[0], sums[1] of u minus what is near its mean: over 16 values in the accumulator type, and
 // in float64 from there on. u is read once.
 template <typename scalar_t, bool kLast>
 void statistics(const Maps& m, int64_t begin, int64_t end) {
@@ -116,7 +116,7 @@ void statistics(const Maps& m, int64_t begin, int64_t end) {
   constexpr int L = kLanes<acc_t>, kRun = 16;
   using V = Lanes<acc_t, L>;
   const auto* u = static_cast<const scalar_t*>(m.u);
-  const auto* shift = static_cast<const acc_t*>(m.mean); // [C]
+  const auto* shift = static_cast<const acc_t*>(m.parameters); // [C]
   // Of `columns` vectors side by side, n rows down: side by side first, as they lie in memory.
   const auto deviations = [](const scalar_t* x, int64_t step, int64_t n, const acc_t* at,
                              int64_t next, double* sum, double* square, auto columns, auto count) {

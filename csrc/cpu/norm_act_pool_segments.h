@@ -55,13 +55,12 @@ struct Kernel {
   scalar_t* const y = static_cast<scalar_t*>(m.y);
 
   // Else nothing is added for a d that is not finite, which times zero is not zero.
-  const bool of_d = m.of_d != nullptr;
+  const bool adds_d = m.adds_d;
 
-  // [C], or of one channel.
-  struct Parameters {
-    const acc_t *scale, *shift, *mean, *of_g, *of_tu, *of_d, *constant;
-  } p;
-  acc_t of_channel[7][kPadding];
+  // [kParameters, stride]: of the channels, or of one, in every lane.
+  const acc_t* parameters = static_cast<const acc_t*>(m.parameters);
+  int64_t parameters_stride = m.padded_channels;
+  acc_t of_channel[kParameters * kPadding];
   acc_t* lanes = nullptr; // [kSums, stride]: a segment's sums
   const int64_t lanes_stride = kLast ? m.padded_channels : kRunLanes;
   acc_t* lines = nullptr; // [maps, kKernel, 2, line]: rows taken apart, zeros where they end
@@ -69,21 +68,17 @@ struct Kernel {
 
   explicit Kernel(const Maps& maps) : m(maps) {
     for (int64_t& begin : rows_in_lines) begin = -1;
-    const void* const given[] = {m.scale, m.shift, m.mean, m.of_g, m.of_tu, m.of_d, m.constant};
-    const acc_t** const named[] = {&p.scale, &p.shift, &p.mean,    &p.of_g,
-                                   &p.of_tu, &p.of_d,  &p.constant};
-    for (int i = 0; i < 7; ++i) *named[i] = static_cast<const acc_t*>(given[i]);
   }
 
-  // Contiguous: the parameters of channel c, in every lane.
+  // Contiguous: the parameters are those of channel c from here on.
   void at_channel(int64_t c) {
-    const void* const given[] = {m.scale, m.shift, m.mean, m.of_g, m.of_tu, m.of_d, m.constant};
-    for (int i = 0; i < 7; ++i) {
-      const auto* x = static_cast<const acc_t*>(given[i]);
-      for (int lane = 0; lane < kPadding; ++lane) of_channel[i][lane] = x ? x[c] : acc_t(0);
+    const auto* all = static_cast<const acc_t*>(m.parameters);
+    for (int i = 0; i < kParameters; ++i) {
+      const acc_t x = all[i * m.padded_channels + c];
+      for (int lane = 0; lane < kPadding; ++lane) of_channel[i * kPadding + lane] = x;
     }
-    p = {of_channel[0], of_channel[1], of_channel[2], of_channel[3],
-         of_channel[4], of_channel[5], of_channel[6]};
+    parameters = of_channel;
+    parameters_stride = kPadding;
   }
 
   // N outputs: their windows' first pixels are at `in`, and the taps [h0, h1) x [w0, w1) of all the
@@ -92,13 +87,26 @@ struct Kernel {
   struct At {
     static constexpr int kLanes = N;
     int64_t in, out;
-    int64_t channel; // of the parameters
     int64_t lane; // of the sums
     Count count;
     int h0, h1, w0, w1;
     int64_t column = 0; // of the first output
     int first_line = 0; // of the window's first row
   };
+
+  // The parameters of a vector's channels, in registers: from memory they would be loaded again after each
+  // store of the accumulator type.
+  template <int N>
+  struct Held {
+    V<N> scale, shift, mean, of_g, of_tu, of_d, constant; // in the order of the rows
+  };
+  template <int N>
+  FASTJAC_ALWAYS_INLINE Held<N> held(int64_t channel) const {
+    const auto row = [&](int i) FASTJAC_INLINED {
+      return load<N>(parameters + i * parameters_stride + channel);
+    };
+    return {row(0), row(1), row(2), row(3), row(4), row(5), row(6)};
+  }
 
   // What windows are looked up in, when it is taken apart.
   enum Source { kZ, kU, kTu, kTresidual, kSources };
@@ -152,7 +160,7 @@ struct Kernel {
   // Rows [h0, h1) of the windows whose first row is at `top`: z, and what else is looked up.
   template <int kAsked>
   void take_apart(int64_t top, int h0, int h1, int first_line) const {
-    const V<L> scale = load<L>(p.scale), shift = load<L>(p.shift); // the channel's, in every lane
+    const V<L> scale = held<L>(0).scale, shift = held<L>(0).shift;
     for (int h = h0; h < h1; ++h) {
       const int64_t from = top + h * row;
       int64_t& there = rows_in_lines[(first_line + h) % kKernel];
@@ -225,25 +233,26 @@ struct Kernel {
   };
 
   template <int kAsked, int N, typename Count>
-  FASTJAC_ALWAYS_INLINE Chosen<N> choose(const At<N, Count>& at) const {
+  FASTJAC_ALWAYS_INLINE Chosen<N> choose(const At<N, Count>& at, const Held<N>& of) const {
     if constexpr (kKernel == 3) {
       if (at.h1 - at.h0 < 3 || at.w1 - at.w0 < 3) {
         const int w0 = kShuffled ? 0 : at.w0, w1 = kShuffled ? 3 : at.w1;
-        return choose_among<kAsked, N>(at, SomeTaps{at.h0, at.h1, w0, w1});
+        return choose_among<kAsked, N>(at, of, SomeTaps{at.h0, at.h1, w0, w1});
       }
     }
-    return choose_among<kAsked, N>(at, AllTaps{});
+    return choose_among<kAsked, N>(at, of, AllTaps{});
   }
 
   template <int kAsked, int N, typename Count, typename Taps>
-  FASTJAC_ALWAYS_INLINE Chosen<N> choose_among(const At<N, Count>& at, const Taps& taps) const {
+  FASTJAC_ALWAYS_INLINE Chosen<N> choose_among(
+      const At<N, Count>& at, const Held<N>& of, const Taps& taps
+  ) const {
     constexpr bool kAll = std::is_same_v<Taps, AllTaps>;
-    const V<N> scale = load<N>(p.scale + at.channel), shift = load<N>(p.shift + at.channel);
     const auto look = [&](int h, int w) FASTJAC_INLINED -> V<N> {
       if constexpr (kShuffled) {
         return tap(kZ, at, h, w);
       } else {
-        const V<N> z = tap(u, at, h, w) * scale + shift;
+        const V<N> z = tap(u, at, h, w) * of.scale + of.shift;
         return residual ? V<N>(z + tap(residual, at, h, w)) : z;
       }
     };
@@ -275,14 +284,27 @@ struct Kernel {
       return best;
     }
     V<N> z = look(taps.h0, taps.w0), key = key_of(z);
-    I<N> which = number(taps.h0, taps.w0);
     using Mask = decltype(greater(key, key) | unordered(key));
-    Mask taken[kAll ? kKernel * kKernel : 1];
+    Chosen<N> best;
+    // What is asked for moves from tap (h, w) to best: move(best's, the tap's).
+    const auto each_asked = [&](int h, int w, const auto& move) FASTJAC_INLINED {
+      const auto there = [&](const auto& from) FASTJAC_INLINED { return tap(from, at, h, w); };
+      if constexpr (kAsked & kWhich) move(best.which, number(h, w));
+      if constexpr (kShuffled) {
+        if constexpr (kAsked & kTheU) move(best.u, there(kU));
+        if constexpr (kAsked & kTheTangents) move(best.tu, there(kTu));
+        if ((kAsked & kTheTangents) && tresidual) move(best.tresidual, there(kTresidual));
+      } else {
+        if constexpr (kAsked & kTheU) move(best.u, there(u));
+        if constexpr (kAsked & kTheTangents) move(best.tu, there(tu));
+        if ((kAsked & kTheTangents) && tresidual) move(best.tresidual, there(tresidual));
+      }
+    };
+    each_asked(taps.h0, taps.w0, [](auto& to, const auto& x) FASTJAC_INLINED { to = x; });
     const auto take = [&](int h, int w, V<N> x, V<N> k, Mask where) FASTJAC_INLINED {
       key = select(where, k, key);
       if constexpr (!kRelu) z = select(where, x, z);
-      if constexpr (!kAll || (kAsked & kWhich)) which = select(where, number(h, w), which);
-      if constexpr (kAll) taken[h * kKernel + w] = where;
+      each_asked(h, w, [&](auto& to, const auto& x) FASTJAC_INLINED { to = select(where, x, to); });
     };
     // Lanes that have column w: a row's ends are not among all taps.
     const auto inside = [&](int w) FASTJAC_INLINED {
@@ -306,61 +328,39 @@ struct Kernel {
       }
     });
 
-    Chosen<N> best;
     best.z = kRelu ? key : z;
     best.a = kRelu ? activated<N>(key) : key;
-    best.which = which;
-    const auto there = [&](const auto& from) FASTJAC_INLINED -> V<N> {
-      V<N> value = tap(from, at, taps.h0, taps.w0);
-      taps.each([&](int h, int w) FASTJAC_INLINED {
-        if constexpr (kAll) {
-          if (h + w > 0) value = select(taken[h * kKernel + w], tap(from, at, h, w), value);
-        } else {
-          value = select(equal(which, number(h, w)), tap(from, at, h, w), value);
-        }
-      });
-      return value;
-    };
-    if constexpr (kShuffled) {
-      if constexpr (kAsked & kTheU) best.u = there(kU);
-      if constexpr (kAsked & kTheTangents) best.tu = there(kTu);
-      if ((kAsked & kTheTangents) && tresidual) best.tresidual = there(kTresidual);
-    } else {
-      if constexpr (kAsked & kTheU) best.u = there(u);
-      if constexpr (kAsked & kTheTangents) best.tu = there(tu);
-      if ((kAsked & kTheTangents) && tresidual) best.tresidual = there(tresidual);
-    }
     return best;
   }
 
-  // Contiguous runs of `n` pixels from `begin` on (of image b, channel c): f(in, channel, lane, count).
+  // Contiguous runs of `n` pixels from `begin` on (of image b, channel c): f(in, held, lane, count).
   template <typename F>
   void each_pixel(int64_t b, int64_t c, int64_t begin, int64_t n, const F& f) const {
     if constexpr (kLast) {
       for (int64_t i = begin; i < begin + n; ++i) {
         const int64_t in = (b * m.height * m.width + i) * m.channels;
         int64_t k = 0;
-        for (; k + L <= m.channels; k += L) f(in + k, k, k, Whole{});
-        if (k < m.channels) f(in + k, k, k, Part{m.channels - k});
+        for (; k + L <= m.channels; k += L) f(in + k, held<L>(k), k, Whole{});
+        if (k < m.channels) f(in + k, held<L>(k), k, Part{m.channels - k});
       }
     } else {
       const int64_t in = (b * m.channels + c) * m.height * m.width + begin;
+      const Held<L> all = held<L>(0);
       int64_t k = 0;
-      for (; k + L <= n; k += L) f(in + k, int64_t(0), k % kRunLanes, Whole{});
-      if (k < n) f(in + k, int64_t(0), k % kRunLanes, Part{n - k});
+      for (; k + L <= n; k += L) f(in + k, all, k % kRunLanes, Whole{});
+      if (k < n) f(in + k, all, k % kRunLanes, Part{n - k});
     }
   }
 
-  // The outputs of segment i of image b: f(At). What f will look up: see choose.
+  // The outputs of segment i of image b: f(At, Held). What f will look up: see choose.
   template <int kAsked, typename F>
   void each_output(int64_t b, int64_t c, int64_t i, const F& f) const {
     if constexpr (kKernel == 1) {
       const int64_t begin = i * m.run, n = least(m.run, m.height * m.width - begin);
       each_pixel(
           b, c, begin, n,
-          [&](int64_t in, int64_t channel, int64_t lane, auto count) FASTJAC_INLINED {
-            f(At<L, decltype(count)>{in, in, channel, lane, count, 0, 1, 0, 1});
-          }
+          [&](int64_t in, const Held<L>& of, int64_t lane, auto count)
+              FASTJAC_INLINED { f(At<L, decltype(count)>{in, in, lane, count, 0, 1, 0, 1}, of); }
       );
       return;
     }
@@ -380,23 +380,25 @@ struct Kernel {
         const int w0 = begins(j), w1 = ends(j);
         int64_t k = 0;
         for (; k + L <= m.channels; k += L) {
-          f(At<L, Whole>{in + k, out + k, k, k, Whole{}, h0, h1, w0, w1});
+          f(At<L, Whole>{in + k, out + k, k, Whole{}, h0, h1, w0, w1}, held<L>(k));
         }
         if (k < m.channels) {
-          f(At<L, Part>{in + k, out + k, k, k, Part{m.channels - k}, h0, h1, w0, w1});
+          const Part rest{m.channels - k};
+          f(At<L, Part>{in + k, out + k, k, rest, h0, h1, w0, w1}, held<L>(k));
         }
       }
     } else {
       const int line = static_cast<int>((top + m.padding) % kKernel);
       take_apart<kAsked>(in_row, h0, h1, line);
+      const Held<L> all = held<L>(0);
       for (int64_t j = 0; j < m.out_width; j += L) {
         const int64_t in = in_row + j * kStride - m.padding, lane = j % kRunLanes;
         const int64_t n = least(L, m.out_width - j);
         const int w0 = begins(j), w1 = ends(j + n - 1);
         if (n == L) {
-          f(At<L, Whole>{in, out_row + j, 0, lane, Whole{}, h0, h1, w0, w1, j, line});
+          f(At<L, Whole>{in, out_row + j, lane, Whole{}, h0, h1, w0, w1, j, line}, all);
         } else {
-          f(At<L, Part>{in, out_row + j, 0, lane, Part{n}, h0, h1, w0, w1, j, line});
+          f(At<L, Part>{in, out_row + j, lane, Part{n}, h0, h1, w0, w1, j, line}, all);
         }
       }
     }
@@ -439,8 +441,8 @@ struct Kernel {
   }
 
   void forward(int64_t b, int64_t c, int64_t i) const {
-    each_output<kZAlone>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
-      store(y + at.out, choose<kZAlone>(at).a, at.count);
+    each_output<kZAlone>(b, c, i, [&](const auto& at, const auto& of) FASTJAC_INLINED {
+      store(y + at.out, choose<kZAlone>(at, of).a, at.count);
     });
   }
 
@@ -454,16 +456,16 @@ struct Kernel {
   template <bool kTangent>
   void reduce_with(int64_t b, int64_t c, int64_t i) const {
     constexpr int kAsked = kTheU | (kTangent ? kTheTangents : 0) | (kKernel == 3 ? kWhich : 0);
-    each_output<kAsked>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
+    each_output<kAsked>(b, c, i, [&](const auto& at, const auto& of) FASTJAC_INLINED {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<kAsked>(at);
+      const Chosen<N> x = choose<kAsked>(at, of);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
-      const V<N> d = x.u - load<N>(p.mean + at.channel);
+      const V<N> d = x.u - of.mean;
       if constexpr (kKernel == 3) {
         if (m.chosen) {
           const V<N> open = gated<N>(x.z, V<N>{} + acc_t(1));
           const I<N> which = select(greater(open, V<N>{}), x.which, I<N>{} + kNothing);
-          store_raw(m.chosen + at.out, convert<int8_t, N>(which), at.count);
+          store_raw(m.chosen + at.out, to_bytes<N>(which), at.count);
         }
       }
       add<N>(0, at.lane, g);
@@ -476,16 +478,16 @@ struct Kernel {
     });
     if (kKernel == 1 || !kTangent) return;
     const int64_t begin = owned_begin(i) * m.width, n = owned_end(i) * m.width - begin;
-    each_pixel(b, c, begin, n, [&](int64_t in, int64_t channel, int64_t lane, auto count) {
+    each_pixel(b, c, begin, n, [&](int64_t in, const Held<L>& of, int64_t lane, auto count) {
       const V<L> t = load<L>(tu + in, count);
-      const V<L> d = load<L>(u + in, count) - load<L>(p.mean + channel);
+      const V<L> d = load<L>(u + in, count) - of.mean;
       add<L>(3, lane, t);
       add<L>(4, lane, t * d);
     });
   }
 
   void pushforward(int64_t b, int64_t c, int64_t i) const {
-    if (of_d) {
+    if (adds_d) {
       pushforward_with<kTheTangents | kTheU>(b, c, i);
     } else {
       pushforward_with<kTheTangents>(b, c, i);
@@ -493,88 +495,121 @@ struct Kernel {
   }
   template <int kAsked>
   void pushforward_with(int64_t b, int64_t c, int64_t i) const {
-    each_output<kAsked>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
+    each_output<kAsked>(b, c, i, [&](const auto& at, const auto& of) FASTJAC_INLINED {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<kAsked>(at);
-      V<N> t = load<N>(p.of_tu + at.channel) * x.tu;
-      if constexpr (kAsked & kTheU) {
-        const V<N> d = x.u - load<N>(p.mean + at.channel);
-        t += load<N>(p.of_d + at.channel) * d + load<N>(p.constant + at.channel);
-      }
+      const Chosen<N> x = choose<kAsked>(at, of);
+      V<N> t = of.of_tu * x.tu;
+      if constexpr (kAsked & kTheU) t += of.of_d * (x.u - of.mean) + of.constant;
       if (tresidual) t += x.tresidual;
       store(y + at.out, gated<N>(x.z, t), at.count);
       if (lanes) add<N>(2, at.lane, gated<N>(x.z, load<N>(gy + at.out, at.count)) * x.tu);
     });
   }
 
-  // What is written for N pixels with cotangent g.
-  template <int N, typename Count>
-  FASTJAC_ALWAYS_INLINE void emit(int64_t in, int64_t channel, const V<N>& g, Count count) const {
-    if (gresidual) store(gresidual + in, g, count);
-    if (!gu) return;
-    V<N> out = load<N>(p.of_g + channel) * g;
-    if (of_d) {
-      const V<N> d = load<N>(u + in, count) - load<N>(p.mean + channel);
-      out += load<N>(p.of_d + channel) * d + load<N>(p.constant + channel);
+  // What a write pass writes: gu alone, of g or of g and d, or whatever is given.
+  enum Terms { kOfG, kOfGAndD, kWhatever };
+  // f(which of them, a constant). Each is compiled where speed matters most.
+  template <typename F>
+  FASTJAC_ALWAYS_INLINE void with_terms(const F& f) const {
+    if constexpr (kRelu) {
+      if (gu && !gresidual && !tu && !curvature) {
+        if (adds_d) return f(std::integral_constant<Terms, kOfGAndD>());
+        return f(std::integral_constant<Terms, kOfG>());
+      }
     }
-    if (tu) out += load<N>(p.of_tu + channel) * load<N>(tu + in, count);
-    if (curvature) out += load<N>(curvature + in, count);
+    f(std::integral_constant<Terms, kWhatever>());
+  }
+
+  // What is written for N pixels with cotangent g, where u is `here`.
+  template <Terms kTerms, int N, typename Count>
+  FASTJAC_ALWAYS_INLINE void emit(int64_t in, const Held<N>& of, const V<N>& g, Count count) const {
+    emit<kTerms, N>(in, of, g, count, kTerms == kOfG ? V<N>{} : load<N>(u + in, count));
+  }
+  template <Terms kTerms, int N, typename Count>
+  FASTJAC_ALWAYS_INLINE void emit(
+      int64_t in, const Held<N>& of, const V<N>& g, Count count, const V<N>& here
+  ) const {
+    constexpr bool kAny = kTerms == kWhatever;
+    if (kAny && gresidual) store(gresidual + in, g, count);
+    if (kAny && !gu) return;
+    V<N> out = of.of_g * g;
+    if (kAny ? adds_d : kTerms == kOfGAndD) {
+      out += of.of_d * (here - of.mean) + of.constant;
+    }
+    if (kAny && tu) out += of.of_tu * load<N>(tu + in, count);
+    if (kAny && curvature) out += load<N>(curvature + in, count);
     store(gu + in, out, count);
   }
   // Contiguous: for the pixels of `count` pairs, at `in`.
+  template <Terms kTerms>
   FASTJAC_ALWAYS_INLINE void emit_pairs(
-      int64_t in, const V<L>& even, const V<L>& odd, Whole count
+      int64_t in, const Held<L>& of, const V<L>& even, const V<L>& odd, Whole count
   ) const {
     constexpr auto all = std::make_integer_sequence<int, L>();
-    emit<L>(in, 0, interleaved<0>(even, odd, all), count);
-    emit<L>(in + L, 0, interleaved<L>(even, odd, all), count);
+    emit<kTerms, L>(in, of, interleaved<0>(even, odd, all), count);
+    emit<kTerms, L>(in + L, of, interleaved<L>(even, odd, all), count);
   }
-  void emit_pairs(int64_t in, const V<L>& even, const V<L>& odd, Part count) const {
-    emit_some(in, even, odd, 2 * count.n);
+  template <Terms kTerms>
+  void emit_pairs(
+      int64_t in, const Held<L>& of, const V<L>& even, const V<L>& odd, Part count
+  ) const {
+    emit_some<kTerms>(in, of, even, odd, 2 * count.n);
   }
   // The first n of those pixels.
-  void emit_some(int64_t in, const V<L>& even, const V<L>& odd, int64_t n) const {
+  template <Terms kTerms>
+  void emit_some(
+      int64_t in, const Held<L>& of, const V<L>& even, const V<L>& odd, int64_t n
+  ) const {
     constexpr auto all = std::make_integer_sequence<int, L>();
-    emit<L>(in, 0, interleaved<0>(even, odd, all), Part{least(L, n)});
-    if (n > L) emit<L>(in + L, 0, interleaved<L>(even, odd, all), Part{n - L});
+    emit<kTerms, L>(in, of, interleaved<0>(even, odd, all), Part{least(L, n)});
+    if (n > L) emit<kTerms, L>(in + L, of, interleaved<L>(even, odd, all), Part{n - L});
   }
   // For pixels that no window chose.
+  template <Terms kTerms>
   void emit_none(int64_t b, int64_t c, int64_t begin, int64_t n) const {
-    each_pixel(b, c, begin, n, [&](int64_t in, int64_t channel, int64_t, auto count) {
-      emit<L>(in, channel, V<L>{}, count);
+    each_pixel(b, c, begin, n, [&](int64_t in, const Held<L>& of, int64_t, auto count) {
+      emit<kTerms, L>(in, of, V<L>{}, count);
     });
   }
 
   void write(int64_t b, int64_t c, int64_t i) const {
+    with_terms([&](auto terms) FASTJAC_INLINED { write_terms<terms()>(b, c, i); });
+  }
+  template <Terms kTerms>
+  void write_terms(int64_t b, int64_t c, int64_t i) const {
     static_assert(kKernel < 3);
-    each_output<kWhich>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
+    each_output<kWhich>(b, c, i, [&](const auto& at, const auto& of) FASTJAC_INLINED {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<kWhich>(at);
+      const Chosen<N> x = choose<kWhich>(at, of);
       const V<N> g = gated<N>(x.z, load<N>(gy + at.out, at.count));
       if constexpr (kKernel == 1) {
-        emit<N>(at.in, at.channel, g, at.count);
+        emit<kTerms, N>(at.in, of, g, at.count);
         return;
       }
-      const auto of = [&](int which) {
+      const auto g_of = [&](int which) FASTJAC_INLINED {
         return select(equal(x.which, I<N>{} + index_t(which)), g, V<N>{});
       };
-      for (int h = 0; h < 2; ++h) {
-        const int64_t in = at.in + h * row;
-        const V<N> left = of(2 * h), right = of(2 * h + 1);
-        if constexpr (kShuffled) {
-          emit_pairs(in, left, right, at.count);
-        } else {
-          emit<N>(in, at.channel, left, at.count);
-          emit<N>(in + pixel, at.channel, right, at.count);
+      if constexpr (kShuffled) {
+        for (int h = 0; h < 2; ++h) {
+          emit_pairs<kTerms>(at.in + h * row, of, g_of(2 * h), g_of(2 * h + 1), at.count);
+        }
+      } else { // all of u before any of gu: for all that the compiler knows it may lie there
+        const V<N> here[] = {
+            tap(u, at, 0, 0), tap(u, at, 0, 1), tap(u, at, 1, 0), tap(u, at, 1, 1)
+        };
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const int64_t in = at.in + i / 2 * row + i % 2 * pixel;
+          emit<kTerms, N>(in, of, g_of(i), at.count, here[i]);
         }
       }
     });
     if constexpr (kKernel == 2) {
       const int64_t begin = owned_begin(i), covered = 2 * m.out_width;
       for (int64_t h = begin; h < begin + 2; ++h) {
-        emit_none(b, c, h * m.width + covered, m.width - covered);
+        emit_none<kTerms>(b, c, h * m.width + covered, m.width - covered);
       }
-      emit_none(b, c, (begin + 2) * m.width, (owned_end(i) - begin - 2) * m.width);
+      emit_none<kTerms>(b, c, (begin + 2) * m.width, (owned_end(i) - begin - 2) * m.width);
     }
   }
 
@@ -595,7 +630,7 @@ struct Kernel {
       const auto copy = [&](int64_t k, auto count) {
         const auto which = load_indices<L>(m.chosen + begin + k, count);
         store(to.g + pixel + k, load<L>(gy + begin + k, count), count);
-        store_raw(to.which + pixel + k, convert<index_t, L>(which), count);
+        store_raw(to.which + pixel + k, from_bytes<index_t, L>(which), count);
       };
       const int64_t n = m.out_width * pixel;
       int64_t k = 0;
@@ -603,9 +638,9 @@ struct Kernel {
       if (k < n) copy(k, Part{n - k});
       return;
     }
-    each_output<kWhich>(b, c, i, [&](const auto& at) FASTJAC_INLINED {
+    each_output<kWhich>(b, c, i, [&](const auto& at, const auto& of) FASTJAC_INLINED {
       constexpr int N = std::remove_reference_t<decltype(at)>::kLanes;
-      const Chosen<N> x = choose<kWhich>(at);
+      const Chosen<N> x = choose<kWhich>(at, of);
       const int64_t place = at.out - begin + pixel;
       store(to.g + place, gated<N>(x.z, load<N>(gy + at.out, at.count)), at.count);
       store_raw(to.which + place, x.which, at.count);
@@ -637,7 +672,7 @@ struct Kernel {
     return g;
   }
 
-  template <int kUpper, bool kShared>
+  template <Terms kTerms, int kUpper, bool kShared>
   void emit_row(int64_t b, int64_t c, int64_t y, const Row& upper, const Row& lower) const {
     const int64_t image = kLast ? b : b * m.channels + c;
     const int64_t in = (image * m.height + y) * row;
@@ -645,8 +680,9 @@ struct Kernel {
       const auto pair = [&](int64_t w, int64_t k, auto count) FASTJAC_INLINED {
         const int64_t at = ((w + m.padding) / 2 + 1) * pixel + k;
         const Pair<L> g = gathered<kUpper, kShared, L>(upper, lower, at, count);
-        if (w >= 0) emit<L>(in + w * pixel + k, k, g.even, count);
-        if (w + 1 < m.width) emit<L>(in + (w + 1) * pixel + k, k, g.odd, count);
+        const Held<L> of = held<L>(k);
+        if (w >= 0) emit<kTerms, L>(in + w * pixel + k, of, g.even, count);
+        if (w + 1 < m.width) emit<kTerms, L>(in + (w + 1) * pixel + k, of, g.odd, count);
       };
       for (int64_t w = -m.padding; w < m.width; w += 2) {
         int64_t k = 0;
@@ -655,15 +691,18 @@ struct Kernel {
       }
     } else {
       if (m.padding) { // the odd column of windows 0
-        emit<1>(in, 0, gathered<kUpper, kShared, 1>(upper, lower, 1, Whole{}).odd, Whole{});
+        emit<kTerms, 1>(
+            in, held<1>(0), gathered<kUpper, kShared, 1>(upper, lower, 1, Whole{}).odd, Whole{}
+        );
       }
+      const Held<L> all = held<L>(0);
       for (int64_t w = m.padding; w < m.width; w += 2 * L) {
         const int64_t at = (w + m.padding) / 2 + 1;
         const Pair<L> g = gathered<kUpper, kShared, L>(upper, lower, at, Whole{});
         if (w + 2 * L <= m.width) {
-          emit_pairs(in + w, g.even, g.odd, Whole{});
+          emit_pairs<kTerms>(in + w, all, g.even, g.odd, Whole{});
         } else {
-          emit_some(in + w, g.even, g.odd, m.width - w);
+          emit_some<kTerms>(in + w, all, g.even, g.odd, m.width - w);
         }
       }
     }
@@ -674,16 +713,24 @@ struct Kernel {
   void write_overlapping(
       int64_t b, int64_t c, int64_t begin, int64_t end, Row above, Row here
   ) const {
+    with_terms([&](auto terms) FASTJAC_INLINED {
+      write_overlapping_terms<terms()>(b, c, begin, end, above, here);
+    });
+  }
+  template <Terms kTerms>
+  void write_overlapping_terms(
+      int64_t b, int64_t c, int64_t begin, int64_t end, Row above, Row here
+  ) const {
     if (begin > 0) choose_row(b, c, begin - 1, above);
     for (int64_t i = begin; i < end; ++i) {
       choose_row(b, c, i, here);
       const int64_t top = i * kStride - m.padding;
       if (i > 0) {
-        emit_row<2, true>(b, c, top, above, here);
+        emit_row<kTerms, 2, true>(b, c, top, above, here);
       } else if (top >= 0) {
-        emit_row<0, false>(b, c, top, here, here);
+        emit_row<kTerms, 0, false>(b, c, top, here, here);
       }
-      if (top + 1 < m.height) emit_row<1, false>(b, c, top + 1, here, here);
+      if (top + 1 < m.height) emit_row<kTerms, 1, false>(b, c, top + 1, here, here);
       const Row next = above;
       above = here;
       here = next;
@@ -691,8 +738,8 @@ struct Kernel {
     if (end < m.segments) return;
     const int64_t next = end * kStride - m.padding;
     if (next >= m.height) return;
-    emit_row<2, false>(b, c, next, above, above);
-    emit_none(b, c, (next + 1) * m.width, (m.height - next - 1) * m.width);
+    emit_row<kTerms, 2, false>(b, c, next, above, above);
+    emit_none<kTerms>(b, c, (next + 1) * m.width, (m.height - next - 1) * m.width);
   }
 };
 

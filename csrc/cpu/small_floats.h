@@ -10,12 +10,11 @@
 
 namespace fastjac {
 
-// Half of the bits of the nearest bfloat16, ties to even, for those of a float32: a number, or a vector of
-// numbers that ?: selects among lane by lane.
+// The bits of the nearest bfloat16, ties to even, for those of a float32: a number, or a vector of numbers.
+// Of a NaN's the lower half must be zero, as it is in one that was a bfloat16 or that arithmetic made.
 template <typename Bits>
 FASTJAC_ALWAYS_INLINE Bits to_bfloat16(const Bits& f) {
-  const Bits rounded = (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
-  return (f & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+  return (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
 }
 
 // Converts as a plain loop can do it. (Inlined, since it is compiled for several instruction sets.)
@@ -26,7 +25,7 @@ struct BFloat16 {
   FASTJAC_ALWAYS_INLINE explicit BFloat16(float x) {
     uint32_t f;
     std::memcpy(&f, &x, sizeof f);
-    bits = static_cast<uint16_t>(to_bfloat16(f));
+    bits = static_cast<uint16_t>(x == x ? to_bfloat16(f) : 0x7fc0u);
   }
   FASTJAC_ALWAYS_INLINE operator float() const {
     const uint32_t f = static_cast<uint32_t>(bits) << 16;

@@ -596,6 +596,26 @@ def test_every_16_bit_number_is_read_and_rounded_as_in_pytorch(device, dtype, la
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", ["weight", "bias", "mean", "invstd", "coefficient"])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
+def test_whatever_nan_a_parameter_is_nans_come_out(device, dtype, which, bits):
+    """Rounded by its bits alone, one with all of them set would become a zero."""
+    u = torch.randn(2, 3, 4, 35, device=device).to(dtype)
+    p = {name: torch.ones(3, device=device) for name in ("weight", "bias", "mean", "invstd")}
+    coefficient = torch.ones(3, device=device)
+    changed = coefficient if which == "coefficient" else p[which]
+    changed.view(torch.int32)[1] = bits
+    rest = (*p.values(), "none", 0.0, "none")
+    y = norm_act_pool(u, None, *rest)
+    gu = norm_act_pool_backward(
+        u, u, None, *rest, False, coefficient, None, [True, False, False, False]
+    )[0]
+    got = {"bias": [y], "coefficient": [gu]}.get(which, [y, gu])
+    for x in got:
+        assert x[:, 1].isnan().all() and not x[:, [0, 2]].isnan().any()
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_bits_are_the_same_for_any_instruction_set(isa):
     env = {**os.environ, "FASTJAC_CPU_ISA": isa}
