@@ -60,12 +60,18 @@ FASTJAC_HOST_DEVICE inline double product(double x, double y) {
 #endif
 }
 
-// One element's d and u; raw: u = s is not used.
-template <bool kNormalize, typename acc_t>
-struct Element {
-  acc_t d, u;
+// x a vector of numbers, on the host.
+template <typename T, typename acc_t>
+FASTJAC_ALWAYS_INLINE T product(const T& x, acc_t y) {
+  return x * y;
+}
 
-  FASTJAC_HOST_DEVICE Element(acc_t s, acc_t t, const Scales<acc_t>& k) {
+// One element's d and u, or a vector T of them; raw: u = s is not used.
+template <bool kNormalize, typename acc_t, typename T = acc_t>
+struct Element {
+  T d, u;
+
+  FASTJAC_HOST_DEVICE Element(const T& s, const T& t, const Scales<acc_t>& k) {
     if constexpr (kNormalize) {
       u = product(s, k.inv_a);
       d = u - product(t, k.inv_b);
@@ -76,11 +82,11 @@ struct Element {
   }
 
   // along = [a is the norm] <d, u>
-  FASTJAC_HOST_DEVICE acc_t gradient(const Scales<acc_t>& k, acc_t along) const {
+  FASTJAC_HOST_DEVICE T gradient(const Scales<acc_t>& k, acc_t along) const {
     if constexpr (kNormalize) {
       return 2 * k.inv_a * (d - along * u);
     } else {
-      return 2 * d;
+      return acc_t(2) * d;
     }
   }
 };

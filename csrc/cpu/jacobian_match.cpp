@@ -36,7 +36,7 @@ void match(
     bool normalize,
     double eps
 ) {
-  using acc_t = typename Sample<scalar_t>::acc_t;
+  using acc_t = accumulator_t<scalar_t>;
   const int64_t batch = js.size(0), n = js.numel() / batch;
   const auto* s = static_cast<const scalar_t*>(js.const_data_ptr()); // [B, N]
   const auto* t = static_cast<const scalar_t*>(jt.const_data_ptr()); // [B, N]
