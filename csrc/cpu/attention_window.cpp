@@ -29,8 +29,8 @@ namespace {
 
 constexpr int64_t kBlock = 1024; // pixels: their sums and the rows read for them fit an L1 cache
 constexpr int kLanes = 16; // an AVX-512 register of fp32
-constexpr int kGroup =
-    16; // pixels whose lanes are added up together: one by one, each waits for the last
+// Pixels whose lanes are added up together: one by one, each addition waits for the last.
+constexpr int kGroup = 16;
 constexpr int64_t kGrain = 32768; // elements below which another thread costs more than it brings
 
 // a[i] = mean over c of |z|^p for n pixels, z at features[c * stride + i]. Eight channels at a time,

@@ -28,7 +28,7 @@ constexpr int64_t kBlock = 2048; // three of fp32 fit an L1 cache
 constexpr int64_t kGrain = 32768; // elements below which another thread costs more than it brings
 
 // What is done with n elements of a type. Numbers are passed as float64, which holds the accumulator's
-// type exactly. [normalize]
+// type exactly. The arrays are indexed by whether the Jacobians are normalised.
 struct Kernels {
   // sum s^2 and sum t^2
   Sums<double> (*squared_norms)(const void* js, const void* jt, int64_t n);
