@@ -1,16 +1,20 @@
-"""What the operators' benchmarks share: the bandwidth they are held against, and the report.
+"""What the operators' benchmarks share: how they are timed, what they are held against, the report.
 
 ``make bench`` runs them twice, with the default allocator and with one that keeps its pages: on a
-CPU the page faults of large tensors can cost more than the arithmetic. A share above 100 % of a
-large copy's bandwidth means that the tensors stayed in a cache.
+CPU the page faults of large tensors can cost more than the arithmetic. A machine's bandwidth may
+change from minute to minute, so a large copy and what the operator replaces are timed beside it, in
+turn, and the ratios are medians over those rounds. A share above 100 % of the copy's bandwidth means
+that the tensors stayed in a cache.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ import torch
 from fastjac.info import report
 
 ROWS: list[tuple[str, ...]] = []
+FEWEST, MOST = 9, 40  # rounds; between them, as many as --benchmark-max-time allows
 
 
 def synchronise(device: str) -> None:
@@ -25,47 +30,89 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def seconds(device: str, f: Callable[[], object]) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    f()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def quantiles(times: list[float]) -> tuple[float, ...]:
+    """Of 20, 50 and 80 %."""
+    ordered = sorted(times)
+    return tuple(ordered[int(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+
+
 @pytest.fixture(scope="session")
-def copy_bandwidth() -> Callable[[str], float]:
-    """Bytes per second of a large copy (256 MiB read, as many written), once per device."""
-    measured: dict[str, float] = {}
+def large_copy() -> Callable[[str], tuple[int, Callable[[], object]]]:
+    """The bytes that a large copy moves (256 MiB read, as many written), and the copy, by device."""
 
-    def measure(device: str) -> float:
-        if device not in measured:
-            source = torch.ones(2**26, device=device)
-            target = torch.empty_like(source)
-            times = []
-            for _ in range(12):
-                synchronise(device)
-                start = time.perf_counter()
-                target.copy_(source)
-                synchronise(device)
-                times.append(time.perf_counter() - start)
-            measured[device] = 2 * source.nbytes / statistics.median(times[2:])
-        return measured[device]
+    @functools.cache
+    def make(device: str) -> tuple[int, Callable[[], object]]:
+        source = torch.ones(2**26, device=device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes, lambda: target.copy_(source)
 
-    return measure
+    return make
 
 
 @pytest.fixture
-def measure(benchmark, copy_bandwidth, request):
-    """``measure(device, bytes_moved, f)``: times f, and reports its share of a copy's bandwidth."""
+def measure(benchmark, large_copy, request):
+    """``measure(device, bytes_moved, f, {name: g})``: times f, a copy and what f replaces, in turn.
 
-    def run(device: str, bytes_moved: int, f: Callable[[], object]) -> None:
+    Each is called once before its timed call: what fits a cache may lie in it.
+    """
+
+    def run(
+        device: str,
+        bytes_moved: int,
+        f: Callable[[], object],
+        replaced: Mapping[str, Callable[[], object]] = MappingProxyType({}),
+    ) -> None:
+        if not benchmark.enabled:
+            for g in replaced.values():
+                g()
+            benchmark(f)
+            return
+        copied, copy = large_copy(device)
+        others = {"copy": copy, **replaced}
+        times: dict[str, list[float]] = {name: [] for name in others}
+
+        def beside() -> None:
+            for name, g in others.items():
+                g()
+                times[name].append(seconds(device, g))
+            f()
+            synchronise(device)
+
         def call() -> None:
             f()
             synchronise(device)
 
-        benchmark(call)
-        if not benchmark.enabled:
-            return
-        times = sorted(benchmark.stats.stats.data)
-        low, median, high = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
-        share = bytes_moved / median / copy_bandwidth(device)
+        beside()
+        longest = float(request.config.getoption("benchmark_max_time"))
+        rounds = longest / seconds(device, beside)
+        for taken in times.values():
+            taken.clear()
+        benchmark.pedantic(call, setup=beside, rounds=min(max(round(rounds), FEWEST), MOST))
+
+        own = benchmark.stats.stats.data
+        low, median, high = quantiles(own)
+        bandwidths = (copied / t for t in times["copy"])
+        share = statistics.median(
+            bytes_moved / t / bandwidth for t, bandwidth in zip(own, bandwidths, strict=True)
+        )
+        ratios = {
+            name: statistics.median(t / g for t, g in zip(own, times[name], strict=True))
+            for name in replaced
+        }
         benchmark.extra_info.update(
             quantiles={"0.2": low, "0.5": median, "0.8": high},
             bytes_moved=bytes_moved,
             share_of_copy_bandwidth=share,
+            replaced={name: statistics.median(times[name]) for name in replaced},
+            time_over_replaced=ratios,
         )
         ROWS.append(
             (
@@ -74,6 +121,7 @@ def measure(benchmark, copy_bandwidth, request):
                 f"{1e3 * low:.3f} to {1e3 * high:.3f}",
                 f"{bytes_moved / median / 1e9:.1f} GB/s",
                 f"{100 * share:.0f} %",
+                ", ".join(f"{ratio:.2f} of {name}" for name, ratio in ratios.items()),
             )
         )
 
@@ -91,7 +139,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         return
     kept = "pages kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "default allocator"
     terminalreporter.section(f"operators, {kept}")
-    header = ("benchmark", "median", "20 to 80 %", "moved", "of a copy")
+    header = ("benchmark", "median", "20 to 80 %", "moved", "of a copy", "time")
     widths = [max(map(len, column)) for column in zip(header, *ROWS, strict=True)]
     for row in (header, *ROWS):
         cells = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))

@@ -142,33 +142,51 @@ def fused(u, residual, weight, bias, activation, pool):
     return NormActPool.apply(u, residual, weight, bias, None, None, *options)[0]
 
 
-@pytest.mark.parametrize("f", [fused, pytorch])
+def in_layout(tensors, layout):
+    """Leaves like them, the maps in the layout."""
+    return [
+        x if x is None else x.detach().contiguous(memory_format=layout).requires_grad_()
+        for x in tensors
+    ]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
 @LAYOUT
 @DTYPE
 @KIND
-def test_forward_and_backward(measure, device, maps, layout, dtype, kind, f):
-    """A training step of the block. The bytes are those that the fused one must move, for both."""
+def test_block(measure, device, maps, layout, dtype, kind, backward):
+    """The block in training, forward and as a whole, against PyTorch's chain in either layout."""
     activation, pool, with_residual = kind
-    u = maps(layout, dtype).requires_grad_()
-    residual = maps(layout, dtype).requires_grad_() if with_residual else None
-    weight, bias = (x.to(dtype).requires_grad_() for x in parameters(u.detach())[:2])
-    ins = [x for x in (u, residual, weight, bias) if x is not None]
-    y = f(u, residual, weight, bias, activation, pool)
-    gy = maps(layout, dtype, y.shape)
+    u, residual = maps(layout, dtype), maps(layout, dtype) if with_residual else None
+    parameter = [x.to(dtype).requires_grad_() for x in parameters(u)[:2]]
+
+    def run(f, ins, gy):
+        """The block's result, and its gradients by what it was given."""
+        y = f(*ins, *parameter, activation, pool)
+        leaves = [x for x in (*ins, *parameter) if x is not None]
+        return y, torch.autograd.grad(y, leaves, gy) if backward else ()
+
+    ins = in_layout((u, residual), layout)
+    with torch.no_grad():
+        gy = maps(layout, dtype, fused(*ins, *parameter, activation, pool).shape)
+    y, gradients = run(fused, ins, gy)
     # Against float64: PyTorch's own channels-last sums over this many float32 are off by 1e-4. Where two
     # values of a window are that near, its gradient goes to the other.
-    exact = [None if x is None else x.detach().double().requires_grad_() for x in (u, residual)]
-    expected = pytorch(*exact, weight.double(), bias.double(), activation, pool)
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in ins]
+    expected = pytorch(*exact, *(x.double() for x in parameter), activation, pool)
     assert (y.double() - expected).norm() <= 100 * TOLERANCE[dtype] * expected.norm()
-    if dtype == torch.float32:
-        got = torch.autograd.grad(y, u, gy)[0]
+    if backward and dtype == torch.float32:
         truth = torch.autograd.grad(expected, exact[0], gy.double())[0]
-        assert (got.double() - truth).norm() <= 3e-2 * truth.norm()
-        del got, truth
-    del y, expected, exact
+        assert (gradients[0].double() - truth).norm() <= 3e-2 * truth.norm()
+        del truth
+    del y, gradients, expected, exact
 
-    def step():
-        torch.autograd.grad(f(u, residual, weight, bias, activation, pool), ins, gy)
+    def chain(name):
+        other = in_layout((u, residual), LAYOUTS[name])
+        gradient = gy.contiguous(memory_format=LAYOUTS[name])
+        return lambda: run(pytorch, other, gradient)
 
-    inputs = (1 + with_residual) * u.nbytes
-    measure(device, u.nbytes + inputs + gy.nbytes + 3 * inputs + 2 * gy.nbytes, step)
+    read = (1 + with_residual) * u.nbytes
+    moved = u.nbytes + read + gy.nbytes + (3 * read + 2 * gy.nbytes if backward else 0)
+    chains = {f"PyTorch's {name}": chain(name) for name in LAYOUTS}
+    measure(device, moved, lambda: run(fused, ins, gy), chains)

@@ -233,41 +233,36 @@ inline Lanes<float, N> load(const Half* p) {
   );
 }
 
+// A vector of the accumulator type as it lies at p: 16 bits are rounded to the nearest, ties to even.
 template <typename T>
-inline void store(float* p, const T& x) {
-  store_as<float>(p, x);
+inline T as_stored(const float*, const T& x) {
+  return x;
 }
 template <typename T>
-inline void store(double* p, const T& x) {
-  store_as<double>(p, x);
+inline T as_stored(const double*, const T& x) {
+  return x;
 }
-// Rounded to the nearest, ties to even.
-template <typename T>
-inline void store(BFloat16* p, const T& x) {
-  constexpr int N = sizeof(T) / sizeof(float);
+template <typename T, int N = sizeof(T) / sizeof(float)>
+inline Lanes<uint16_t, N> as_stored(const BFloat16*, const T& x) {
   using Bits = Lanes<uint32_t, N>;
   const Bits bits = to_bfloat16(bit_cast<Bits>(x));
 #ifdef FASTJAC_AVX512
   if constexpr (N == 16) {
-    store_as<uint16_t>(p, _mm512_maskz_cvtepi32_epi16(-1, (__m512i)bits));
-    return;
+    return (Lanes<uint16_t, N>)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)bits);
   }
 #endif
-  store_as<uint16_t>(p, convert<uint16_t, N>(bits));
+  return convert<uint16_t, N>(bits);
 }
-template <typename T>
-inline void store(Half* p, const T& x) {
-  constexpr int N = sizeof(T) / sizeof(float);
+template <typename T, int N = sizeof(T) / sizeof(float)>
+inline Lanes<uint16_t, N> as_stored(const Half*, const T& x) {
 #ifdef FASTJAC_AVX512
   if constexpr (N == 16) {
-    store_as<uint16_t>(p, _mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
-    return;
+    return (Lanes<uint16_t, N>)_mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
   }
 #endif
 #ifdef FASTJAC_F16C
   if constexpr (N == 8) {
-    store_as<uint16_t>(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-    return;
+    return (Lanes<uint16_t, N>)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
   }
 #endif
   using Bits = Lanes<uint32_t, N>;
@@ -278,7 +273,41 @@ inline void store(Half* p, const T& x) {
   const Bits large = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
   const Bits finite = magnitude < 0x38800000u ? denormal : normal;
   const Bits bits = (magnitude >= 0x477ff000u ? large : finite) | ((f >> 16) & 0x8000u);
-  store_as<uint16_t>(p, convert<uint16_t, N>(bits));
+  return convert<uint16_t, N>(bits);
+}
+// What the compiler takes a stored number for.
+template <typename scalar_t>
+using stored_t = std::conditional_t<sizeof(scalar_t) == 2, uint16_t, scalar_t>;
+
+template <typename scalar_t, typename T>
+inline void store(scalar_t* p, const T& x) {
+  store_as<stored_t<scalar_t>>(p, as_stored(p, x));
+}
+
+// The same, past the caches: memory is not read first. p is a multiple of what is written. Another thread
+// may read it after a stores_are_done().
+template <typename scalar_t, typename T>
+inline void store_past_caches(scalar_t* p, const T& x) {
+#ifdef FASTJAC_F16C
+  const auto bits = as_stored(p, x);
+#ifdef FASTJAC_AVX512
+  if constexpr (sizeof bits == 64) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(bits));
+  }
+#endif
+  if constexpr (sizeof bits == 32) {
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(bits));
+  }
+  if constexpr (sizeof bits == 16) {
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(bits));
+  }
+#endif
+  store(p, x);
+}
+inline void stores_are_done() {
+#ifdef FASTJAC_F16C
+  _mm_sfence();
+#endif
 }
 
 // How many lanes are there: all of them, or the first n.

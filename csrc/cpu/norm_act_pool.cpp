@@ -25,6 +25,7 @@ namespace fastjac::norm_act_pool {
 namespace {
 
 constexpr int64_t kGrain = 32768; // elements below which another thread costs more than it brings
+constexpr int64_t kCaches = 32 << 20; // bytes: a map of that size is not found in them again
 constexpr int64_t kMostChunks = 256; // of sums: enough for the threads, few enough to add up
 
 const Kernels& kernels() {
@@ -63,6 +64,7 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
   Maps m{};
   m.batch = g.batch, m.channels = g.channels;
   m.height = g.height, m.width = g.width;
+  m.bytes = u.numel() * static_cast<int64_t>(u.element_size());
   m.out_height = g.out_height, m.out_width = g.out_width;
   m.kernel = g.pool.kernel, m.stride = g.pool.stride, m.padding = g.pool.padding;
   m.channels_last = g.channels_last;
@@ -86,7 +88,16 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
   return m;
 }
 
-void run(Kernels::Run kernel, const Maps& m) {
+// Whether what m writes goes past the caches. In place u is in them: it was just read.
+bool past_caches(const Maps& m) {
+  const int64_t row = m.channels_last ? m.channels : m.height * m.width;
+  if (m.kernel > 1 || m.bytes < kCaches || row % kPadding != 0 || m.gu == m.u) return false;
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
+  return aligned(m.y) && aligned(m.gu) && aligned(m.gresidual);
+}
+
+void run(Kernels::Run kernel, Maps m) {
+  m.past_caches = past_caches(m);
   const int64_t elements = m.batch * m.channels * m.height * m.width / m.chunks;
   torch::stable::parallel_for(
       0, m.chunks, std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)),

@@ -22,6 +22,7 @@ constexpr int kPadding = 16; // vectors [C] are allocated up to a multiple of it
 
 struct Maps {
   int64_t batch, channels, height, width, out_height, out_width;
+  int64_t bytes; // of u
   int kernel, stride, padding;
   bool channels_last;
   Storage storage;
@@ -45,6 +46,10 @@ struct Maps {
   // [kParameters, padded C], in the accumulator type; for the statistics [padded C], near the mean.
   const void* parameters = nullptr;
   bool adds_d = true; // else neither of_d d nor the constant is added
+
+  // What is written without a pool goes past the caches: it is larger than they are, so memory would be read
+  // before it is written. All vectors of a map lie at multiples of their size.
+  bool past_caches = false;
 
   double* sums = nullptr; // [chunks of a channel, kSums, padded C]
   int64_t chunks = 0; // tasks: all chunks

@@ -92,6 +92,7 @@ void run(const Maps& m, int64_t begin, int64_t end) {
         }
       }
   );
+  if (m.past_caches) stores_are_done();
 }
 
 // Adds the lanes of x to N numbers in float64.

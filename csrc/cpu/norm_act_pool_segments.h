@@ -54,6 +54,8 @@ struct Kernel {
   scalar_t* const gresidual = static_cast<scalar_t*>(m.gresidual);
   scalar_t* const y = static_cast<scalar_t*>(m.y);
 
+  const bool past_caches = m.past_caches;
+
   // Else nothing is added for a d that is not finite, which times zero is not zero.
   const bool adds_d = m.adds_d;
 
@@ -93,6 +95,15 @@ struct Kernel {
     int64_t column = 0; // of the first output
     int first_line = 0; // of the window's first row
   };
+
+  // Writes to y, gu or gresidual.
+  template <typename X, typename Count>
+  FASTJAC_ALWAYS_INLINE void put(scalar_t* p, const X& x, Count count) const {
+    if constexpr (kKernel == 1 && std::is_same_v<Count, Whole>) {
+      if (past_caches) return store_past_caches(p, x);
+    }
+    store(p, x, count);
+  }
 
   // The parameters of a vector's channels, in registers: from memory they would be loaded again after each
   // store of the accumulator type.
@@ -442,7 +453,7 @@ struct Kernel {
 
   void forward(int64_t b, int64_t c, int64_t i) const {
     each_output<kZAlone>(b, c, i, [&](const auto& at, const auto& of) FASTJAC_INLINED {
-      store(y + at.out, choose<kZAlone>(at, of).a, at.count);
+      put(y + at.out, choose<kZAlone>(at, of).a, at.count);
     });
   }
 
@@ -501,7 +512,7 @@ struct Kernel {
       V<N> t = of.of_tu * x.tu;
       if constexpr (kAsked & kTheU) t += of.of_d * (x.u - of.mean) + of.constant;
       if (tresidual) t += x.tresidual;
-      store(y + at.out, gated<N>(x.z, t), at.count);
+      put(y + at.out, gated<N>(x.z, t), at.count);
       if (lanes) add<N>(2, at.lane, gated<N>(x.z, load<N>(gy + at.out, at.count)) * x.tu);
     });
   }
@@ -530,7 +541,7 @@ struct Kernel {
       int64_t in, const Held<N>& of, const V<N>& g, Count count, const V<N>& here
   ) const {
     constexpr bool kAny = kTerms == kWhatever;
-    if (kAny && gresidual) store(gresidual + in, g, count);
+    if (kAny && gresidual) put(gresidual + in, g, count);
     if (kAny && !gu) return;
     V<N> out = of.of_g * g;
     if (kAny ? adds_d : kTerms == kOfGAndD) {
@@ -538,7 +549,7 @@ struct Kernel {
     }
     if (kAny && tu) out += of.of_tu * load<N>(tu + in, count);
     if (kAny && curvature) out += load<N>(curvature + in, count);
-    store(gu + in, out, count);
+    put(gu + in, out, count);
   }
   // Contiguous: for the pixels of `count` pairs, at `in`.
   template <Terms kTerms>

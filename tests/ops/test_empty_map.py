@@ -1,14 +1,24 @@
-"""Where results of a MiB and more are in memory on a CPU: aligned, and ordinary tensors else."""
+"""Where large results are in memory on a CPU, and how they get there: aligned, ordinary tensors else."""
 
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastjac.ops import norm_act_pool, norm_act_pool_ref, window_crop, window_crop_ref
+from fastjac.ops import (
+    norm_act_pool,
+    norm_act_pool_backward,
+    norm_act_pool_pushforward,
+    norm_act_pool_ref,
+    window_crop,
+    window_crop_ref,
+)
 from fastjac.ops.winograd import winograd, winograd_ref
 
 SHAPE = (2, 33, 70, 67)  # 1.2 MiB in float32
@@ -93,3 +103,41 @@ def test_the_pages_of_a_large_result_are_asked_to_be_huge():
             flags = line.split()[1:]
     assert flags is not None, "the map's memory is not listed"
     assert "hg" in flags
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("channels", "side"), [(48, 148), (47, 150)])
+def test_a_result_beyond_the_caches_has_the_bits_of_its_images(dtype, layout, channels, side):
+    """From 32 MiB on a map is written past the caches, if a vector's places in it are aligned."""
+    torch.manual_seed(0)
+    batch = 16 // dtype.itemsize * 2
+    shape = (batch, channels, side, side)
+    u, residual, gy, tu = (torch.randn(shape).to(dtype).to(memory_format=layout) for _ in range(4))
+    assert u.nbytes >= 2**25 > 2 * u[:1].nbytes
+    parameters = (torch.linspace(x, 1, channels) for x in (0.5, -1, -0.1, 2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    options = (*(x.to(wide) for x in parameters), "relu", 0.0, "none")
+
+    def results(images: slice) -> list[torch.Tensor]:
+        x, r, g, t = (m[images] for m in (u, residual, gy, tu))
+        gradients = [True, True, False, False]
+        return [
+            norm_act_pool(x, r, *options),
+            *norm_act_pool_backward(g, x, r, *options, False, None, None, gradients)[:2],
+            norm_act_pool_pushforward(t, r, g, x, r, *options, "fixed", False)[0],
+        ]
+
+    whole = results(slice(None))
+    for image in range(batch):
+        for got, expected in zip(whole, results(slice(image, image + 1)), strict=True):
+            assert torch.equal(got[image : image + 1], expected)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_so_it_has_with_any_instruction_set(isa):
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "bits_of_its_images", __file__]
+    env = {**os.environ, "FASTJAC_CPU_ISA": isa}
+    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout
+    assert "16 passed" in out.stdout
