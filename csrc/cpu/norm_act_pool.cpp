@@ -140,6 +140,16 @@ struct ChunkSums {
   }
 };
 
+// Has the reduce pass keep for the write pass what it can of the 3x3 windows that gy is of.
+std::unique_ptr<int8_t[]> keep_chosen(Maps& m, const Tensor& gy) {
+  const bool steps = m.activation == Activation::kNone || m.activation == Activation::kRelu ||
+                     m.activation == Activation::kRelu6; // act' is 0 or 1
+  if (m.kernel != 3 || !steps) return nullptr;
+  std::unique_ptr<int8_t[]> chosen(new int8_t[gy.numel()]);
+  m.chosen = chosen.get();
+  return chosen;
+}
+
 // The vectors of parameters, padded.
 template <typename acc_t>
 class Parameters {
@@ -346,12 +356,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_to(
     std::vector<double> sums(kSums * m.padded_channels, 0);
     std::unique_ptr<int8_t[]> chosen;
     if ((training && mask[0]) || mask[2] || mask[3]) {
-      const bool steps = act == Activation::kNone || act == Activation::kRelu ||
-                         act == Activation::kRelu6; // act' is 0 or 1
-      if (g.pool.kernel == 3 && steps && (mask[0] || mask[1])) {
-        chosen.reset(new int8_t[gy.numel()]);
-        m.chosen = chosen.get();
-      }
+      if (mask[0] || mask[1]) chosen = keep_chosen(m, gy);
       ChunkSums chunks(m);
       run(kernels().reduce, m);
       sums = chunks.total();
@@ -478,7 +483,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_pushforward_cpu(
     };
     std::vector<double> sums(kSums * m.padded_channels, 0);
     ChunkSums chunks(m);
+    std::unique_ptr<int8_t[]> chosen;
     if (batch) {
+      if (with_curvature) chosen = keep_chosen(m, gy);
       run(kernels().reduce, m);
       sums = chunks.total();
       m.sums = nullptr;
