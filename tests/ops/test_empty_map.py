@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -105,12 +106,20 @@ def test_the_pages_of_a_large_result_are_asked_to_be_huge():
     assert "hg" in flags
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("channels", "side"), [(48, 148), (47, 150)])
-def test_a_result_beyond_the_caches_has_the_bits_of_its_images(dtype, layout, channels, side):
+CASES = list(
+    itertools.product(
+        [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+        LAYOUTS,
+        [(48, 148), (47, 150)],
+    )
+)
+
+
+@pytest.mark.parametrize(("dtype", "layout", "sizes"), CASES)
+def test_a_result_beyond_the_caches_has_the_bits_of_its_images(dtype, layout, sizes):
     """From 32 MiB on a map is written past the caches, if a vector's places in it are aligned."""
     torch.manual_seed(0)
+    channels, side = sizes
     batch = 16 // dtype.itemsize * 2
     shape = (batch, channels, side, side)
     u, residual, gy, tu = (torch.randn(shape).to(dtype).to(memory_format=layout) for _ in range(4))
@@ -136,8 +145,15 @@ def test_a_result_beyond_the_caches_has_the_bits_of_its_images(dtype, layout, ch
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_so_it_has_with_any_instruction_set(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "bits_of_its_images", __file__]
+    test = test_a_result_beyond_the_caches_has_the_bits_of_its_images.__name__
+    code = (
+        f"import importlib.util as u; s = u.spec_from_file_location('t', {__file__!r}); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); "
+        f"[m.{test}(*case) for case in m.CASES]; "
+        "from fastjac.info import report; print(report())"
+    )
     env = {**os.environ, "FASTJAC_CPU_ISA": isa}
-    out = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stdout
-    assert "16 passed" in out.stdout
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    if f"yes, {isa}" not in out.stdout:
+        pytest.skip(f"the CPU operators do not run on {isa} here:\n{out.stdout}")
