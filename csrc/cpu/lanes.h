@@ -8,6 +8,7 @@
 // (isa.h's for_isa serves plain loops: the compiler splits these vectors before it inlines them there.)
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -145,6 +146,17 @@ template <typename M, typename T>
 inline T select(const M& where, const T& a, const T& b) {
   return where ? a : b;
 }
+template <typename M>
+inline bool any(const M& where) {
+#ifdef FASTJAC_F16C
+  if constexpr (sizeof(M) == 32) return !_mm256_testz_si256((__m256i)where, (__m256i)where);
+#endif
+  constexpr int kParts = sizeof(M) / sizeof(int64_t);
+  const auto parts = bit_cast<Lanes<int64_t, kParts>>(where);
+  int64_t all = 0;
+  for (int i = 0; i < kParts; ++i) all |= parts[i];
+  return all != 0;
+}
 template <typename M, typename T>
 inline T add_where(const M& where, const T& a, const T& b) {
   return a + (where ? b : T{});
@@ -165,6 +177,9 @@ inline Mask16 operator&(Mask16 a, Mask16 b) {
 }
 inline Mask16 operator~(Mask16 a) {
   return {_knot_mask16(a.bits)};
+}
+inline bool any(Mask16 a) {
+  return a.bits != 0;
 }
 inline Mask16 greater(const Floats16& a, const Floats16& b) {
   return {_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ)};
@@ -360,6 +375,12 @@ inline void store_raw(T* p, const V& x, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = there[i];
 }
 
+// Of neighbours in memory, lane by lane.
+template <typename T>
+struct Pair {
+  T first, second;
+};
+
 // Lanes 0, 2, 4, ... or 1, 3, 5, ... of a and b one after the other.
 template <int kFirst, typename T, int... i>
 inline T every_other(const T& a, const T& b, std::integer_sequence<int, i...>) {
@@ -370,6 +391,58 @@ template <int kFirst, typename T, int... i>
 inline T interleaved(const T& a, const T& b, std::integer_sequence<int, i...>) {
   constexpr int N = sizeof...(i);
   return __builtin_shufflevector(a, b, ((kFirst + i) / 2 + (i % 2) * N)...);
+}
+// The last lane of a, and those of b but the last.
+template <typename T, int... i>
+inline T moved_up(const T& a, const T& b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (int(sizeof...(i)) - 1 + i)...);
+}
+
+// Whether two of them are the halves of 32 bits, the lower one first.
+template <typename scalar_t>
+constexpr bool kHalves =
+    std::is_same_v<scalar_t, BFloat16> && std::endian::native == std::endian::little;
+
+// 2 N consecutive numbers, every other one of them in a vector.
+template <int N, typename scalar_t>
+inline auto load_pairs(const scalar_t* p, Whole) {
+  using V = Lanes<accumulator_t<scalar_t>, N>;
+  if constexpr (kHalves<scalar_t>) {
+    using Bits = Lanes<uint32_t, N>;
+    const Bits both = load_raw<N, uint32_t>(p);
+    return Pair<V>{bit_cast<V>(Bits(both << 16)), bit_cast<V>(Bits(both & 0xffff0000u))};
+  } else {
+    constexpr auto all = std::make_integer_sequence<int, N>();
+    const V low = load<N>(p), high = load<N>(p + N);
+    return Pair<V>{every_other<0>(low, high, all), every_other<1>(low, high, all)};
+  }
+}
+// The first n of them; those that are not there are zero.
+template <int N, typename scalar_t>
+inline auto load_pairs(const scalar_t* p, Part part) {
+  scalar_t there[2 * N] = {};
+  for (int64_t i = 0; i < part.n; ++i) there[i] = p[i];
+  return load_pairs<N>(there, Whole{});
+}
+template <typename scalar_t, typename V>
+inline void store_pairs(scalar_t* p, const Pair<V>& x, Whole) {
+  constexpr int N = sizeof(V) / sizeof(accumulator_t<scalar_t>);
+  if constexpr (kHalves<scalar_t>) {
+    using Bits = Lanes<uint32_t, N>;
+    const Bits low = to_bfloat16(bit_cast<Bits>(x.first));
+    const Bits high = to_bfloat16(bit_cast<Bits>(x.second));
+    store_as<uint16_t>(p, Bits(low | (high << 16)));
+  } else {
+    constexpr auto all = std::make_integer_sequence<int, N>();
+    store(p, interleaved<0>(x.first, x.second, all));
+    store(p + N, interleaved<N>(x.first, x.second, all));
+  }
+}
+template <typename scalar_t, typename V>
+inline void store_pairs(scalar_t* p, const Pair<V>& x, Part part) {
+  scalar_t there[2 * sizeof(V) / sizeof(accumulator_t<scalar_t>)];
+  store_pairs(there, x, Whole{});
+  for (int64_t i = 0; i < part.n; ++i) p[i] = there[i];
 }
 
 // exp(x), to two units in the last place. In float64 it is the C library's, one lane after the other.

@@ -1,13 +1,14 @@
 // norm_act_pool's kernels on the CPU, for one instruction set (lanes.h says how it is compiled): what
-// is done with a segment, norm_act_pool_segments.h, for ranges of chunks, and the statistics. The
-// formulas are in common/norm_act_pool.h, the division of the work in norm_act_pool.h.
+// norm_act_pool_disjoint.h and norm_act_pool_overlapping.h do with segments, for ranges of chunks, and the
+// statistics. The formulas are in common/norm_act_pool.h, the division of the work in norm_act_pool.h.
 #pragma once
 
 #include <cstdlib>
 
 #include "lanes.h"
 #include "norm_act_pool.h"
-#include "norm_act_pool_segments.h"
+#include "norm_act_pool_disjoint.h"
+#include "norm_act_pool_overlapping.h"
 
 namespace fastjac::norm_act_pool::FASTJAC_TARGET_NAME {
 namespace {
@@ -55,44 +56,60 @@ enum class Pass { kForward, kReduce, kPushforward, kWrite };
 
 template <Pass kPass, typename scalar_t, int kKernel, bool kRelu, bool kLast>
 void run(const Maps& m, int64_t begin, int64_t end) {
-  using K = Kernel<scalar_t, kKernel, kRelu, kLast>;
+  constexpr bool kOverlap = kKernel == 3;
+  using K = std::conditional_t<
+      kOverlap, Overlapping<scalar_t, kRelu, kLast>, Disjoint<scalar_t, kKernel, kRelu, kLast>>;
   using acc_t = typename K::acc_t;
   using index_t = typename K::index_t;
   K k(m);
   const bool sums = kPass == Pass::kReduce || (kPass == Pass::kPushforward && m.sums);
-  constexpr bool kOverlap = kPass == Pass::kWrite && kKernel == 3;
-  const int64_t size = kOverlap ? k.row_size() : 0;
-  Scratch<acc_t> numbers(sums ? kSums * k.lanes_stride : 2 * size);
-  Scratch<index_t> indices(2 * size);
-  if (sums) k.lanes = numbers.data;
-  Scratch<acc_t> lines(K::kLines * k.line);
-  k.lines = lines.data;
-  for (int64_t i = 0; i < 2 * size; ++i) indices.data[i] = K::kNothing;
-  const int64_t most_held = k.most_held();
-  int64_t held = 0;
-  each_range<kLast>(
-      m, begin, end,
-      [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last, bool done) {
-        if constexpr (!kLast) k.at_channel(c);
-        if constexpr (kOverlap) {
-          acc_t* const g = numbers.data;
-          index_t* const which = indices.data;
-          k.write_overlapping(b, c, first, last, {g, which}, {g + size, which + size});
-        } else {
+  Scratch<acc_t> lanes(sums ? kSums * k.lanes_stride : 0);
+  if (sums) k.lanes = lanes.data;
+  const auto flush = [&](double* out, int64_t c) {
+    if constexpr (kPass == Pass::kReduce) k.flush(out, c, 0, m.tu ? kSums : 2);
+    if constexpr (kPass == Pass::kPushforward) k.flush(out, c, 2, 3); // of g tu alone
+  };
+  if constexpr (kOverlap) {
+    Scratch<acc_t> kept(2 * K::kParts * k.places);
+    k.kept = kept.data;
+    Scratch<acc_t> row_sums(sums ? kSums * k.lanes_stride : 0);
+    k.row_sums = row_sums.data;
+    const int64_t size = kPass == Pass::kWrite ? k.row_size() : 0;
+    Scratch<acc_t> g(2 * size);
+    Scratch<index_t> which(2 * size);
+    for (int64_t i = 0; i < 2 * size; ++i) which.data[i] = K::kNothing;
+    each_range<kLast>(
+        m, begin, end, [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last, bool) {
+          if constexpr (!kLast) k.at_channel(c);
+          if constexpr (kPass == Pass::kForward) k.forward(b, c, first, last);
+          if constexpr (kPass == Pass::kReduce) k.reduce(b, c, first, last);
+          if constexpr (kPass == Pass::kPushforward) k.pushforward(b, c, first, last);
+          if constexpr (kPass == Pass::kWrite) {
+            k.write(b, c, first, last, {g.data, which.data}, {g.data + size, which.data + size});
+          }
+          if (sums) flush(out, c);
+        }
+    );
+  } else {
+    const int64_t most_held = k.most_held();
+    int64_t held = 0;
+    each_range<kLast>(
+        m, begin, end,
+        [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last, bool done) {
+          if constexpr (!kLast) k.at_channel(c);
           for (int64_t i = first; i < last; ++i) {
             if constexpr (kPass == Pass::kForward) k.forward(b, c, i);
             if constexpr (kPass == Pass::kReduce) k.reduce(b, c, i);
             if constexpr (kPass == Pass::kPushforward) k.pushforward(b, c, i);
             if constexpr (kPass == Pass::kWrite) k.write(b, c, i);
             if (!sums || (++held < most_held && !(done && i == last - 1))) continue;
-            if constexpr (kPass == Pass::kReduce) k.flush(out, c, 0, m.tu ? kSums : 2);
-            if constexpr (kPass == Pass::kPushforward) k.flush(out, c, 2, 3); // of g tu alone
+            flush(out, c);
             held = 0;
           }
         }
-      }
-  );
-  if (m.past_caches) stores_are_done();
+    );
+    if (m.past_caches) stores_are_done();
+  }
 }
 
 // Adds the lanes of x to N numbers in float64.

@@ -1,0 +1,417 @@
+// What norm_act_pool's kernels do with segments (norm_act_pool.h says what those are) where windows share
+// pixels: 3x3 of stride 2.
+//
+// Windows i have the rows 2 i - padding of pixels, the one below it, and one more, which is the first row of
+// windows i + 1; columns likewise. What they choose of a row of pixels is found once, and of the shared row
+// kept for the next windows. Where a first or a last row or column lies outside the map, the middle one is
+// looked at twice, and does not replace itself.
+//
+// NaNs cost a comparison each, so vectors are looked through as if there were none; where there was one,
+// they are looked through again.
+#pragma once
+
+#include "norm_act_pool_pixels.h"
+
+namespace fastjac::norm_act_pool::FASTJAC_TARGET_NAME {
+namespace {
+
+template <typename scalar_t, bool kRelu, bool kLast>
+struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
+  using P = Pixels<scalar_t, 3, kRelu, kLast>;
+  using P::add, P::gated, P::held, P::P;
+  using P::L, P::kNothing, P::m, P::pixel, P::row, P::u, P::tu, P::gy, P::y, P::lanes, P::adds_d;
+  using typename P::acc_t, typename P::index_t, typename P::V, typename P::I, typename P::Held;
+  using typename P::Choice, typename P::Tap, typename P::Terms;
+
+  // What the windows of a row chose of the row of pixels that they share with the row above, and of the one
+  // that they share with the row below: [2, kParts, places].
+  static constexpr int kParts = 6; // a Tap's, and which it is
+  acc_t* kept = nullptr;
+  const int64_t places = (m.out_width * (kLast ? m.padded_channels : 1) + L - 1) / L * L;
+  // That which row i shares with the row above.
+  acc_t* kept_above(int64_t i) const {
+    return kept + i % 2 * kParts * places;
+  }
+  template <int kAsked>
+  FASTJAC_ALWAYS_INLINE void keep(acc_t* at, const Choice& x) const {
+    const auto next = [&](const auto& part) FASTJAC_INLINED {
+      store_as<acc_t>(at, part);
+      at += places;
+    };
+    this->template each_part<kAsked>(next, x.at);
+    if constexpr (kAsked & kWhich) next(x.which);
+  }
+  template <int kAsked>
+  FASTJAC_ALWAYS_INLINE void recall(Choice& x, const acc_t* at) const {
+    const auto next = [&](auto& part) FASTJAC_INLINED {
+      part = bit_cast<std::remove_reference_t<decltype(part)>>(load_raw<L, acc_t>(at));
+      at += places;
+    };
+    this->template each_part<kAsked>(next, x.at);
+    if constexpr (kAsked & kWhich) next(x.which);
+  }
+
+  // The windows' three pixels in a row, and which of them the first and the last are: 0 and 2, or where there
+  // is no such pixel 1, and the middle one stands in its place.
+  struct Three {
+    Tap left, middle, right;
+    I first, last;
+  };
+  template <int kAsked, bool kNan>
+  FASTJAC_ALWAYS_INLINE void choose_among(Choice& best, const Three& x) const {
+    this->template copy<kAsked>(best.at, x.left);
+    best.which = x.first;
+    this->template merge<kAsked, kNan>(best, x.middle, I{} + index_t(1));
+    this->template merge<kAsked, kNan>(best, x.right, x.last);
+  }
+
+  // A vector of windows in a row.
+  struct At {
+    int64_t out; // from the row's first output on
+    int64_t lane; // of the sums
+    int64_t place; // in what is kept
+  };
+  // The middle pixel of a row's first windows, in row h of pixels.
+  int64_t middle_of_first(int64_t image, int64_t h) const {
+    return (image * m.height + h) * row + (1 - m.padding) * pixel;
+  }
+  // f(At, held, Three[kRows], count) for the windows of a row: what they have of rows of pixels. `in`: the
+  // first windows' middle pixels there.
+  template <int kAsked, int kRows, typename F>
+  FASTJAC_ALWAYS_INLINE void each_three(const int64_t (&in)[kRows], const F& f) const {
+    const int64_t pixels = m.width - (1 - m.padding); // from the first middle one on
+    if constexpr (kLast) {
+      for (int64_t j = 0; j < m.out_width; ++j) {
+        const int64_t left = j == 0 && m.padding ? 0 : pixel;
+        const int64_t right = 2 * j + 1 < pixels ? pixel : 0;
+        const I first = I{} + index_t(left ? 0 : 1), last = I{} + index_t(right ? 2 : 1);
+        this->each_vector([&](int64_t k, auto count) FASTJAC_INLINED {
+          const Held of = held(k);
+          Three x[kRows];
+#pragma GCC unroll 2
+          for (int h = 0; h < kRows; ++h) {
+            const int64_t at = in[h] + 2 * j * pixel + k;
+            this->template look<kAsked>(x[h].left, at - left, of, count);
+            this->template look<kAsked>(x[h].middle, at, of, count);
+            this->template look<kAsked>(x[h].right, at + right, of, count);
+            x[h].first = first;
+            x[h].last = last;
+          }
+          f(At{j * pixel + k, k, j * m.padded_channels + k}, of, x, count);
+        });
+      }
+    } else {
+      const Held of = held(0);
+      Tap left[kRows]; // the pixel to the left of the next windows', in the last lane
+#pragma GCC unroll 2
+      for (int h = 0; h < kRows; ++h) {
+        this->template look_with<kAsked>(left[h], of, [&](const scalar_t* map) FASTJAC_INLINED {
+          return V{} + load<1>(map + in[h] - (m.padding ? 0 : 1));
+        });
+      }
+      const index_t of_first[L] = {m.padding ? 1 : 0};
+      I first = load_raw<L, index_t>(of_first);
+      const auto step = [&](int64_t j, auto count, auto of_pixels) FASTJAC_INLINED {
+        Three x[kRows];
+#pragma GCC unroll 2
+        for (int h = 0; h < kRows; ++h) {
+          const int64_t at = in[h] + 2 * j;
+          this->template look_at_both<kAsked>(x[h].middle, x[h].right, at, of, of_pixels);
+          this->template each_part<kAsked>(
+              [](V& before, V& last, const V& right) FASTJAC_INLINED {
+                before = moved_up(last, right, std::make_integer_sequence<int, L>());
+                last = right;
+              },
+              x[h].left, left[h], x[h].right
+          );
+          x[h].first = first;
+          x[h].last = I{} + index_t(2);
+          if constexpr (!std::is_same_v<decltype(of_pixels), Whole>) {
+            if (of_pixels.n % 2 != 0) repeat_middle<kAsked>(x[h], of_pixels.n / 2);
+          }
+        }
+        first = I{};
+        f(At{j, j % kPadding, j}, of, x, count);
+      };
+      int64_t j = 0;
+      for (; j + L <= m.out_width && 2 * (j + L) <= pixels; j += L) step(j, Whole{}, Whole{});
+      for (; j < m.out_width; j += L) {
+        const int64_t n = least(L, m.out_width - j);
+        step(j, Part{n}, Part{least(2 * n, pixels - 2 * j)});
+      }
+    }
+  }
+  // Contiguous: in lane `lane` there is no right pixel.
+  template <int kAsked>
+  void repeat_middle(Three& x, int64_t lane) const {
+    index_t lanes_[L] = {};
+    lanes_[lane] = 1;
+    const auto missing = greater(load_raw<L, index_t>(lanes_), I{});
+    this->template each_part<kAsked>(
+        [&](V& to, const V& from) { to = select(missing, from, to); }, x.right, x.middle
+    );
+    x.last = select(missing, I{} + index_t(1), x.last);
+  }
+
+  // Of a row: [kSums, stride]. Contiguous: in kPadding lanes, whatever L is.
+  acc_t* row_sums = nullptr;
+
+  // Row i of the windows: f(out, held, choice, count, sum), which calls sum(which, its terms) for those of
+  // [kFirst, kEnd) that g is in. False, and nothing is added: there were NaNs, and !kNan.
+  template <int kAsked, bool kNan, int kFirst, int kEnd, typename F>
+  bool look_at_row(int64_t image, int64_t i, const F& f) const {
+    const int64_t h = 2 * i + 1 - m.padding;
+    const bool last = h + 1 == m.height; // the windows' last row is missing
+    const int64_t middle = middle_of_first(image, h), below = last ? middle : middle + row;
+    const int64_t out = (image * m.out_height + i) * m.out_width * pixel;
+    acc_t *const from_above = kept_above(i), *const for_below = kept_above(i + 1);
+    const I of_middle = I{} + index_t(3), of_below = I{} + index_t(last ? 3 : 6);
+    auto nan = unordered(V{}, V{});
+    each_three<kAsked, 2>(
+        {middle, below},
+        [&](const At& at, const Held& of, const auto& x, auto count) FASTJAC_INLINED {
+          if constexpr (!kNan) {
+            for (const Three& three : x) {
+              nan = nan | unordered(P::key(three.left), P::key(three.middle)) |
+                    unordered(P::key(three.right));
+            }
+          }
+          Choice best, next;
+          recall<kAsked>(best, from_above + at.place);
+          choose_among<kAsked, kNan>(next, x[0]);
+          this->template merge<kAsked, kNan>(best, next.at, I(next.which + of_middle));
+          choose_among<kAsked, kNan>(next, x[1]);
+          keep<kAsked>(for_below + at.place, next);
+          this->template merge<kAsked, kNan>(best, next.at, I(next.which + of_below));
+          f(out + at.out, of, best, count, [&](int sum, const V& terms) FASTJAC_INLINED {
+            acc_t* to = row_sums + sum * this->lanes_stride + at.lane;
+            store(to, V(load<L>(to) + terms));
+          });
+        }
+    );
+    const bool again = !kNan && any(nan);
+    for (int sum = kFirst; lanes && sum < kEnd; ++sum) {
+      for (int64_t k = 0; k < (kLast ? m.padded_channels : kPadding); k += L) {
+        acc_t* from = row_sums + sum * this->lanes_stride + k;
+        if (!again) add(sum, k, load<L>(from));
+        store(from, V{});
+      }
+    }
+    return !again;
+  }
+  template <int kAsked, int kFirst, int kEnd, typename F>
+  void row_of_windows(int64_t image, int64_t i, const F& f) const {
+    if (look_at_row<kAsked, false, kFirst, kEnd>(image, i, f)) return;
+    look_at_row<kAsked, true, kFirst, kEnd>(image, i, f);
+  }
+  // Finds what row i of the windows shares with the row above; where there is nothing above, its middle row
+  // stands there.
+  template <int kAsked>
+  void look_above(int64_t image, int64_t i) const {
+    const bool missing = 2 * i < m.padding;
+    const int64_t in = middle_of_first(image, missing ? 0 : 2 * i - m.padding);
+    each_three<kAsked, 1>(
+        {in}, [&](const At& at, const Held&, const auto& x, auto) FASTJAC_INLINED {
+          Choice best;
+          choose_among<kAsked, true>(best, x[0]);
+          if (missing) best.which += 3;
+          keep<kAsked>(kept_above(i) + at.place, best);
+        }
+    );
+  }
+  int64_t image_of(int64_t b, int64_t c) const {
+    return kLast ? b : b * m.channels + c;
+  }
+  template <int kAsked, int kFirst, int kEnd, typename F>
+  void rows_of_windows(int64_t b, int64_t c, int64_t begin, int64_t end, const F& f) const {
+    const int64_t image = image_of(b, c);
+    look_above<kAsked>(image, begin);
+    for (int64_t i = begin; i < end; ++i) {
+      row_of_windows<kAsked, kFirst, kEnd>(image, i, f);
+      // while its pixels are in the caches
+      if constexpr (kEnd == kSums) this->add_tangents(b, c, i);
+    }
+  }
+
+  // Each: segments [begin, end) of image b, channel c.
+
+  void forward(int64_t b, int64_t c, int64_t begin, int64_t end) const {
+    rows_of_windows<kZAlone, 0, 0>(
+        b, c, begin, end,
+        [&](int64_t out, const Held&, const Choice& x, auto count, const auto&)
+            FASTJAC_INLINED { store(y + out, this->output(x.at), count); }
+    );
+  }
+
+  void reduce(int64_t b, int64_t c, int64_t begin, int64_t end) const {
+    if (tu) {
+      reduce_with<true>(b, c, begin, end);
+    } else {
+      reduce_with<false>(b, c, begin, end);
+    }
+  }
+  template <bool kTangent>
+  void reduce_with(int64_t b, int64_t c, int64_t begin, int64_t end) const {
+    constexpr int kAsked = kTheU | kWhich | (kTangent ? kTheTangents : 0);
+    rows_of_windows<kAsked, 0, kTangent ? kSums : 2>(
+        b, c, begin, end,
+        [&](int64_t out, const Held& of, const Choice& x, auto count, const auto& sum)
+            FASTJAC_INLINED {
+              const V g = gated(x.at.z, load<L>(gy + out, count));
+              if (m.chosen) {
+                const V open = gated(x.at.z, V{} + acc_t(1));
+                const I which = select(greater(open, V{}), x.which, I{} + kNothing);
+                store_raw(m.chosen + out, to_bytes<L>(which), count);
+              }
+              sum(0, g);
+              sum(1, g * (x.at.u - of.mean));
+              if constexpr (kTangent) sum(2, g * x.at.tu);
+            }
+    );
+  }
+
+  void pushforward(int64_t b, int64_t c, int64_t begin, int64_t end) const {
+    if (adds_d) {
+      pushforward_with<kTheTangents | kTheU>(b, c, begin, end);
+    } else {
+      pushforward_with<kTheTangents>(b, c, begin, end);
+    }
+  }
+  template <int kAsked>
+  void pushforward_with(int64_t b, int64_t c, int64_t begin, int64_t end) const {
+    rows_of_windows<kAsked, 2, 3>(
+        b, c, begin, end,
+        [&](int64_t out, const Held& of, const Choice& x, auto count, const auto& sum)
+            FASTJAC_INLINED {
+              store(y + out, this->template output_tangent<kAsked>(x.at, of), count);
+              if (lanes) sum(2, gated(x.at.z, load<L>(gy + out, count)) * x.at.tu);
+            }
+    );
+  }
+
+  // What the windows of a row chose, and their g: [1 + w + 2, C] or [1 + w + 2]. The first and the last two
+  // are of windows that do not exist, and chose nothing.
+  struct Row {
+    acc_t* g;
+    index_t* which;
+  };
+  int64_t row_size() const {
+    return (m.out_width + 3) * pixel;
+  }
+
+  void choose_row(int64_t image, int64_t i, const Row& to) const {
+    const int64_t begin = (image * m.out_height + i) * m.out_width * pixel;
+    if (m.chosen) {
+      const auto copy = [&](int64_t k, auto count) {
+        const auto which = load_indices<L>(m.chosen + begin + k, count);
+        store(to.g + pixel + k, load<L>(gy + begin + k, count), count);
+        store_raw(to.which + pixel + k, from_bytes<index_t, L>(which), count);
+      };
+      const int64_t n = m.out_width * pixel;
+      int64_t k = 0;
+      for (; k + L <= n; k += L) copy(k, Whole{});
+      if (k < n) copy(k, Part{n - k});
+      return;
+    }
+    row_of_windows<kWhich, 0, 0>(
+        image, i,
+        [&](int64_t out, const Held&, const Choice& x, auto count, const auto&) FASTJAC_INLINED {
+          const int64_t place = out - begin + pixel;
+          store(to.g + place, gated(x.at.z, load<L>(gy + out, count)), count);
+          store_raw(to.which + place, x.which, count);
+        }
+    );
+  }
+
+  // The cotangents of the middle and the right pixels of the windows at `at`, in a row of pixels that is row
+  // kUpper of the windows of `upper`, and if kShared row 0 of those of `lower`.
+  template <int kUpper, bool kShared, typename Count>
+  FASTJAC_ALWAYS_INLINE Pair<V> gathered(
+      const Row& upper, const Row& lower, int64_t at, Count count
+  ) const {
+    Pair<V> g{};
+    const auto see = [&](const Row& from, int first) FASTJAC_INLINED {
+      const auto tap = [&](int w) { return I{} + index_t(first + w); };
+      const I here = load_indices<L>(from.which + at, count);
+      const I next = load_indices<L>(from.which + at + pixel, count);
+      const V gy = load<L>(from.g + at, count), gy_next = load<L>(from.g + at + pixel, count);
+      g.first = add_where(equal(here, tap(1)), g.first, gy);
+      g.second = add_where(equal(here, tap(2)), g.second, gy);
+      g.second = add_where(equal(next, tap(0)), g.second, gy_next);
+    };
+    see(upper, 3 * kUpper);
+    if constexpr (kShared) see(lower, 0);
+    return g;
+  }
+
+  template <Terms kTerms, int kUpper, bool kShared>
+  void emit_row(int64_t image, int64_t h, const Row& upper, const Row& lower) const {
+    const int64_t in = (image * m.height + h) * row;
+    const auto pair = [&](int64_t at, auto count) FASTJAC_INLINED {
+      return gathered<kUpper, kShared>(upper, lower, at, count);
+    };
+    // Column w is the middle of window (w + padding - 1) / 2, whose place is one more.
+    const auto place = [&](int64_t w) { return (w + m.padding + 1) / 2 * pixel; };
+    if constexpr (kLast) {
+      for (int64_t w = 1 - m.padding; w < m.width; w += 2) {
+        const bool right = w + 1 < m.width;
+        this->each_vector([&](int64_t k, auto count) FASTJAC_INLINED {
+          const Pair<V> g = pair(place(w) + k, count);
+          const int64_t at = in + w * pixel + k;
+          if (right) {
+            this->template emit_pair<kTerms>(at, held(k), g, count);
+          } else {
+            this->template emit<kTerms>(at, held(k), g.first, count);
+          }
+        });
+      }
+      if (m.padding) return;
+      this->each_vector([&](int64_t k, auto count) {
+        this->template emit<kTerms>(in + k, held(k), pair(k, count).second, count);
+      });
+    } else {
+      const Held all = held(0);
+      if (!m.padding) this->template emit<kTerms>(in, all, pair(0, Whole{}).second, Part{1});
+      for (int64_t w = 1 - m.padding; w < m.width; w += 2 * L) {
+        const Pair<V> g = pair(place(w), Whole{});
+        if (w + 2 * L <= m.width) {
+          this->template emit_pair<kTerms>(in + w, all, g, Whole{});
+        } else {
+          this->template emit_pair<kTerms>(in + w, all, g, Part{m.width - w});
+        }
+      }
+    }
+  }
+
+  void write(int64_t b, int64_t c, int64_t begin, int64_t end, Row above, Row here) const {
+    this->with_terms([&](auto terms)
+                         FASTJAC_INLINED { write_terms<terms()>(b, c, begin, end, above, here); });
+  }
+  template <Terms kTerms>
+  void write_terms(int64_t b, int64_t c, int64_t begin, int64_t end, Row above, Row here) const {
+    const int64_t image = image_of(b, c);
+    if (!m.chosen) look_above<kWhich>(image, most(0, begin - 1));
+    if (begin > 0) choose_row(image, begin - 1, above);
+    for (int64_t i = begin; i < end; ++i) {
+      choose_row(image, i, here);
+      const int64_t top = 2 * i - m.padding;
+      if (i > 0) {
+        emit_row<kTerms, 2, true>(image, top, above, here);
+      } else if (top >= 0) {
+        emit_row<kTerms, 0, false>(image, top, here, here);
+      }
+      if (top + 1 < m.height) emit_row<kTerms, 1, false>(image, top + 1, here, here);
+      const Row next = above;
+      above = here;
+      here = next;
+    }
+    if (end < m.segments) return;
+    const int64_t next = 2 * end - m.padding;
+    if (next >= m.height) return;
+    emit_row<kTerms, 2, false>(image, next, above, above);
+    this->template emit_none<kTerms>(b, c, (next + 1) * m.width, (m.height - next - 1) * m.width);
+  }
+};
+
+} // namespace
+} // namespace fastjac::norm_act_pool::FASTJAC_TARGET_NAME
