@@ -5,7 +5,6 @@
 // first lines, names it in FASTJAC_TARGET_NAME, which becomes the namespace of all that depends on it
 // (two functions of one name, compiled differently, would be one to the linker), and the width of its
 // registers in FASTJAC_VECTOR_BYTES. It calls no template of PyTorch or of the standard library.
-// (isa.h's for_isa serves plain loops: the compiler splits these vectors before it inlines them there.)
 #pragma once
 
 #include <bit>
@@ -227,6 +226,16 @@ inline Lanes<float, N> load(const BFloat16* p) {
     return bit_cast<Floats16>(Lanes<uint32_t, 16>((Lanes<uint32_t, 16>)wide << 16));
   }
 #endif
+#ifdef FASTJAC_F16C
+  if constexpr (N == 8) { // each half of the register takes its four of all eight, above zeros
+    const __m256i twice = _mm256_broadcastsi128_si256((__m128i)load_raw<2, long long>(p));
+    const __m256i places = _mm256_setr_epi8(
+        -1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, //
+        -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15
+    );
+    return (Lanes<float, 8>)_mm256_shuffle_epi8(twice, places);
+  }
+#endif
   const auto bits = convert<uint32_t, N>(load_raw<N, uint16_t>(p)) << 16;
   return bit_cast<Lanes<float, N>>(bits);
 }
@@ -264,6 +273,14 @@ inline Lanes<uint16_t, N> as_stored(const BFloat16*, const T& x) {
 #ifdef FASTJAC_AVX512
   if constexpr (N == 16) {
     return (Lanes<uint16_t, N>)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)bits);
+  }
+#endif
+#ifdef FASTJAC_F16C
+  if constexpr (N == 8) {
+    const __m256i wide = (__m256i)bits;
+    return (Lanes<uint16_t, N>)_mm_packus_epi32(
+        _mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)
+    );
   }
 #endif
   return convert<uint16_t, N>(bits);
