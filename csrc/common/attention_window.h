@@ -21,18 +21,18 @@ template <bool kSquare, typename acc_t>
 struct Magnitude {
   acc_t p;
 
-  FASTJAC_HOST_DEVICE acc_t value(acc_t z) const {
+  FASTJAC_ALWAYS_INLINE acc_t value(acc_t z) const {
     if constexpr (kSquare) return z * z;
     return p == 1 ? std::fabs(z) : std::pow(std::fabs(z), p);
   }
 
-  FASTJAC_HOST_DEVICE acc_t slope(acc_t z) const {
+  FASTJAC_ALWAYS_INLINE acc_t slope(acc_t z) const {
     if constexpr (kSquare) return 2 * z;
     const acc_t sign = acc_t(z > 0) - acc_t(z < 0); // at a NaN 0, as PyTorch's
     return p == 1 ? sign : p * sign * std::pow(std::fabs(z), p - 1);
   }
 
-  FASTJAC_HOST_DEVICE acc_t bend(acc_t z) const {
+  FASTJAC_ALWAYS_INLINE acc_t bend(acc_t z) const {
     if constexpr (kSquare) return 2;
     return p == 1 ? acc_t(0) : p * (p - 1) * std::pow(std::fabs(z), p - 2);
   }
@@ -43,14 +43,14 @@ struct Map {
   int64_t batch, channels, height, width, k;
   bool channels_last;
 
-  FASTJAC_HOST_DEVICE int64_t pixels() const {
+  FASTJAC_ALWAYS_INLINE int64_t pixels() const {
     return height * width;
   }
   // Positions of the window.
-  FASTJAC_HOST_DEVICE int64_t rows() const {
+  FASTJAC_ALWAYS_INLINE int64_t rows() const {
     return height - k + 1;
   }
-  FASTJAC_HOST_DEVICE int64_t columns() const {
+  FASTJAC_ALWAYS_INLINE int64_t columns() const {
     return width - k + 1;
   }
 };

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/jacobian_match_host.h"
+#include "element_type.h"
 #include "jacobian_match.h"
 
 namespace fastjac::jacobian_match {
@@ -64,16 +65,9 @@ std::tuple<Tensor, Tensor> jacobian_match_cpu(
 ) {
   return allocate_and_run(
       js, jt, eps, [&](const Tensor& s, const Tensor& t, const Tensor& v, const Tensor& loss) {
-        switch (s.scalar_type()) {
-          case ScalarType::Double:
-            return match<double>(s, t, v, loss, normalize, eps);
-          case ScalarType::Float:
-            return match<float>(s, t, v, loss, normalize, eps);
-          case ScalarType::BFloat16:
-            return match<BFloat16>(s, t, v, loss, normalize, eps);
-          default: // allocate_and_run has seen to it
-            return match<Half>(s, t, v, loss, normalize, eps);
-        }
+        for_element_type(s.scalar_type(), [&](auto zero) {
+          match<decltype(zero)>(s, t, v, loss, normalize, eps);
+        });
       }
   );
 }
