@@ -93,6 +93,23 @@ inline Lanes<int8_t, N> to_bytes(const From& x) {
   return convert<int8_t, N>(x);
 }
 
+// Those of the lanes from kFirst on, in float64. (GCC 12 converts them two by two.)
+template <int kFirst, typename T, int... i>
+inline auto widened(const T& x, std::integer_sequence<int, i...>) {
+  constexpr int N = sizeof...(i);
+  const auto part = __builtin_shufflevector(x, x, (kFirst + i)...);
+#ifdef FASTJAC_AVX512
+  if constexpr (sizeof part == 32 && N == 8) {
+    return (Lanes<double, N>)_mm512_maskz_cvtps_pd(-1, (__m256)part);
+  }
+#elif defined(FASTJAC_F16C)
+  if constexpr (sizeof part == 16 && N == 4) {
+    return (Lanes<double, N>)_mm256_cvtps_pd((__m128)part);
+  }
+#endif
+  return convert<double, N>(part);
+}
+
 template <int N, typename T>
 inline Lanes<T, N> load_raw(const void* p) {
   Lanes<T, N> x;

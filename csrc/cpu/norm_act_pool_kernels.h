@@ -112,18 +112,13 @@ void run(const Maps& m, int64_t begin, int64_t end) {
   }
 }
 
-// Adds the lanes of x to N numbers in float64.
-template <typename T>
+// Adds the lanes of x, from kFirst on, to numbers in float64.
+template <int kFirst = 0, typename T>
 inline void add_wide(double* to, const T& x) {
-  using acc_t = std::remove_reference_t<decltype(x[0])>;
-  using number_t = std::remove_cv_t<acc_t>;
-  constexpr int N = sizeof(T) / sizeof(number_t), kPart = kLanes<double>;
-  number_t lanes[N];
-  std::memcpy(lanes, &x, sizeof x);
-  for (int i = 0; i < N; i += kPart) {
-    const Lanes<double, kPart> part = convert<double, kPart>(load<kPart>(lanes + i));
-    store(to + i, Lanes<double, kPart>(load<kPart>(to + i) + part));
-  }
+  constexpr int N = sizeof(T) / sizeof(x[0]), kPart = kLanes<double>;
+  const auto part = widened<kFirst>(x, std::make_integer_sequence<int, kPart>());
+  store(to, Lanes<double, kPart>(load<kPart>(to) + part));
+  if constexpr (kFirst + kPart < N) add_wide<kFirst + kPart>(to + kPart, x);
 }
 
 // sums[0], sums[1] of u minus what is near its mean: over 16 values in the accumulator type, and
