@@ -26,6 +26,7 @@ inline void prefetch(const void* from, int64_t bytes) {
   constexpr int64_t kLine = 64;
   const char* at = static_cast<const char*>(from);
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(at + i);
+  __builtin_prefetch(at + bytes - 1);
 }
 
 // Writes the output's rows [begin, end) of all batch * planes * rows.
