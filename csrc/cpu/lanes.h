@@ -224,6 +224,26 @@ inline Floats16 add_where(Mask16 where, const Floats16& a, const Floats16& b) {
 inline Integers16 select(Mask16 where, const Integers16& a, const Integers16& b) {
   return (Integers16)_mm512_mask_blend_epi32(where.bits, (__m512i)b, (__m512i)a);
 }
+
+// A bfloat16 is the upper word of a float32. Words 0, 0, 1, 1, ...; and 1, 3, 5, ...: what permutations take.
+constexpr __mmask32 kUpperWords = 0xaaaaaaaa;
+using Words32 = Lanes<int16_t, 32>;
+template <int... i>
+inline Words32 each_word_twice(std::integer_sequence<int, i...>) {
+  return Words32{(i / 2)...};
+}
+template <int... i>
+inline Words32 upper_words(std::integer_sequence<int, i...>) {
+  return Words32{((2 * i + 1) % 32)...};
+}
+constexpr auto kWords = std::make_integer_sequence<int, 32>();
+// Its upper words are to_bfloat16().
+inline __m512i rounded_up(const Floats16& x) {
+  const __m512i bits = (__m512i)x, half = _mm512_set1_epi32(0x7fff);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i sum = _mm512_maskz_add_epi32(-1, bits, half);
+  return _mm512_mask_add_epi32(sum, odd, bits, _mm512_set1_epi32(0x8000));
+}
 #endif
 
 // N consecutive numbers, in the accumulator type.
@@ -238,9 +258,11 @@ inline Lanes<double, N> load(const double* p) {
 template <int N>
 inline Lanes<float, N> load(const BFloat16* p) {
 #ifdef FASTJAC_AVX512
-  if constexpr (N == 16) { // GCC 12 widens them in two halves
-    const __m512i wide = _mm512_maskz_cvtepu16_epi32(-1, load_raw<4, long long>(p));
-    return bit_cast<Floats16>(Lanes<uint32_t, 16>((Lanes<uint32_t, 16>)wide << 16));
+  if constexpr (N == 16) { // word i above a zero, in one operation
+    const __m512i words = _mm512_castsi256_si512((__m256i)load_raw<4, long long>(p));
+    return (Floats16)_mm512_maskz_permutexvar_epi16(
+        kUpperWords, (__m512i)each_word_twice(kWords), words
+    );
   }
 #endif
 #ifdef FASTJAC_F16C
@@ -285,13 +307,15 @@ inline T as_stored(const double*, const T& x) {
 }
 template <typename T, int N = sizeof(T) / sizeof(float)>
 inline Lanes<uint16_t, N> as_stored(const BFloat16*, const T& x) {
-  using Bits = Lanes<uint32_t, N>;
-  const Bits bits = to_bfloat16(bit_cast<Bits>(x));
 #ifdef FASTJAC_AVX512
   if constexpr (N == 16) {
-    return (Lanes<uint16_t, N>)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)bits);
+    const __m512i upper = (__m512i)upper_words(kWords);
+    const auto words = (Lanes<int64_t, 8>)_mm512_maskz_permutexvar_epi16(-1, upper, rounded_up(x));
+    return (Lanes<uint16_t, N>)__builtin_shufflevector(words, words, 0, 1, 2, 3);
   }
 #endif
+  using Bits = Lanes<uint32_t, N>;
+  const Bits bits = to_bfloat16(bit_cast<Bits>(x));
 #ifdef FASTJAC_F16C
   if constexpr (N == 8) {
     const __m256i wide = (__m256i)bits;
@@ -333,23 +357,26 @@ inline void store(scalar_t* p, const T& x) {
   store_as<stored_t<scalar_t>>(p, as_stored(p, x));
 }
 
-// The same, past the caches: memory is not read first. p is a multiple of what is written. Another thread
+// store_as(), past the caches: memory is not read first. p is a multiple of what is written. Another thread
 // may read it after a stores_are_done(). A quarter of a cache line is written as ever: two maps written so
 // in turn, into pages that the system has just cleared, took Zen 3 four times as long.
-template <typename scalar_t, typename T>
-inline void store_past_caches(scalar_t* p, const T& x) {
-#ifdef FASTJAC_F16C
-  const auto bits = as_stored(p, x);
+template <typename T, typename Bits>
+inline void write_past_caches(void* p, const Bits& bits) {
 #ifdef FASTJAC_AVX512
   if constexpr (sizeof bits == 64) {
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(bits));
+    return _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(bits));
   }
 #endif
+#ifdef FASTJAC_F16C
   if constexpr (sizeof bits == 32) {
-    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(bits));
+    return _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(bits));
   }
 #endif
-  store(p, x);
+  store_as<T>(p, bits);
+}
+template <typename scalar_t, typename T>
+inline void store_past_caches(scalar_t* p, const T& x) {
+  write_past_caches<stored_t<scalar_t>>(p, as_stored(p, x));
 }
 inline void stores_are_done() {
 #ifdef FASTJAC_F16C
@@ -407,6 +434,17 @@ inline void store_raw(T* p, const V& x, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = there[i];
 }
 
+// As 16 bits each two: a byte may be a pointer or a size to the compiler, and it loads all of those again.
+template <typename V>
+inline void store_bytes(int8_t* p, const V& x, Whole) {
+  typedef uint16_t type __attribute__((vector_size(sizeof(V)), aligned(1)));
+  *reinterpret_cast<type*>(p) = bit_cast<type>(x);
+}
+template <typename V>
+inline void store_bytes(int8_t* p, const V& x, Part part) {
+  store_raw(p, x, part);
+}
+
 // Of neighbours in memory, lane by lane.
 template <typename T>
 struct Pair {
@@ -456,14 +494,25 @@ inline auto load_pairs(const scalar_t* p, Part part) {
   for (int64_t i = 0; i < part.n; ++i) there[i] = p[i];
   return load_pairs<N>(there, Whole{});
 }
+// Both as they lie in memory, where they are halves.
+template <typename V, int N = sizeof(V) / sizeof(float)>
+inline Lanes<uint32_t, N> as_halves(const Pair<V>& x) {
+  using Bits = Lanes<uint32_t, N>;
+#ifdef FASTJAC_AVX512
+  if constexpr (N == 16) {
+    const __m512i low = _mm512_maskz_srli_epi32(-1, rounded_up(x.first), 16);
+    return (Bits)_mm512_mask_blend_epi16(kUpperWords, low, rounded_up(x.second));
+  }
+#endif
+  const Bits low = to_bfloat16(bit_cast<Bits>(x.first));
+  const Bits high = to_bfloat16(bit_cast<Bits>(x.second));
+  return low | (high << 16);
+}
 template <typename scalar_t, typename V>
 inline void store_pairs(scalar_t* p, const Pair<V>& x, Whole) {
   constexpr int N = sizeof(V) / sizeof(accumulator_t<scalar_t>);
   if constexpr (kHalves<scalar_t>) {
-    using Bits = Lanes<uint32_t, N>;
-    const Bits low = to_bfloat16(bit_cast<Bits>(x.first));
-    const Bits high = to_bfloat16(bit_cast<Bits>(x.second));
-    store_as<uint16_t>(p, Bits(low | (high << 16)));
+    store_as<uint16_t>(p, as_halves(x));
   } else {
     constexpr auto all = std::make_integer_sequence<int, N>();
     store(p, interleaved<0>(x.first, x.second, all));

@@ -26,7 +26,8 @@ namespace {
 
 constexpr int64_t kGrain = 32768; // elements below which another thread costs more than it brings
 constexpr int64_t kCaches = 32 << 20; // bytes: a map of that size is not found in them again
-constexpr int64_t kMostChunks = 256; // of sums: enough for the threads, few enough to add up
+// Of sums: enough for the threads, few enough to add up. At a chunk's first row 3x3 windows are seen twice.
+constexpr int64_t kMostChunks = 256, kMostChunksOf3x3 = 64;
 
 const Kernels& kernels() {
   return FASTJAC_KERNELS;
@@ -80,7 +81,8 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
   const int64_t all = m.segments * (g.channels_last ? g.batch : 1);
   m.chunk_segments = std::clamp<int64_t>(divide_up(kGrain, elements), 1, all);
   if (g.channels_last) {
-    m.chunk_segments = std::max(m.chunk_segments, divide_up(all, kMostChunks));
+    const int64_t most = m.kernel == 3 ? kMostChunksOf3x3 : kMostChunks;
+    m.chunk_segments = std::max(m.chunk_segments, divide_up(all, most));
     m.chunks = divide_up(all, m.chunk_segments);
   } else {
     m.chunks = g.batch * g.channels * divide_up(all, m.chunk_segments);
@@ -90,8 +92,12 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
 
 // Whether what m writes goes past the caches. In place u is in them: it was just read.
 bool past_caches(const Maps& m) {
-  const int64_t row = m.channels_last ? m.channels : m.height * m.width;
-  if (m.kernel > 1 || m.bytes < kCaches || row % kPadding != 0 || m.gu == m.u) return false;
+  if (m.bytes < kCaches || m.gu == m.u) return false;
+  const bool pools =
+      m.kernel > 1; // worth it where rows of pixels are short: else the caches gather them
+  if (pools && (m.kernel == 3 || m.channels_last || m.y != nullptr)) return false;
+  const int64_t row = m.channels_last ? m.channels : pools ? m.width : m.height * m.width;
+  if (row % (pools ? 2 * kPadding : kPadding) != 0) return false;
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
   return aligned(m.y) && aligned(m.gu) && aligned(m.gresidual);
 }
@@ -105,8 +111,7 @@ void run(Kernels::Run kernel, Maps m) {
   );
 }
 
-// A pass that writes maps and keeps no sums may be cut otherwise: a few chunks for each thread, since
-// at a chunk's first row 3x3 windows are seen twice.
+// A pass that writes maps and keeps no sums may be cut otherwise: a few chunks for each thread.
 void run_write(Maps m) {
   if (m.channels_last) {
     const int64_t all = m.batch * m.segments;
@@ -115,6 +120,7 @@ void run_write(Maps m) {
     m.chunks = divide_up(all, m.chunk_segments);
   }
   m.sums = nullptr;
+  m.y = nullptr;
   run(kernels().write, m);
 }
 
@@ -150,7 +156,7 @@ std::unique_ptr<int8_t[]> keep_chosen(Maps& m, const Tensor& gy) {
   return chosen;
 }
 
-// The vectors of parameters, padded.
+// The vectors of parameters, in blocks.
 template <typename acc_t>
 class Parameters {
  public:
@@ -161,24 +167,22 @@ class Parameters {
       const Tensor& mean,
       const Tensor& invstd
   )
-      : channels_(m.channels),
-        padded_(m.padded_channels),
-        values_(kParameters * padded_, acc_t(0)) {
+      : channels_(m.channels), values_(kParameters * m.padded_channels, acc_t(0)) {
     const auto* w = static_cast<const acc_t*>(data(weight)); // [C]
     const auto* b = static_cast<const acc_t*>(data(bias)); // [C]
     const auto* mu = static_cast<const acc_t*>(mean.const_data_ptr()); // [C]
     invstd_ = static_cast<const acc_t*>(invstd.const_data_ptr()); // [C]
     for (int64_t c = 0; c < channels_; ++c) {
       const acc_t scale = (w ? w[c] : acc_t(1)) * invstd_[c];
-      values_[c] = quiet(scale);
-      values_[padded_ + c] = quiet((b ? b[c] : acc_t(0)) - mu[c] * scale);
-      values_[2 * padded_ + c] = quiet(mu[c]);
+      at(0, c) = quiet(scale);
+      at(1, c) = quiet((b ? b[c] : acc_t(0)) - mu[c] * scale);
+      at(2, c) = quiet(mu[c]);
     }
     m.parameters = values_.data();
   }
 
   double scale(int64_t c) const {
-    return values_[c];
+    return values_[in_blocks(c, kParameters)];
   }
   double invstd(int64_t c) const {
     return invstd_[c];
@@ -186,11 +190,15 @@ class Parameters {
 
   void set(int64_t c, const Affine<double>& k) {
     const double of[] = {k.of_g, k.of_tu, k.of_d, k.constant};
-    for (int i = 0; i < 4; ++i) values_[(3 + i) * padded_ + c] = quiet(static_cast<acc_t>(of[i]));
+    for (int i = 0; i < 4; ++i) at(3 + i, c) = quiet(static_cast<acc_t>(of[i]));
   }
 
  private:
-  int64_t channels_, padded_;
+  acc_t& at(int row, int64_t c) {
+    return values_[in_blocks(c, kParameters) + row * kPadding];
+  }
+
+  int64_t channels_;
   std::vector<acc_t> values_;
   const acc_t* invstd_;
 };

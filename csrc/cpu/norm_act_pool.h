@@ -20,6 +20,12 @@ constexpr int kParameters = 7; // scale, shift, mean, of_g, of_tu, of_d, constan
 constexpr int kRunLanes = 64; // a contiguous row is summed in that many lanes
 constexpr int kPadding = 16; // vectors [C] are allocated up to a multiple of it
 
+// Several vectors [C] lie in blocks, [padded C / kPadding, rows, kPadding]: one address for all that a kernel
+// asks of some channels. Where row 0 has channel c; row i is i * kPadding further.
+inline int64_t in_blocks(int64_t c, int rows) {
+  return (c & -kPadding) * rows + (c & (kPadding - 1));
+}
+
 struct Maps {
   int64_t batch, channels, height, width, out_height, out_width;
   int64_t bytes; // of u
@@ -43,11 +49,11 @@ struct Maps {
   // reduce pass leaves it for the write pass.
   int8_t* chosen = nullptr;
 
-  // [kParameters, padded C], in the accumulator type; for the statistics [padded C], near the mean.
+  // [kParameters, C] in blocks, in the accumulator type; for the statistics [padded C], near the mean.
   const void* parameters = nullptr;
   bool adds_d = true; // else neither of_d d nor the constant is added
 
-  // What is written without a pool goes past the caches: it is larger than they are, so memory would be read
+  // Maps as large as u are written past the caches: they are larger than those are, so memory would be read
   // before it is written. All vectors of a map lie at multiples of their size.
   bool past_caches = false;
 

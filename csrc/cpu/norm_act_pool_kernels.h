@@ -1,30 +1,15 @@
 // norm_act_pool's kernels on the CPU, for one instruction set (lanes.h says how it is compiled): what
-// norm_act_pool_disjoint.h and norm_act_pool_overlapping.h do with segments, for ranges of chunks, and the
+// norm_act_pool_disjoint.h and norm_act_pool_unpooling.h do with segments, for ranges of chunks, and the
 // statistics. The formulas are in common/norm_act_pool.h, the division of the work in norm_act_pool.h.
 #pragma once
-
-#include <cstdlib>
 
 #include "lanes.h"
 #include "norm_act_pool.h"
 #include "norm_act_pool_disjoint.h"
-#include "norm_act_pool_overlapping.h"
+#include "norm_act_pool_unpooling.h"
 
 namespace fastjac::norm_act_pool::FASTJAC_TARGET_NAME {
 namespace {
-
-// Zeroed memory of one task after the other.
-template <typename T>
-struct Scratch {
-  T* data;
-  explicit Scratch(int64_t n) : data(static_cast<T*>(std::calloc(n + 64, sizeof(T)))) {
-    if (data == nullptr) std::abort();
-  }
-  ~Scratch() {
-    std::free(data);
-  }
-  Scratch(const Scratch&) = delete;
-};
 
 // f(task's sums, image, channel, first segment, last segment, whether it is the task's last call) for
 // tasks [begin, end).
@@ -57,13 +42,13 @@ enum class Pass { kForward, kReduce, kPushforward, kWrite };
 template <Pass kPass, typename scalar_t, int kKernel, bool kRelu, bool kLast>
 void run(const Maps& m, int64_t begin, int64_t end) {
   constexpr bool kOverlap = kKernel == 3;
-  using K = std::conditional_t<
-      kOverlap, Overlapping<scalar_t, kRelu, kLast>, Disjoint<scalar_t, kKernel, kRelu, kLast>>;
+  using Overlaps =
+      std::conditional_t<kLast, Scattering<scalar_t, kRelu>, Gathering<scalar_t, kRelu>>;
+  using K = std::conditional_t<kOverlap, Overlaps, Disjoint<scalar_t, kKernel, kRelu, kLast>>;
   using acc_t = typename K::acc_t;
-  using index_t = typename K::index_t;
   K k(m);
   const bool sums = kPass == Pass::kReduce || (kPass == Pass::kPushforward && m.sums);
-  Scratch<acc_t> lanes(sums ? kSums * k.lanes_stride : 0);
+  Scratch<acc_t> lanes(sums ? kSums * k.lanes_size : 0);
   if (sums) k.lanes = lanes.data;
   const auto flush = [&](double* out, int64_t c) {
     if constexpr (kPass == Pass::kReduce) k.flush(out, c, 0, m.tu ? kSums : 2);
@@ -72,21 +57,16 @@ void run(const Maps& m, int64_t begin, int64_t end) {
   if constexpr (kOverlap) {
     Scratch<acc_t> kept(2 * K::kParts * k.places);
     k.kept = kept.data;
-    Scratch<acc_t> row_sums(sums ? kSums * k.lanes_stride : 0);
+    Scratch<acc_t> row_sums(sums ? kSums * k.lanes_size : 0);
     k.row_sums = row_sums.data;
-    const int64_t size = kPass == Pass::kWrite ? k.row_size() : 0;
-    Scratch<acc_t> g(2 * size);
-    Scratch<index_t> which(2 * size);
-    for (int64_t i = 0; i < 2 * size; ++i) which.data[i] = K::kNothing;
+    const typename K::Kept rows(k, kPass == Pass::kWrite);
     each_range<kLast>(
         m, begin, end, [&](double* out, int64_t b, int64_t c, int64_t first, int64_t last, bool) {
           if constexpr (!kLast) k.at_channel(c);
           if constexpr (kPass == Pass::kForward) k.forward(b, c, first, last);
           if constexpr (kPass == Pass::kReduce) k.reduce(b, c, first, last);
           if constexpr (kPass == Pass::kPushforward) k.pushforward(b, c, first, last);
-          if constexpr (kPass == Pass::kWrite) {
-            k.write(b, c, first, last, {g.data, which.data}, {g.data + size, which.data + size});
-          }
+          if constexpr (kPass == Pass::kWrite) k.write(b, c, first, last, rows);
           if (sums) flush(out, c);
         }
     );
@@ -108,8 +88,8 @@ void run(const Maps& m, int64_t begin, int64_t end) {
           }
         }
     );
-    if (m.past_caches) stores_are_done();
   }
+  if (m.past_caches) stores_are_done();
 }
 
 // Adds the lanes of x, from kFirst on, to numbers in float64.

@@ -24,8 +24,10 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
   using typename P::Choice, typename P::Tap, typename P::Terms;
 
   // What the windows of a row chose of the row of pixels that they share with the row above, and of the one
-  // that they share with the row below: [2, kParts, places].
+  // that they share with the row below: [2, places / L, kParts, L].
   static constexpr int kParts = 6; // a Tap's, and which it is
+  // Pixels that are asked for before their turn: channels-last, they did not come by themselves.
+  static constexpr int64_t kAhead = 2048 / sizeof(scalar_t);
   acc_t* kept = nullptr;
   const int64_t places = (m.out_width * (kLast ? m.padded_channels : 1) + L - 1) / L * L;
   // That which row i shares with the row above.
@@ -36,7 +38,7 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
   FASTJAC_ALWAYS_INLINE void keep(acc_t* at, const Choice& x) const {
     const auto next = [&](const auto& part) FASTJAC_INLINED {
       store_as<acc_t>(at, part);
-      at += places;
+      at += L;
     };
     this->template each_part<kAsked>(next, x.at);
     if constexpr (kAsked & kWhich) next(x.which);
@@ -45,7 +47,7 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
   FASTJAC_ALWAYS_INLINE void recall(Choice& x, const acc_t* at) const {
     const auto next = [&](auto& part) FASTJAC_INLINED {
       part = bit_cast<std::remove_reference_t<decltype(part)>>(load_raw<L, acc_t>(at));
-      at += places;
+      at += L;
     };
     this->template each_part<kAsked>(next, x.at);
     if constexpr (kAsked & kWhich) next(x.which);
@@ -69,7 +71,7 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
   struct At {
     int64_t out; // from the row's first output on
     int64_t lane; // of the sums
-    int64_t place; // in what is kept
+    int64_t place; // in what is kept of a part
   };
   // The middle pixel of a row's first windows, in row h of pixels.
   int64_t middle_of_first(int64_t image, int64_t h) const {
@@ -91,6 +93,9 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
 #pragma GCC unroll 2
           for (int h = 0; h < kRows; ++h) {
             const int64_t at = in[h] + 2 * j * pixel + k;
+            const scalar_t* later = u + at + k + kAhead; // pixels are two to a window
+            __builtin_prefetch(later);
+            if (2 * L * sizeof(scalar_t) > 64) __builtin_prefetch(later + L);
             this->template look<kAsked>(x[h].left, at - left, of, count);
             this->template look<kAsked>(x[h].middle, at, of, count);
             this->template look<kAsked>(x[h].right, at + right, of, count);
@@ -153,13 +158,19 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
     x.last = select(missing, I{} + index_t(1), x.last);
   }
 
-  // Of a row: [kSums, stride]. Contiguous: in kPadding lanes, whatever L is.
+  // Of a row, as the lanes lie. Contiguous: in kPadding lanes, whatever L is.
   acc_t* row_sums = nullptr;
 
   // Row i of the windows: f(out, held, choice, count, sum), which calls sum(which, its terms) for those of
   // [kFirst, kEnd) that g is in. False, and nothing is added: there were NaNs, and !kNan.
   template <int kAsked, bool kNan, int kFirst, int kEnd, typename F>
   bool look_at_row(int64_t image, int64_t i, const F& f) const {
+    // Which nothing but this function sees: its members stay in registers.
+    const Overlapping copy(*this);
+    return copy.template look_at_windows<kAsked, kNan, kFirst, kEnd>(image, i, f);
+  }
+  template <int kAsked, bool kNan, int kFirst, int kEnd, typename F>
+  FASTJAC_ALWAYS_INLINE bool look_at_windows(int64_t image, int64_t i, const F& f) const {
     const int64_t h = 2 * i + 1 - m.padding;
     const bool last = h + 1 == m.height; // the windows' last row is missing
     const int64_t middle = middle_of_first(image, h), below = last ? middle : middle + row;
@@ -171,28 +182,27 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
         {middle, below},
         [&](const At& at, const Held& of, const auto& x, auto count) FASTJAC_INLINED {
           if constexpr (!kNan) {
-            for (const Three& three : x) {
-              nan = nan | unordered(P::key(three.left), P::key(three.middle)) |
-                    unordered(P::key(three.right));
+            for (const Three& three : x) { // the left pixel was the last windows' right one
+              nan = nan | unordered(P::key(three.middle), P::key(three.right));
+              if (!m.padding) nan = nan | unordered(P::key(three.left));
             }
           }
           Choice best, next;
-          recall<kAsked>(best, from_above + at.place);
+          recall<kAsked>(best, from_above + kParts * at.place);
           choose_among<kAsked, kNan>(next, x[0]);
           this->template merge<kAsked, kNan>(best, next.at, I(next.which + of_middle));
           choose_among<kAsked, kNan>(next, x[1]);
-          keep<kAsked>(for_below + at.place, next);
+          keep<kAsked>(for_below + kParts * at.place, next);
           this->template merge<kAsked, kNan>(best, next.at, I(next.which + of_below));
           f(out + at.out, of, best, count, [&](int sum, const V& terms) FASTJAC_INLINED {
-            acc_t* to = row_sums + sum * this->lanes_stride + at.lane;
-            store(to, V(load<L>(to) + terms));
+            P::add_to(row_sums, sum, at.lane, terms);
           });
         }
     );
     const bool again = !kNan && any(nan);
     for (int sum = kFirst; lanes && sum < kEnd; ++sum) {
       for (int64_t k = 0; k < (kLast ? m.padded_channels : kPadding); k += L) {
-        acc_t* from = row_sums + sum * this->lanes_stride + k;
+        acc_t* from = row_sums + P::of_vector(k, kSums) + sum * kPadding;
         if (!again) add(sum, k, load<L>(from));
         store(from, V{});
       }
@@ -215,7 +225,7 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
           Choice best;
           choose_among<kAsked, true>(best, x[0]);
           if (missing) best.which += 3;
-          keep<kAsked>(kept_above(i) + at.place, best);
+          keep<kAsked>(kept_above(i) + kParts * at.place, best);
         }
     );
   }
@@ -261,7 +271,7 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
               if (m.chosen) {
                 const V open = gated(x.at.z, V{} + acc_t(1));
                 const I which = select(greater(open, V{}), x.which, I{} + kNothing);
-                store_raw(m.chosen + out, to_bytes<L>(which), count);
+                store_bytes(m.chosen + out, to_bytes<L>(which), count);
               }
               sum(0, g);
               sum(1, g * (x.at.u - of.mean));
@@ -287,129 +297,6 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
               if (lanes) sum(2, gated(x.at.z, load<L>(gy + out, count)) * x.at.tu);
             }
     );
-  }
-
-  // What the windows of a row chose, and their g: [1 + w + 2, C] or [1 + w + 2]. The first and the last two
-  // are of windows that do not exist, and chose nothing.
-  struct Row {
-    acc_t* g;
-    index_t* which;
-  };
-  int64_t row_size() const {
-    return (m.out_width + 3) * pixel;
-  }
-
-  void choose_row(int64_t image, int64_t i, const Row& to) const {
-    const int64_t begin = (image * m.out_height + i) * m.out_width * pixel;
-    if (m.chosen) {
-      const auto copy = [&](int64_t k, auto count) {
-        const auto which = load_indices<L>(m.chosen + begin + k, count);
-        store(to.g + pixel + k, load<L>(gy + begin + k, count), count);
-        store_raw(to.which + pixel + k, from_bytes<index_t, L>(which), count);
-      };
-      const int64_t n = m.out_width * pixel;
-      int64_t k = 0;
-      for (; k + L <= n; k += L) copy(k, Whole{});
-      if (k < n) copy(k, Part{n - k});
-      return;
-    }
-    row_of_windows<kWhich, 0, 0>(
-        image, i,
-        [&](int64_t out, const Held&, const Choice& x, auto count, const auto&) FASTJAC_INLINED {
-          const int64_t place = out - begin + pixel;
-          store(to.g + place, gated(x.at.z, load<L>(gy + out, count)), count);
-          store_raw(to.which + place, x.which, count);
-        }
-    );
-  }
-
-  // The cotangents of the middle and the right pixels of the windows at `at`, in a row of pixels that is row
-  // kUpper of the windows of `upper`, and if kShared row 0 of those of `lower`.
-  template <int kUpper, bool kShared, typename Count>
-  FASTJAC_ALWAYS_INLINE Pair<V> gathered(
-      const Row& upper, const Row& lower, int64_t at, Count count
-  ) const {
-    Pair<V> g{};
-    const auto see = [&](const Row& from, int first) FASTJAC_INLINED {
-      const auto tap = [&](int w) { return I{} + index_t(first + w); };
-      const I here = load_indices<L>(from.which + at, count);
-      const I next = load_indices<L>(from.which + at + pixel, count);
-      const V gy = load<L>(from.g + at, count), gy_next = load<L>(from.g + at + pixel, count);
-      g.first = add_where(equal(here, tap(1)), g.first, gy);
-      g.second = add_where(equal(here, tap(2)), g.second, gy);
-      g.second = add_where(equal(next, tap(0)), g.second, gy_next);
-    };
-    see(upper, 3 * kUpper);
-    if constexpr (kShared) see(lower, 0);
-    return g;
-  }
-
-  template <Terms kTerms, int kUpper, bool kShared>
-  void emit_row(int64_t image, int64_t h, const Row& upper, const Row& lower) const {
-    const int64_t in = (image * m.height + h) * row;
-    const auto pair = [&](int64_t at, auto count) FASTJAC_INLINED {
-      return gathered<kUpper, kShared>(upper, lower, at, count);
-    };
-    // Column w is the middle of window (w + padding - 1) / 2, whose place is one more.
-    const auto place = [&](int64_t w) { return (w + m.padding + 1) / 2 * pixel; };
-    if constexpr (kLast) {
-      for (int64_t w = 1 - m.padding; w < m.width; w += 2) {
-        const bool right = w + 1 < m.width;
-        this->each_vector([&](int64_t k, auto count) FASTJAC_INLINED {
-          const Pair<V> g = pair(place(w) + k, count);
-          const int64_t at = in + w * pixel + k;
-          if (right) {
-            this->template emit_pair<kTerms>(at, held(k), g, count);
-          } else {
-            this->template emit<kTerms>(at, held(k), g.first, count);
-          }
-        });
-      }
-      if (m.padding) return;
-      this->each_vector([&](int64_t k, auto count) {
-        this->template emit<kTerms>(in + k, held(k), pair(k, count).second, count);
-      });
-    } else {
-      const Held all = held(0);
-      if (!m.padding) this->template emit<kTerms>(in, all, pair(0, Whole{}).second, Part{1});
-      for (int64_t w = 1 - m.padding; w < m.width; w += 2 * L) {
-        const Pair<V> g = pair(place(w), Whole{});
-        if (w + 2 * L <= m.width) {
-          this->template emit_pair<kTerms>(in + w, all, g, Whole{});
-        } else {
-          this->template emit_pair<kTerms>(in + w, all, g, Part{m.width - w});
-        }
-      }
-    }
-  }
-
-  void write(int64_t b, int64_t c, int64_t begin, int64_t end, Row above, Row here) const {
-    this->with_terms([&](auto terms)
-                         FASTJAC_INLINED { write_terms<terms()>(b, c, begin, end, above, here); });
-  }
-  template <Terms kTerms>
-  void write_terms(int64_t b, int64_t c, int64_t begin, int64_t end, Row above, Row here) const {
-    const int64_t image = image_of(b, c);
-    if (!m.chosen) look_above<kWhich>(image, most(0, begin - 1));
-    if (begin > 0) choose_row(image, begin - 1, above);
-    for (int64_t i = begin; i < end; ++i) {
-      choose_row(image, i, here);
-      const int64_t top = 2 * i - m.padding;
-      if (i > 0) {
-        emit_row<kTerms, 2, true>(image, top, above, here);
-      } else if (top >= 0) {
-        emit_row<kTerms, 0, false>(image, top, here, here);
-      }
-      if (top + 1 < m.height) emit_row<kTerms, 1, false>(image, top + 1, here, here);
-      const Row next = above;
-      above = here;
-      here = next;
-    }
-    if (end < m.segments) return;
-    const int64_t next = 2 * end - m.padding;
-    if (next >= m.height) return;
-    emit_row<kTerms, 2, false>(image, next, above, above);
-    this->template emit_none<kTerms>(b, c, (next + 1) * m.width, (m.height - next - 1) * m.width);
   }
 };
 

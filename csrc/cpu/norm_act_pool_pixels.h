@@ -6,6 +6,8 @@
 // The vectors of parameters are read at the channel there; here, from an array of one value.
 #pragma once
 
+#include <cstdlib>
+
 #include "lanes.h"
 #include "norm_act_pool.h"
 
@@ -20,6 +22,19 @@ inline int64_t least(int64_t a, int64_t b) {
 inline int64_t most(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
+
+// Zeroed memory of one task after the other.
+template <typename T>
+struct Scratch {
+  T* data;
+  explicit Scratch(int64_t n) : data(static_cast<T*>(std::calloc(n + 64, sizeof(T)))) {
+    if (data == nullptr) std::abort();
+  }
+  ~Scratch() {
+    std::free(data);
+  }
+  Scratch(const Scratch&) = delete;
+};
 
 // What is asked for where a window's largest value is, besides z.
 enum Asked { kZAlone = 0, kWhich = 1, kTheU = 2, kTheTangents = 4 };
@@ -55,12 +70,12 @@ struct Pixels {
   // Else nothing is added for a d that is not finite, which times zero is not zero.
   const bool adds_d = m.adds_d;
 
-  // [kParameters, stride]: of the channels, or of one, in every lane.
+  // [kParameters, C] in blocks; contiguous: a block of one channel's, in every lane.
   const acc_t* parameters = static_cast<const acc_t*>(m.parameters);
-  int64_t parameters_stride = m.padded_channels;
   acc_t of_channel[kParameters * kPadding];
-  acc_t* lanes = nullptr; // [kSums, stride]: the sums of some segments, where there are sums
-  const int64_t lanes_stride = kLast ? m.padded_channels : kRunLanes;
+  // [kSums, size] in blocks: the sums of some segments, where there are sums.
+  acc_t* lanes = nullptr;
+  const int64_t lanes_size = kLast ? m.padded_channels : kRunLanes;
 
   explicit Pixels(const Maps& maps) : m(maps) {}
 
@@ -68,11 +83,15 @@ struct Pixels {
   void at_channel(int64_t c) {
     const auto* all = static_cast<const acc_t*>(m.parameters);
     for (int i = 0; i < kParameters; ++i) {
-      const acc_t x = all[i * m.padded_channels + c];
+      const acc_t x = all[in_blocks(c, kParameters) + i * kPadding];
       for (int lane = 0; lane < kPadding; ++lane) of_channel[i * kPadding + lane] = x;
     }
     parameters = of_channel;
-    parameters_stride = kPadding;
+  }
+
+  // in_blocks() of a vector's first lane.
+  static FASTJAC_ALWAYS_INLINE int64_t of_vector(int64_t lane, int rows) {
+    return L == kPadding ? lane * rows : in_blocks(lane, rows);
   }
 
   // The parameters of a vector's channels, in registers: from memory they would be loaded again after each
@@ -81,9 +100,8 @@ struct Pixels {
     V scale, shift, mean, of_g, of_tu, of_d, constant; // in the order of the rows
   };
   FASTJAC_ALWAYS_INLINE Held held(int64_t channel) const {
-    const auto row = [&](int i) FASTJAC_INLINED {
-      return load<L>(parameters + i * parameters_stride + channel);
-    };
+    const acc_t* const all = parameters + of_vector(channel, kParameters);
+    const auto row = [&](int i) FASTJAC_INLINED { return load<L>(all + i * kPadding); };
     return {row(0), row(1), row(2), row(3), row(4), row(5), row(6)};
   }
 
@@ -228,49 +246,52 @@ struct Pixels {
     Tap at;
     I which;
   };
-  template <int kAsked, typename Mask>
-  FASTJAC_ALWAYS_INLINE void replace(
-      Choice& best, const Mask& where, const Tap& x, const I& which
-  ) const {
-    each_part<kAsked>(
-        [&](V& to, const V& from) FASTJAC_INLINED { to = select(where, from, to); }, best.at, x
-    );
-    if constexpr (kAsked & kWhich) best.which = select(where, which, best.which);
-  }
   // best, or a pixel that comes after it in row order. kNan: there may be NaNs.
   template <int kAsked, bool kNan>
   FASTJAC_ALWAYS_INLINE void merge(Choice& best, const Tap& x, const I& which) const {
-    if constexpr (kRelu && kAsked == kZAlone && !kNan) { // no matter where
-      best.at.z = larger(x.z, best.at.z);
+    const auto replace = [&](const auto& where) FASTJAC_INLINED {
+      each_part<kAsked>(
+          [&](V& to, const V& from) FASTJAC_INLINED { to = select(where, from, to); }, best.at, x
+      );
+      if constexpr (kAsked & kWhich) best.which = select(where, which, best.which);
+    };
+    const auto better = greater(key(x), key(best.at));
+    if constexpr (kNan) {
+      replace(better | unordered(key(x)));
     } else {
-      const auto better = greater(key(x), key(best.at));
-      if constexpr (kNan) {
-        replace<kAsked>(best, better | unordered(key(x)), x, which);
-      } else {
-        replace<kAsked>(best, better, x, which);
-      }
+      // The same as that selection of keys, but the next comparison need not wait for this one.
+      const V largest = larger(key(x), key(best.at));
+      if constexpr (!kRelu || kAsked != kZAlone) replace(better);
+      (kRelu ? best.at.z : best.at.key) = largest;
     }
   }
   template <typename X>
   FASTJAC_ALWAYS_INLINE void add(int sum, int64_t lane, const X& x) const {
-    acc_t* at = lanes + sum * lanes_stride + lane;
+    add_to(lanes, sum, lane, x);
+  }
+  // To sums that lie as the lanes do.
+  template <typename X>
+  static FASTJAC_ALWAYS_INLINE void add_to(acc_t* sums, int sum, int64_t lane, const X& x) {
+    acc_t* at = sums + of_vector(lane, kSums) + sum * kPadding;
     store(at, V(load<L>(at) + x));
   }
 
   // Adds what the lanes hold of sums [begin, end) to those of the chunk.
   void flush(double* sums, int64_t c, int begin, int end) const {
     for (int sum = begin; sum < end; ++sum) {
-      acc_t* x = lanes + sum * lanes_stride;
+      const auto x = [&](int64_t k) FASTJAC_INLINED -> acc_t& {
+        return lanes[in_blocks(k, kSums) + sum * kPadding];
+      };
       if constexpr (kLast) {
         double* out = sums + sum * m.padded_channels;
-        for (int64_t k = 0; k < m.channels; ++k) out[k] += x[k];
+        for (int64_t k = 0; k < m.channels; ++k) out[k] += x(k);
       } else {
         for (int half = kRunLanes / 2; half > 0; half /= 2) {
-          for (int k = 0; k < half; ++k) x[k] += x[k + half];
+          for (int k = 0; k < half; ++k) x(k) += x(k + half);
         }
-        sums[sum * m.padded_channels + c] += x[0];
+        sums[sum * m.padded_channels + c] += x(0);
       }
-      for (int64_t k = 0; k < lanes_stride; ++k) x[k] = 0;
+      for (int64_t k = 0; k < lanes_size; ++k) x(k) = 0;
     }
   }
 
@@ -287,7 +308,7 @@ struct Pixels {
     const int64_t begin = owned_begin(i) * m.width, end = owned_end(i) * m.width;
     if constexpr (
         kLast
-    ) { // several pixels of a channel one after the other: its sums stay in registers
+    ) { // several pixels of a channel one after the other, for registers to hold its sums
       for (int64_t j = begin; j < end; j += kRun) {
         each_vector([&](int64_t k, auto count) FASTJAC_INLINED {
           const V mean = held(k).mean;
@@ -318,10 +339,17 @@ struct Pixels {
   // Writes to y, gu or gresidual.
   template <typename Count>
   FASTJAC_ALWAYS_INLINE void put(scalar_t* p, const V& x, Count count) const {
-    if constexpr (kKernel == 1 && std::is_same_v<Count, Whole>) {
+    if constexpr (std::is_same_v<Count, Whole>) {
       if (past_caches) return store_past_caches(p, x);
     }
     store(p, x, count);
+  }
+  template <typename Count>
+  FASTJAC_ALWAYS_INLINE void put_halves(scalar_t* p, const Pair<V>& x, Count count) const {
+    if constexpr (std::is_same_v<Count, Whole>) {
+      if (past_caches) return write_past_caches<uint16_t>(p, as_halves(x));
+    }
+    store_pairs(p, x, count);
   }
 
   // What a write pass writes: gu alone, of g or of g and d, or whatever is given.
@@ -376,13 +404,13 @@ struct Pixels {
       emit<kTerms>(in + pixel, of, g.second, count, here.second);
     } else if constexpr (kHalves<scalar_t>) {
       constexpr bool kAny = kTerms == kWhatever;
-      if (kAny && gresidual) store_pairs(gresidual + in, g, count);
+      if (kAny && gresidual) put_halves(gresidual + in, g, count);
       if (kAny && !gu) return;
       const Pair<V> t = kAny && tu ? pair(tu + in, count) : Pair<V>{};
       const Pair<V> added = kAny && curvature ? pair(curvature + in, count) : Pair<V>{};
       const V first = cotangent<kTerms>(of, g.first, here.first, t.first, added.first);
       const V second = cotangent<kTerms>(of, g.second, here.second, t.second, added.second);
-      store_pairs(gu + in, Pair<V>{first, second}, count);
+      put_halves(gu + in, Pair<V>{first, second}, count);
     } else {
       constexpr auto all = std::make_integer_sequence<int, L>();
       const V low = interleaved<0>(g.first, g.second, all);
