@@ -76,29 +76,21 @@ def cuda_toolkit(cpp_extension) -> str:
     """The release of the CUDA toolkit that PyTorch's extension builder will use."""
     import torch
 
-    wanted = os.environ.get("FASTJAC_CUDA")
-    if wanted == "0":
+    if os.environ.get("FASTJAC_CUDA") == "0":
         raise Unavailable("built with FASTJAC_CUDA=0")
-    try:
-        if torch.version.cuda is None:
-            raise Unavailable(f"PyTorch {torch.__version__}, which it was built with, has no CUDA")
-        home = cpp_extension.CUDA_HOME
-        nvcc = Path(home or "", "bin", "nvcc")
-        if home is None or not nvcc.exists():
-            raise Unavailable("no CUDA toolkit was found (set CUDA_HOME, or put nvcc on the PATH)")
-        said = subprocess.run(
-            [nvcc, "--version"], capture_output=True, text=True, check=True
-        ).stdout
-        release = re.search(r"release (\d+\.\d+)", said).group(1)
-        if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-            raise Unavailable(
-                f"the CUDA toolkit is {release}, but PyTorch's CUDA is {torch.version.cuda}"
-            )
-        return release
-    except Unavailable as reason:
-        if wanted == "1":
-            sys.exit(f"fastjac: FASTJAC_CUDA=1 asks for the CUDA operators, but {reason}")
-        raise
+    if torch.version.cuda is None:
+        raise Unavailable(f"PyTorch {torch.__version__}, which it was built with, has no CUDA")
+    home = cpp_extension.CUDA_HOME
+    nvcc = Path(home or "", "bin", "nvcc")
+    if home is None or not nvcc.exists():
+        raise Unavailable("no CUDA toolkit was found (set CUDA_HOME, or put nvcc on the PATH)")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+\.\d+)", said).group(1)
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise Unavailable(
+            f"the CUDA toolkit is {release}, but PyTorch's CUDA is {torch.version.cuda}"
+        )
+    return release
 
 
 def sources(*folders: str) -> list[str]:
@@ -208,6 +200,9 @@ def main() -> None:
         except Unavailable as reason:
             record["missing"]["cuda"] = str(reason)
 
+    if "cuda" in record["missing"] and os.environ.get("FASTJAC_CUDA") == "1":
+        reason = record["missing"]["cuda"]
+        sys.exit(f"fastjac: FASTJAC_CUDA=1 asks for the CUDA operators, but {reason}")
     for name, reason in record["missing"].items():
         print(f"fastjac: building without {name.upper()} operators: {reason}", file=sys.stderr)
     Package.record = record

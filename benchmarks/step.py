@@ -8,7 +8,8 @@ cross-entropy, squared error of the logits and, for a window, attention matching
 ``autograd.grad(create_graph=True)``, backward; it runs with ``batch_stats="batch"`` in every
 configuration, since frozen statistics would cost it a second forward. ``--contenders plain fused``
 compares the plain step with itself on networks that ``fastjac.fuse`` has rewritten; in a configuration
-without a layer, since a layer's features end a chain.
+without a layer, since a layer's features end a chain. ``compiled`` is the plain step with both networks
+under ``torch.compile``; on a CPU its memory has the compiler's in it.
 
 Time: all contenders in turn in one process, each in its better memory layout; median with 20 % and
 80 % quantiles, and the ratio to plain round by round. On a CPU it is taken under two allocator
@@ -17,13 +18,14 @@ PyTorch's and fastjac's own. Of fastjac's step, also the time in the Jacobian's 
 Memory: peak resident memory of three steps over that before the first, each contender in processes of
 its own, the median of five; under the default allocator, whose heap keeps what it cannot return, more
 in one process and less in another. On a CPU also under one that maps every tensor of a MiB by itself:
-what the steps need.
+what the steps need. On a GPU, what PyTorch's allocator says, which does not vary: one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -83,6 +85,22 @@ def network(name: str, classes: int) -> Any:
     return torchvision.models.get_model(name, num_classes=classes)
 
 
+def compiled(net: Any, layer: str | None) -> Any:
+    """``forward_with_features(net, x, layer)`` of x, as one graph: so its hook must stay."""
+    import torch
+
+    from fastjac.features import find_layer
+
+    caught: list[torch.Tensor] = []
+    if layer:
+        find_layer(net, layer).register_forward_hook(lambda module, args, out: caught.append(out))
+
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return net(x), caught.pop() if layer else None
+
+    return torch.compile(forward, fullgraph=True)
+
+
 class Contender:
     """One way of taking the step, on its own copies of the networks."""
 
@@ -92,6 +110,7 @@ class Contender:
         import torch
 
         import fastjac
+        from fastjac.features import forward_with_features
 
         torch.manual_seed(0)
         nets = [network(n, config.classes) for n in (config.student, config.teacher)]
@@ -102,9 +121,16 @@ class Contender:
         self.x = x.to(device, memory_format=form)
         self.y = torch.randint(config.classes, (config.batch,)).to(device)
         self.student, self.teacher, self.layer = student.train(), teacher.eval(), config.layer
-        self.device, self.amp, self.jacobians = device, amp, name not in ("plain", "fused")
+        self.device, self.amp = device, amp
+        self.jacobians = name not in ("plain", "fused", "compiled")
         if name == "fused":
             self.student, self.teacher = fastjac.fuse(self.student), fastjac.fuse(self.teacher)
+        self.forwards = [
+            compiled(net, self.layer)
+            if name == "compiled"
+            else functools.partial(forward_with_features, net, layer=self.layer)
+            for net in (self.student, self.teacher)
+        ]
         target = fastjac.LabelLogit()
         if config.layer:
             target = fastjac.AttentionWindow(config.layer, window=config.window)
@@ -121,7 +147,6 @@ class Contender:
         import torch.nn.functional as F
 
         import fastjac
-        from fastjac.features import forward_with_features
 
         self.student.zero_grad(set_to_none=True)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
@@ -131,9 +156,10 @@ class Contender:
                 features, features_t = out.student_features, out.teacher_features
                 loss = out.jacobian_loss
             else:
+                student, teacher = self.forwards
                 with torch.no_grad():
-                    logits_t, features_t = forward_with_features(self.teacher, self.x, self.layer)
-                logits, features = forward_with_features(self.student, self.x, self.layer)
+                    logits_t, features_t = teacher(self.x)
+                logits, features = student(self.x)
                 loss = 0.0
             loss = loss + F.cross_entropy(logits, self.y)
             loss = loss + fastjac.activation_match_loss(logits, logits_t)
@@ -268,6 +294,8 @@ def peak_memory(args: argparse.Namespace, config: Configuration) -> int:
     contender = Contender(args.contenders[0], config, args.layouts[0], args.device, args.amp)
     if args.device == "cuda":
         before = torch.cuda.memory_allocated()
+        contender.step()  # what compiling takes is none of a step's
+        torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             contender.step()
         return torch.cuda.max_memory_allocated() - before
@@ -323,9 +351,10 @@ def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[
             rows = spawn("time", config, args, args.contenders, args.layouts, env)["rows"]
             result["time"][setting] = rows
         layouts = {n: row["layout"] for n, row in next(iter(result["time"].values())).items()}
+    processes = 1 if args.device == "cuda" else 5
     for contender in args.contenders if "memory" in args.measure else ():
         mine = (config, args, [contender], [layouts[contender]])
-        got = [spawn("memory", *mine, {})["bytes"] for _ in range(5)]
+        got = [spawn("memory", *mine, {})["bytes"] for _ in range(processes)]
         result["memory"][contender] = statistics.median(got)
         result.setdefault("memory_of_each_process", {})[contender] = got
         if args.device == "cpu":

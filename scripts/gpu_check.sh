@@ -6,5 +6,5 @@
 #
 # Exit status: 0, all passed; 1, something failed; 2, there is nothing to check it on.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec "${PYTHON:-python3}" scripts/gpu_check.py "${OUT:-benchmarks/results}"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+exec "${PYTHON:-python3}" "$root/scripts/gpu_check.py" "${OUT:-$root/benchmarks/results}"

@@ -122,9 +122,36 @@ def test_its_steps_exist(gpu_check, tmp_path):
         assert run.returncode == 0, run.stdout + run.stderr
         for line in run.stdout.splitlines():
             assert "::" not in line or "cuda" in line
-    if "step" in listed:
-        words = listed["step"].command
-        subprocess.run([*words[:3], "--help"], cwd=ROOT, check=True, capture_output=True)
+    words = listed["step"].command
+    assert words[1:4] == ["-m", "benchmarks.step", "vgg9-224"]  # none named: all of them, for hours
+    assert {"plain", "compiled", "fastjac"} <= {*words}
+    subprocess.run([*words, "--help"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_every_step_has_its_time(gpu_check, tmp_path):
+    assert sum(step.limit for step in gpu_check.steps(tmp_path, "9.0")) <= gpu_check.LIMIT < 600
+
+
+def test_a_step_may_use_what_earlier_ones_left(gpu_check, tmp_path):
+    listed = [
+        python(gpu_check, "tests", "pass", 60),
+        python(gpu_check, "after", "import time; time.sleep(2)", 1),
+        python(gpu_check, "last", "import time; time.sleep(99)", -57),
+    ]
+    assert gpu_check.check(listed, {}, tmp_path) == 1
+    record = json.loads((tmp_path / "gpu_check.json").read_text())["steps"]
+    assert [record[name]["passed"] for name in ("tests", "after", "last")] == [True, True, False]
+
+
+def test_paths_are_the_callers(tmp_path):
+    """The script itself is found from anywhere; OUT and PYTHON are relative to where it was called."""
+    shown = tmp_path / "shown"
+    shown.write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    shown.chmod(0o755)
+    for given, out in (("out", "out"), ("", ROOT / "benchmarks" / "results")):
+        env = {**os.environ, "PYTHON": "./shown", "OUT": given}
+        said = subprocess.run([SCRIPT], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert said.stdout.split() == [str(tmp_path), str(SCRIPT.with_suffix(".py")), str(out)]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

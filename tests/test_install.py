@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import fastjac
 from fastjac.ops import _library
@@ -150,6 +151,18 @@ def test_a_device_without_a_kernel_runs_the_reference_and_says_so_once(recwarn):
     assert str(said.message).startswith("some_op runs its PyTorch reference on 'meta' (there is")
 
 
+@pytest.mark.parametrize("problem", [None, "no CUDA here"])
+def test_cuda_without_a_kernel_gives_the_reason(monkeypatch, recwarn, problem):
+    library = _library.NativeLibrary("cuda", None, problem)
+    monkeypatch.setattr(_library, "CUDA", library)
+    with FakeTensorMode():  # says that it is on CUDA, whatever there is
+        x = torch.empty(2, device="cuda")
+        assert _library._stand_in("some_op", lambda x: x + 1)(x).device.type == "cuda"
+    (said,) = recwarn
+    reason = problem or "there is no native kernel"
+    assert f"some_op runs its PyTorch reference on 'cuda' ({reason});" in str(said.message)
+
+
 def test_cuda_can_be_left_out(source):
     for kernel in (source / "csrc" / "cpu").glob("*.cpp"):
         if kernel.name != "isa.cpp":  # test_wheel.py has them all, built once
@@ -169,7 +182,7 @@ def test_cuda_can_be_left_out(source):
 def test_without_a_compiler_the_wheel_is_pure(source):
     stale = source / "fastjac" / "_cpu.abi3.so"
     stale.write_bytes(b"of an older build")
-    name, files, said = built(source, CXX="no-such-compiler")
+    name, files, said = built(source, CXX="no-such-compiler", FASTJAC_CUDA="")
     assert name.endswith("-py3-none-any.whl")
     assert not [f for f in files if ".so" in f]
     assert not stale.exists()
@@ -178,8 +191,11 @@ def test_without_a_compiler_the_wheel_is_pure(source):
     assert reason in warning(python(MATCH, source / "unpacked"))
 
 
-def test_asking_for_cuda_without_a_toolkit_is_an_error(source, tmp_path):
-    run = wheel(source, FASTJAC_CUDA="1", CUDA_HOME=str(tmp_path))
+@pytest.mark.parametrize(
+    "without", [{"CUDA_HOME": "/nowhere"}, {"CXX": "no-such-compiler"}], ids=["toolkit", "compiler"]
+)
+def test_asking_for_cuda_that_cannot_be_built_is_an_error(source, without):
+    run = wheel(source, FASTJAC_CUDA="1", **without)
     assert run.returncode != 0
     said = run.stdout + run.stderr
     assert "fastjac: FASTJAC_CUDA=1 asks for the CUDA operators, but " in said

@@ -151,8 +151,9 @@ def test_it_runs_beside_another_pytorch(other_python, record, tmp_path):
     said = command(other_python, "-m", "fastjac.info", cwd=tmp_path)
     assert f"{tmp_path}" not in said
     assert f"{ROOT / 'fastjac'}" not in said
-    assert re.search(r"^torch: +2\.13\.0", said, re.MULTILINE)
+    assert re.search(r"^torch: +2\.13\.0\S*, CUDA none$", said, re.MULTILINE)
     assert re.search(r"^cpu loaded: +yes", said, re.MULTILINE)
+    assert re.search(r"^cuda loaded: +no: PyTorch 2\.13\.0\S* has no CUDA$", said, re.MULTILINE)
     assert not record["torch"].startswith("2.13.0")
 
     options = ("-q", "-o", "addopts=--strict-markers --import-mode=importlib", "tests")

@@ -1,5 +1,5 @@
 // Small kernels, each with a fault that the executor must find, or without. Device code like any
-// other: nvcc compiles it too.
+// other, but test_executor.cpp alone compiles it.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The operators' device code under ctest, so that AddressSanitizer sees it too. The Python tests
-// compare it with the references in every dtype.
+// jacobian_match's device code under ctest, so that AddressSanitizer sees it too. The Python tests
+// compare it with the reference in every dtype.
 
 #include <cmath>
 #include <cstdio>

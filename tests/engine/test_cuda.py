@@ -1,0 +1,72 @@
+"""On a GPU, in float64: the gradients that the double backward, and plain PyTorch, give on a CPU."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+from comparison import relative_error, step
+from torch import Tensor, nn
+
+import fastjac
+from fastjac import AttentionWindow, LabelLogit
+
+ON_CUDA = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
+)
+LAST = torch.channels_last
+
+
+def images() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.rand(3, 3, 24, 20, dtype=torch.float64), torch.randint(5, (3,))
+
+
+def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor], device: str) -> None:
+    assert {x.device.type for x in got.values()} == {device}
+    assert relative_error({k: x.cpu() for k, x in got.items()}, wanted) < (1e-9, "")
+
+
+@pytest.mark.parametrize(
+    ("network", "target", "batch_stats"),
+    [
+        (networks.vgg, AttentionWindow("7", window=0.4), "frozen"),
+        (networks.vgg, AttentionWindow("7", window=0.4), "batch"),
+        (networks.Residual, AttentionWindow("last", window=0.4), "frozen"),
+        (networks.Residual, LabelLogit(), "batch"),
+    ],
+    ids=["window-frozen", "window-batch", "residual-window-frozen", "residual-logit-batch"],
+)
+@ON_CUDA
+def test_jacobian_matching(device, network, target, batch_stats):
+    torch.manual_seed(1)
+    student, teacher = network().double(), network().double()
+    x, y = images()
+    wanted = step(student, teacher, x, y, target, batch_stats=batch_stats, strategy="autograd")
+    there = (n.to(device, memory_format=LAST) for n in (student, teacher))
+    x = x.to(device, memory_format=LAST)
+    got = step(*there, x, y.to(device), target, batch_stats=batch_stats)
+    assert float(wanted["loss"]) > 0
+    assert_equal(got, wanted, device)
+
+
+def plain_step(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    found = {"loss": loss.detach()}
+    found |= {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    return found | {f"buffer {name}": b for name, b in model.named_buffers()}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("network", [networks.vgg, networks.Residual])
+@ON_CUDA
+def test_fuse(device, network, training):
+    torch.manual_seed(1)
+    plain = network().double().train(training)
+    there = network().double().train(training)
+    there.load_state_dict(plain.state_dict())
+    fused = fastjac.fuse(there.to(device, memory_format=LAST))
+    x, y = images()
+    got = plain_step(fused, x.to(device, memory_format=LAST), y.to(device))
+    assert_equal(got, plain_step(plain, x, y), device)
