@@ -57,6 +57,33 @@ def large_copy() -> Callable[[str], tuple[int, Callable[[], object]]]:
     return make
 
 
+@pytest.fixture(scope="session")
+def window_bytes() -> Callable[[torch.Tensor, torch.Tensor, tuple[int, int]], int]:
+    """``window_bytes(x, start, size)``: what must be moved to read these windows of x.
+
+    Memory comes in lines of 64 bytes, on a GPU in sectors of 32: all that the windows' rows touch.
+    """
+
+    def count(x: torch.Tensor, start: torch.Tensor, size: tuple[int, int]) -> int:
+        piece = 32 if x.is_cuda else 64
+        (first_row, first), (rows, columns) = start.cpu().unbind(1), size
+        height, width = x.shape[2:]
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        planes, run = (1, x.shape[1]) if channels_last else (x.shape[1], 1)
+        row = first_row[:, None] + torch.arange(rows)  # [B, rows]
+        begin, end = first.clamp(0, width), (first + columns).clamp(0, width)  # [B]
+        at = x.stride(0) * torch.arange(len(x))[:, None, None] + x.stride(2) * row[:, None]
+        at = at + x.stride(1) * torch.arange(planes)[:, None] + x.stride(3) * begin[:, None, None]
+        inside = ((row >= 0) & (row < height) & (begin < end)[:, None])[:, None].expand_as(at)
+        size_of = (run * (end - begin))[:, None, None].expand_as(at)
+        byte = x.data_ptr() + x.element_size() * at[inside]  # of the rows' first elements
+        last = byte + x.element_size() * size_of[inside] - 1
+        pieces = byte[:, None] // piece + torch.arange(int((last - byte).max()) // piece + 2)
+        return piece * len(pieces[pieces <= last[:, None] // piece].unique())
+
+    return count
+
+
 @pytest.fixture
 def measure(benchmark, large_copy, request):
     """``measure(device, bytes_moved, f, {name: g})``: times f, a copy and what f replaces, in turn.

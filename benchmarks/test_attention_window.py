@@ -1,6 +1,7 @@
 """attention_window and its slope against their PyTorch references.
 
-Bytes that must be moved: the features in; for the slope, the window in, slope and bend out.
+Bytes that must be moved: the features in; for the slope, the window in, as it lies in memory, slope and
+bend out.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def test_attention_window(measure, device, shape, k, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "k"), SHAPES, ids=IDS)
-def test_attention_window_slope(measure, device, shape, k, dtype, layout):
+def test_attention_window_slope(measure, window_bytes, device, shape, k, dtype, layout):
     z = features(shape, dtype, layout, device)
     position, _ = attention_window(z, k)
     args = (z, position, k)
@@ -52,4 +53,5 @@ def test_attention_window_slope(measure, device, shape, k, dtype, layout):
     tolerance = torch.finfo(dtype).eps
     torch.testing.assert_close((slope.double(), bend.double()), expected, rtol=tolerance, atol=0)
     reference = {REFERENCE: lambda: attention_window_slope_ref(*args)}
-    measure(device, 3 * slope.nbytes, lambda: attention_window_slope(*args), reference)
+    moved = window_bytes(z, position, (k, k)) + slope.nbytes + bend.nbytes
+    measure(device, moved, lambda: attention_window_slope(*args), reference)

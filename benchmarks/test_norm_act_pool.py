@@ -38,6 +38,7 @@ POOL = {
     "2x2": lambda a: F.max_pool2d(a, 2),
     "3x3": lambda a: F.max_pool2d(a, 3, 2, 1),
 }
+REFERENCE = "its reference"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -79,7 +80,8 @@ def close(got, expected, dtype) -> None:
 def test_channel_statistics(measure, device, maps, layout, dtype):
     u = maps(layout, dtype)
     close(channel_statistics(u), channel_statistics_ref(u.double()), torch.float32)
-    measure(device, u.nbytes, lambda: channel_statistics(u))
+    reference = {REFERENCE: lambda: channel_statistics_ref(u)}
+    measure(device, u.nbytes, lambda: channel_statistics(u), reference)
 
 
 @LAYOUT
@@ -128,7 +130,8 @@ def test_norm_act_pool_pushforward(measure, device, maps, layout, kind, statisti
     fixed = (n + with_residual) * u.nbytes + 2 * gy.nbytes
     more = (n * u.nbytes + gy.nbytes) + (n + 1) * u.nbytes + gy.nbytes
     moved = fixed - gy.nbytes + more if batch else fixed
-    measure(device, moved, lambda: norm_act_pool_pushforward(*args))
+    reference = {REFERENCE: lambda: norm_act_pool_pushforward_ref(*args)}
+    measure(device, moved, lambda: norm_act_pool_pushforward(*args), reference)
 
 
 def pytorch(u, residual, weight, bias, activation, pool):

@@ -1,7 +1,8 @@
 """window_crop and its adjoint against their PyTorch references.
 
 Crops as the Jacobian's passes take them: of VGG-9's maps at 224², for a window at level 1. Bytes that
-must be moved: the crop, in and out; for the adjoint, the crop in and the map out.
+must be moved: the window in, as it lies in memory, and the crop out; for the adjoint, the crop in and
+the map out.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ def parametrize(test):
 
 
 @parametrize
-def test_window_crop(measure, device, shape, side, dtype, layout):
+def test_window_crop(measure, window_bytes, device, shape, side, dtype, layout):
     x, start = inputs(shape, side, dtype, layout, device)
     args = (x, start, (side, side))
     crop = window_crop(*args)
     assert torch.equal(crop, window_crop_ref(*args))
     reference = {REFERENCE: lambda: window_crop_ref(*args)}
-    measure(device, 2 * crop.nbytes, lambda: window_crop(*args), reference)
+    moved = window_bytes(x, start, (side, side)) + crop.nbytes
+    measure(device, moved, lambda: window_crop(*args), reference)
 
 
 @parametrize
