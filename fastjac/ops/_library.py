@@ -144,7 +144,7 @@ def _stand_in(name: str, reference: Callable) -> Callable:
         device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
         if device not in said:
             said.add(device)
-            reason = CUDA.problem if device == "cuda" else "there is no native kernel"
+            reason = (CUDA.problem if device == "cuda" else None) or "there is no native kernel"
             _warn(
                 f"{name} runs its PyTorch reference on {device!r} ({reason}); "
                 f"for details: {EXPLAIN}"

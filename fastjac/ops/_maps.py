@@ -31,9 +31,15 @@ def empty_map(u: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=layout(u))
 
 
-def check_map(op: str, name: str, x: Tensor) -> None:
+def check_strided(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise FastjacError(f"{op}: {name} must be a strided tensor, got {x.layout}")
+
+
+def check_map(op: str, name: str, x: Tensor) -> None:
+    check_strided(op, name, x)
     if x.dtype not in DTYPES:
         expected = ", ".join(str(d) for d in DTYPES)
         raise FastjacError(f"{op}: {name} must be one of {expected}, got {x.dtype}")
@@ -45,8 +51,7 @@ def check_like(
     op: str, name: str, x: Tensor, shape: Sequence[int], owner: str, u: Tensor
 ) -> Tensor:
     """x in u's layout, once it has ``owner``'s shape and u's dtype and device."""
-    if not isinstance(x, Tensor):
-        raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    check_strided(op, name, x)
     for what in ("dtype", "device"):
         if getattr(x, what) != getattr(u, what):
             raise FastjacError(
@@ -60,14 +65,15 @@ def check_like(
 
 
 def check_channels(op: str, u: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
-    """Vectors ``[C]`` in the accumulator dtype; mean and invstd must be there."""
+    """Floating vectors ``[C]`` in the accumulator dtype; mean and invstd must be there."""
     result: list[Tensor | None] = []
     for name, x in vectors.items():
         if x is None and name not in ("mean", "invstd"):
             result.append(None)
             continue
-        if not isinstance(x, Tensor):
-            raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        check_strided(op, name, x)
+        if not x.is_floating_point():
+            raise FastjacError(f"{op}: {name} must be of a floating dtype, got {x.dtype}")
         if x.shape != u.shape[1:2]:
             raise FastjacError(f"{op}: {name} must be [{u.shape[1]}], got {list(x.shape)}")
         if x.device != u.device:

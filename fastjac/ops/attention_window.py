@@ -95,6 +95,8 @@ def attention_window_slope_ref(
 def _check(op: str, features: Tensor, k: int, power: float) -> None:
     check_map(op, "features", features)
     h, w = features.shape[2:]
+    if not isinstance(k, int | torch.SymInt):
+        raise FastjacError(f"{op}: k must be an integer, got {type(k).__name__}")
     if not 1 <= k <= min(h, w):
         raise FastjacError(
             f"{op}: k must be from 1 to the map's height and width, {h}x{w}, got {k}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastjac.errors import FastjacError
 from fastjac.ops._library import define, refuse_forward_mode
+from fastjac.ops._maps import check_strided
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,8 +81,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _check(js: Tensor, jt: Tensor, eps: float) -> None:
     for name, x in (("js", js), ("jt", jt)):
-        if not isinstance(x, Tensor):
-            raise FastjacError(f"jacobian_match: {name} must be a tensor, got {type(x).__name__}")
+        check_strided("jacobian_match", name, x)
     if js.dtype not in _DTYPES:
         expected = ", ".join(str(d) for d in _DTYPES)
         raise FastjacError(f"jacobian_match: js must be one of {expected}, got {js.dtype}")

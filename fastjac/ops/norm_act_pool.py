@@ -75,7 +75,8 @@ def channel_statistics(u: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         FastjacError: u is of the wrong kind; or a derivative is asked for.
 
-    u is read once. Deviations are summed, in float64, so neither cancels for a large mean.
+    u is read once. What is summed is deviations from near the mean, so neither cancels for a large one: on a
+    CPU in float64, over 16 in float32 first; on a GPU in float32, merged as means and variances.
     """
     check_map("channel_statistics", "u", u)
     refuse_forward_mode("channel_statistics", u)
@@ -196,7 +197,7 @@ def norm_act_pool_backward(
         raise FastjacError(f"{op}: mask must have 4 entries, got {len(mask)}")
     if mask[1] and residual is None:
         raise FastjacError(f"{op}: mask[1] asks for residual's cotangent, but residual is None")
-    given = _present(gy, u, residual, weight, bias, coefficient, curvature)
+    given = _present(gy, u, residual, weight, bias, mean, invstd, coefficient, curvature)
     refuse_forward_mode(op, *given)
     arguments = (gy, u, residual, *channels, activation, float(slope), pool)
     arguments += (training, coefficient, curvature, mask)
@@ -308,7 +309,7 @@ def norm_act_pool_pushforward(
         raise FastjacError(f"{op}: curvature=True needs statistics='batch', got 'fixed'")
     gy = check_like(op, "gy", gy, _output_shape(op, u, pool), "y", u)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
-    refuse_forward_mode(op, *_present(tu, tresidual, gy, u, residual, weight, bias))
+    refuse_forward_mode(op, *_present(tu, tresidual, gy, u, residual, weight, bias, mean, invstd))
     ty, gweight, coefficient, kappa = torch.ops.fastjac.norm_act_pool_pushforward(
         *(tu, tresidual, gy, u, residual, *channels, activation, float(slope), pool),
         *(statistics, curvature),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastjac.errors import FastjacError
 from fastjac.ops._library import define, refuse_derivative, refuse_forward_mode
-from fastjac.ops._maps import check_map
+from fastjac.ops._maps import check_map, check_strided
 
 
 def window_crop(x: Tensor, start: Tensor, size: tuple[int, int], fill: float = 0.0) -> Tensor:
@@ -83,8 +83,7 @@ def empty_crop(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def check_start(op: str, name: str, start: Tensor, owner: str, x: Tensor) -> None:
     """Raise unless start has one row and one column per sample of x."""
-    if not isinstance(start, Tensor):
-        raise FastjacError(f"{op}: {name} must be a tensor, got {type(start).__name__}")
+    check_strided(op, name, start)
     if start.dtype != torch.int64:
         raise FastjacError(f"{op}: {name} must be torch.int64, got {start.dtype}")
     if start.shape != (len(x), 2):
@@ -120,8 +119,8 @@ def _crop(
 ) -> Tensor:
     check_map(op, name, x)
     check_start(op, "start", start, name, x)
-    if len(size) != 2 or min(size) < 0:
-        raise FastjacError(f"{op}: size must be two numbers, at least 0, got {tuple(size)}")
+    if len(size) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= 0 for n in size):
+        raise FastjacError(f"{op}: size must be two integers, at least 0, got {tuple(size)}")
     refuse_forward_mode(op, x)
     return torch.ops.fastjac.window_crop(x, start, *size, float(fill), adjoint)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastjac.errors import FastjacError
 from fastjac.ops._library import CPU, cpu_isa, define, refuse_forward_mode
+from fastjac.ops._maps import check_strided
 
 aten = torch.ops.aten
 _DTYPES = (torch.float64, torch.float32)
@@ -77,7 +78,7 @@ def winograd(
     for side, n, p in zip(("high", "wide"), x.shape[2:], padding, strict=True):
         if n + (2 - 2 * p if adjoint else 2 * p - 2) < 1:
             raise FastjacError(f"{op}: x is {n} {side}, too small for its padding of {p}")
-    refuse_forward_mode(op, x, weight)
+    refuse_forward_mode(op, x, weight, *(() if bias is None else (bias,)))
     return torch.ops.fastjac.winograd(
         x.contiguous(memory_format=_LAST), weight, bias, *padding, adjoint
     )
@@ -110,14 +111,13 @@ def winograd_weight(
     expected = (x.shape[0], weight.shape[0], height, width)
     if tuple(gy.shape) != expected or min(height, width) < 1:
         raise FastjacError(f"{op}: gy must be {list(expected)}, got {list(gy.shape)}")
-    refuse_forward_mode(op, gy, x)
+    refuse_forward_mode(op, gy, x)  # in weight, the derivative is zero
     gy, x = (v.contiguous(memory_format=_LAST) for v in (gy, x))
     return torch.ops.fastjac.winograd_weight(gy, x, weight, *padding)
 
 
 def _check_map(op: str, name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    check_strided(op, name, x)
     if x.dtype not in _DTYPES:
         raise FastjacError(f"{op}: {name} must be float64 or float32, got {x.dtype}")
     if x.dim() != 4:
@@ -125,6 +125,7 @@ def _check_map(op: str, name: str, x: Tensor) -> None:
 
 
 def _check_kind(op: str, name: str, given: Tensor, x: Tensor) -> None:
+    check_strided(op, name, given)
     for what in ("dtype", "device"):
         if getattr(given, what) != getattr(x, what):
             raise FastjacError(

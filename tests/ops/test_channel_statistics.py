@@ -106,3 +106,19 @@ def test_bad_input_is_named():
         FastjacError, match=r"^channel_statistics: u must be one of .*, got torch\.int32"
     ):
         channel_statistics(torch.zeros(1, 2, 3, 4, dtype=torch.int32))
+    with pytest.raises(
+        FastjacError,
+        match=r"^channel_statistics: u must be a strided tensor, got torch\.sparse_coo",
+    ):
+        channel_statistics(torch.zeros(1, 2, 3, 4).to_sparse())
+
+
+def test_the_operator_itself_names_bad_input(device):
+    u = normal(1, 2, 3, 4, device=device)
+    for bad, message in (
+        (u.int(), "u must be Double, Float, BFloat16 or Half, got Int"),
+        (u[0], r"u must be \[B, C, H, W\], got \[2, 3, 4\]"),
+        (u.transpose(2, 3), "u must be contiguous or channels-last"),
+    ):
+        with pytest.raises(RuntimeError, match="channel_statistics: " + message):
+            torch.ops.fastjac.channel_statistics(bad)

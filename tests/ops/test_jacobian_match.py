@@ -250,6 +250,8 @@ def test_forward_mode_is_an_error(device):
 BAD = {
     "js must be a tensor, got list": lambda s, t: ([1.0], t),
     "jt must be a tensor, got NoneType": lambda s, t: (s, None),
+    r"js must be a strided tensor, got torch\.sparse_coo": lambda s, t: (s.to_sparse(), t),
+    r"jt must be a strided tensor, got torch\.sparse_coo": lambda s, t: (s, t.to_sparse()),
     r"js must be one of torch\.float64, .*, got torch\.int64": lambda s, t: (s.long(), t.long()),
     r"js must be \[B, \.\.\.\], got a tensor with no dim": lambda s, t: (s.sum(), t.sum()),
     r"jt must have js's dtype, torch\.float64, got torch\.float32": lambda s, t: (s, t.float()),

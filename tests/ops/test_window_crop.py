@@ -217,8 +217,17 @@ BAD = {
     r"start must be torch\.int64, got torch\.int32": lambda x, s: (x, s.int(), (2, 2)),
     r"start must be \[3, 2\], got \[2, 2\]": lambda x, s: (x, s[:2], (2, 2)),
     "start must have {x}'s device, cpu, got meta": lambda x, s: (x, s.to("meta"), (2, 2)),
-    r"size must be two numbers, at least 0, got \(2, -1\)": lambda x, s: (x, s, (2, -1)),
-    r"size must be two numbers, at least 0, got \(2,\)": lambda x, s: (x, s, (2,)),
+    r"size must be two integers, at least 0, got \(2, -1\)": lambda x, s: (x, s, (2, -1)),
+    r"size must be two integers, at least 0, got \(2,\)": lambda x, s: (x, s, (2,)),
+    r"size must be two integers, at least 0, got \(2\.0, 2\)": lambda x, s: (x, s, (2.0, 2)),
+    r"{x} must be a strided tensor, got torch\.sparse_coo": lambda x, s: (
+        *(x.to_sparse(), s),
+        (2, 2),
+    ),
+    r"start must be a strided tensor, got torch\.sparse_coo": lambda x, s: (
+        *(x, s.to_sparse()),
+        (2, 2),
+    ),
 }
 
 
@@ -245,13 +254,15 @@ def test_the_operator_itself_names_bad_input(device, message):
         OP(*args, 0.0, False)
 
 
-def test_any_thread_count():
-    x, start = maps(len(STARTS), 20, 33, 31), starts()
-    expected, threads = window_crop(x, start, (40, 40)), torch.get_num_threads()
+@pytest.mark.parametrize("op", [window_crop, window_crop_adjoint])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["contiguous", "last"])
+def test_any_thread_count(op, layout):
+    x, start = maps(len(STARTS), 20, 33, 31).to(memory_format=layout), starts()
+    expected, threads = op(x, start, (40, 40)), torch.get_num_threads()
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            same(window_crop(x, start, (40, 40)), expected)
+            same(op(x, start, (40, 40)), expected)
     finally:
         torch.set_num_threads(threads)
 

@@ -188,8 +188,16 @@ def test_opcheck(dtype):
 
 def test_forward_mode_is_an_error():
     case = Case((2, 3, 4, 5, 7), (1, 1))
-    with pytest.raises(FastjacError, match=r"winograd: forward-mode derivatives \(jvp\)"):
-        torch.func.jvp(lambda x: winograd(x, case.weight), (case.x,), (case.x,))
+    for op, names in ((winograd, ("x", "weight", "bias")), (winograd_weight, ("gy", "x"))):
+        args = {name: getattr(case, name) for name in {*names, "weight"}}
+        for name in names:
+            message = rf"^{op.__name__}: forward-mode derivatives \(jvp\)"
+            with pytest.raises(FastjacError, match=message):
+                torch.func.jvp(
+                    lambda x, op=op, args=args, name=name: op(**{**args, name: x}),
+                    (args[name],),
+                    (args[name],),
+                )
 
 
 def test_compiles_into_one_graph():
@@ -249,6 +257,8 @@ BAD = {
     r"x must be float64 or float32, got torch\.bfloat16": {"x": lambda c: c.x.bfloat16()},
     r"x must be \[B, C, H, W\], got \[3, 6, 6\]": {"x": lambda c: c.x[0]},
     r"x must have 3 channels, got 2": {"x": lambda c: c.x[:, :2]},
+    r"x must be a strided tensor, got torch\.sparse_coo": {"x": lambda c: c.x.to_sparse()},
+    r"bias must be a strided tensor, got torch\.sparse_coo": {"bias": lambda c: c.bias.to_sparse()},
     r"weight must be \[K, C, 3, 3\], got \[4, 3, 3, 2\]": {"weight": lambda c: c.weight[..., :2]},
     "weight must be .*, got NoneType": {"weight": None},
     "weight must have x's dtype, torch.float64, got torch.float32": {
@@ -279,7 +289,14 @@ def test_bad_input_is_named(message):
 BAD_WEIGHT = {
     r"gy must be \[2, 4, 6, 6\], got \[2, 4, 6, 5\]": {"gy": lambda c: c.gy[..., :5]},
     "gy must have x's dtype": {"gy": lambda c: c.gy.float()},
+    "gy must be float64 or float32, got torch.float16": {"gy": lambda c: c.gy.half()},
+    r"gy must be \[B, C, H, W\], got \[4, 6, 6\]": {"gy": lambda c: c.gy[0]},
+    r"gy must be a strided tensor, got torch\.sparse_coo": {"gy": lambda c: c.gy.to_sparse()},
     "x must have 3 channels, got 2": {"x": lambda c: c.x[:, :2]},
+    r"x must be float64 or float32, got torch\.int64": {"x": lambda c: c.x.long()},
+    r"x must be \[B, C, H, W\], got \[3, 6, 6\]": {"x": lambda c: c.x[0]},
+    r"weight must be \[K, C, 3, 3\], got \[3, 3, 3\]": {"weight": lambda c: c.weight[0]},
+    "weight must have x's dtype": {"weight": lambda c: c.weight.float()},
 }
 
 
@@ -315,3 +332,27 @@ def test_the_operator_itself_names_bad_input(message):
     args |= {k: v(case) if callable(v) else v for k, v in NATIVE_BAD[message].items()}
     with pytest.raises(RuntimeError, match="winograd: " + message):
         OPS.winograd(*args.values(), 1, False)
+
+
+NATIVE_BAD_WEIGHT = {
+    "x must be Float or Double, got BFloat16": {"x": lambda c: c.x.bfloat16()},
+    r"x must be \[B, C, H, W\], got \[3, 6, 6\]": {"x": lambda c: c.x[0]},
+    "x must be channels-last": {"x": lambda c: c.x.contiguous()},
+    r"gy must be \[B, C, H, W\], got \[4, 6, 6\]": {"gy": lambda c: c.gy[0]},
+    "gy must be channels-last": {"gy": lambda c: c.gy.contiguous()},
+    "gy must have x's dtype, Double, got Float": {"gy": lambda c: c.gy.float()},
+    r"gy must be \[2, 4, 6, 6\], got \[1, 4, 6, 6\]": {"gy": lambda c: c.gy[:1]},
+    r"weight must be \[K, C, 3, 3\]": {"weight": lambda c: c.weight[0]},
+    "weight must have x's dtype, Double, got Float": {"weight": lambda c: c.weight.float()},
+    "weight must have x's channels, 3, got 2": {"weight": lambda c: c.weight[:, :2]},
+    "the padding must be 0, 1 or 2, got 3": {"height": 3},
+}
+
+
+@pytest.mark.parametrize("message", NATIVE_BAD_WEIGHT)
+def test_the_weights_operator_itself_names_bad_input(message):
+    case = Case((2, 3, 4, 6, 6), (1, 1))
+    args = {"gy": case.gy, "x": case.x, "weight": case.weight, "height": 1}
+    args |= {k: v(case) if callable(v) else v for k, v in NATIVE_BAD_WEIGHT[message].items()}
+    with pytest.raises(RuntimeError, match="winograd_weight: " + message):
+        OPS.winograd_weight(*args.values(), 1)
