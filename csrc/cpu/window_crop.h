@@ -20,7 +20,7 @@ inline void fill_run(T* out, int64_t count, T fill, bool fill_is_zero) {
 
 // Bytes; a shorter run is over before its first ones are there, so the run of kAhead rows later is asked for.
 constexpr int64_t kShort = 1024;
-constexpr int64_t kAhead = 8;
+constexpr int64_t kAhead = 24;
 
 inline void prefetch(const void* from, int64_t bytes) {
   constexpr int64_t kLine = 64;
@@ -43,6 +43,9 @@ inline void gather_rows(
   const T zero{};
   const bool fill_is_zero = std::memcmp(&fill, &zero, sizeof(T)) == 0, dense = g.dense();
   const int64_t length = g.length();
+  const int64_t planes_ahead = kAhead / g.rows, rows_ahead = kAhead % g.rows;
+  const int64_t ahead = planes_ahead * g.plane_stride + rows_ahead * g.row_stride;
+  const int64_t to_next_plane = g.plane_stride - g.rows * g.row_stride;
   for (int64_t row = begin; row < end;) {
     const int64_t plane = row / g.rows, sample = plane / g.planes;
     const int64_t first = g.first_element(start[2 * sample + 1]);
@@ -60,9 +63,9 @@ inline void gather_rows(
       fill_run(to, span.begin, fill, fill_is_zero);
       if (dense) {
         if (bytes < kShort) {
-          const bool here = row + kAhead < (plane + 1) * g.rows;
-          const int64_t to_next = here ? 0 : g.plane_stride - g.rows * g.row_stride;
-          prefetch(source_row + first + span.begin + kAhead * g.row_stride + to_next, bytes);
+          const bool here = row + rows_ahead < (plane + 1) * g.rows;
+          const T* later = source_row + first + span.begin + ahead;
+          prefetch(here ? later : later + to_next_plane, bytes);
         }
         std::copy(source_row + first + span.begin, source_row + first + span.end, to + span.begin);
       } else {

@@ -75,8 +75,8 @@ def channel_statistics(u: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         FastjacError: u is of the wrong kind; or a derivative is asked for.
 
-    u is read once. What is summed is deviations from near the mean, so neither cancels for a large one: on a
-    CPU in float64, over 16 in float32 first; on a GPU in float32, merged as means and variances.
+    u is read once. What is summed is deviations from near the mean, so neither cancels for a large one:
+    on a CPU in float64, over 16 in float32 first; on a GPU in float32, merged as means and variances.
     """
     check_map("channel_statistics", "u", u)
     refuse_forward_mode("channel_statistics", u)
