@@ -93,8 +93,8 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
 // Whether what m writes goes past the caches. In place u is in them: it was just read.
 bool past_caches(const Maps& m) {
   if (m.bytes < kCaches || m.gu == m.u) return false;
-  const bool pools =
-      m.kernel > 1; // worth it where rows of pixels are short: else the caches gather them
+  // Under a pool it is worth it for contiguous 2x2 alone.
+  const bool pools = m.kernel > 1;
   if (pools && (m.kernel == 3 || m.channels_last || m.y != nullptr)) return false;
   const int64_t row = m.channels_last ? m.channels : pools ? m.width : m.height * m.width;
   if (row % (pools ? 2 * kPadding : kPadding) != 0) return false;
