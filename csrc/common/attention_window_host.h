@@ -10,6 +10,7 @@
 
 #include "attention_window.h"
 #include "checks.h"
+#include "layout.h"
 #include "window_crop_host.h"
 
 namespace fastjac::attention_window {
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor> allocate_and_find(
                     features.stride(2) == width * channels &&
                     features.stride(0) == features.size(2) * width * channels;
   const Map map{batch, channels, features.size(2), width, k, last};
-  run(map, last ? features : torch::stable::contiguous(features), position, value);
+  run(map, last ? features : as_contiguous(features), position, value);
   return {position, value};
 }
 
@@ -55,7 +56,7 @@ std::tuple<Tensor, Tensor> allocate_and_differentiate(
   const window_crop::Crop crop = window_crop::describe_crop(features, k, k, false);
   Tensor slope = window_crop::empty_crop(features, crop);
   Tensor bend = window_crop::empty_crop(features, crop);
-  if (slope.numel() > 0) run(crop, torch::stable::contiguous(position), slope, bend);
+  if (slope.numel() > 0) run(crop, as_contiguous(position), slope, bend);
   return {slope, bend};
 }
 

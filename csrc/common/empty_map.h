@@ -2,9 +2,9 @@
 // include it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <optional>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -34,6 +34,20 @@ inline void ask_for_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_
 #endif
 }
 
+// Of x's dtype and device. torch::stable::empty would look its operator up by name, at a microsecond.
+inline torch::stable::Tensor empty_strided(
+    const torch::stable::Tensor& x, const int64_t (&sizes)[4], const int64_t (&strides)[4]
+) {
+  int32_t dtype, device_type;
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, x.get_device_index(), &result)
+  );
+  return torch::stable::Tensor(result);
+}
+
 // [B, C, H, W] of x's dtype and device.
 //
 // PyTorch aligns a CPU's tensors by posix_memalign. In glibc's heap a block so made is cut to its size,
@@ -46,22 +60,21 @@ inline torch::stable::Tensor empty_map(
     torch::headeronly::MemoryFormat format
 ) {
   const auto [batch, channels, height, width] = sizes;
-  const int64_t n = batch * channels * height * width;
-  const int64_t bytes = n * static_cast<int64_t>(x.element_size());
-  if (!x.is_cpu() || bytes < kOwnMemory) {
-    return torch::stable::empty(
-        {sizes, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format
-    );
-  }
+  const int64_t bytes = batch * channels * height * width * static_cast<int64_t>(x.element_size());
+  const bool last = format == torch::headeronly::MemoryFormat::ChannelsLast;
+  const auto at_least_1 = [](int64_t n) {
+    return std::max<int64_t>(n, 1);
+  }; // PyTorch's empty strides
+  const int64_t row = last ? width * channels : at_least_1(width);
+  const int64_t area = row * at_least_1(height);
+  const int64_t strides[] = {
+      last ? row * height : area * at_least_1(channels), last ? 1 : area, row, last ? channels : 1
+  };
+  if (!x.is_cpu() || bytes < kOwnMemory) return empty_strided(x, sizes, strides);
   void* const block = std::malloc(bytes + kAlignment - 1);
   STD_TORCH_CHECK(block != nullptr, "no memory for a map of ", bytes, " bytes");
   const auto past = reinterpret_cast<uintptr_t>(block) + kAlignment - 1;
   ask_for_huge_pages(block, bytes);
-  const bool last = format == torch::headeronly::MemoryFormat::ChannelsLast;
-  const int64_t area = height * width;
-  const int64_t strides[] = {
-      channels * area, last ? 1 : area, last ? width * channels : width, last ? channels : 1
-  };
   return torch::stable::from_blob(
       reinterpret_cast<void*>(past - past % kAlignment), {sizes, 4}, {strides, 4}, x.device(),
       x.scalar_type(), [block](void*) { std::free(block); }

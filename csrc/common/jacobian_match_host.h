@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> allocate_and_run(
   if (batch_is_outermost(v)) {
     run(with_layout_of(v, js), with_layout_of(v, jt), v, loss);
   } else {
-    Tensor js_rows = torch::stable::contiguous(js), jt_rows = torch::stable::contiguous(jt);
+    Tensor js_rows = as_contiguous(js), jt_rows = as_contiguous(jt);
     Tensor v_rows = torch::stable::empty_like(js_rows);
     run(js_rows, jt_rows, v_rows, loss);
     torch::stable::copy_(v, v_rows);

@@ -16,6 +16,11 @@ inline bool same_strides(const Tensor& x, const Tensor& y) {
   return true;
 }
 
+// x itself where it is contiguous, without the call that PyTorch's would be.
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 // x itself where its strides are those of `like`, else a copy that has them.
 inline Tensor with_layout_of(const Tensor& like, const Tensor& x) {
   if (same_strides(like, x)) return x;

@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "empty_map.h"
+#include "layout.h"
 #include "window_crop.h"
 
 namespace fastjac::window_crop {
@@ -112,7 +113,7 @@ Tensor allocate_and_run(
   const Crop g = describe_crop(x, height, width, adjoint);
   Tensor out = empty_crop(x, g);
   if (out.numel() == 0) return out;
-  const Tensor rows = torch::stable::contiguous(start);
+  const Tensor rows = as_contiguous(start);
   const auto* starts = static_cast<const int64_t*>(rows.const_data_ptr());
   const auto move = [&](auto zero) {
     using bits_t = decltype(zero);

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.overrides
 from torch.autograd import forward_ad
 
 from fastjac.errors import FastjacError
@@ -116,6 +117,24 @@ def define(schema: str, reference: Callable) -> None:
             _warn(f"{CPU.path} was built before {name} existed; to rebuild it: {REBUILD}")
 
     torch.library.impl(qualified, "default")(_stand_in(name, reference))
+
+
+def call(name: str, *args: Any) -> Any:
+    """``torch.ops.fastjac.<name>(*args)``, past its autograd entry where that has nothing to record.
+
+    The entry is PyTorch's for operators from outside: in Python, and a third of a small call's time.
+    The caller has refused forward-mode tangents, which it would see too.
+    """
+    op = getattr(torch.ops.fastjac, name).default
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.overrides.has_torch_function(args)
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+    ):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def refuse_derivative(name: str, instead: str) -> None:

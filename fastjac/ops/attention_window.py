@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import define, refuse_derivative, refuse_forward_mode
+from fastjac.ops._library import call, define, refuse_derivative, refuse_forward_mode
 from fastjac.ops._maps import accumulator, check_map
 from fastjac.ops.window_crop import check_start, empty_crop, window_crop_ref
 
@@ -39,7 +39,7 @@ def attention_window(features: Tensor, k: int, power: float = 2) -> tuple[Tensor
     """
     _check("attention_window", features, k, power)
     refuse_forward_mode("attention_window", features)
-    return torch.ops.fastjac.attention_window(features, k, float(power))
+    return call("attention_window", features, k, float(power))
 
 
 def attention_window_ref(features: Tensor, k: int, power: float = 2) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def attention_window_slope(
     _check(op, features, k, power)
     check_start(op, "position", position, "features", features)
     refuse_forward_mode(op, features)
-    return torch.ops.fastjac.attention_window_slope(features, position, k, float(power))
+    return call("attention_window_slope", features, position, k, float(power))
 
 
 def attention_window_slope_ref(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import define, refuse_forward_mode
+from fastjac.ops._library import call, define, refuse_forward_mode
 from fastjac.ops._maps import check_strided
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +53,7 @@ def jacobian_match(
     """
     _check(js, jt, eps)
     refuse_forward_mode("jacobian_match", js, jt)
-    return torch.ops.fastjac.jacobian_match(js, jt, normalize, eps)
+    return call("jacobian_match", js, jt, normalize, eps)
 
 
 def jacobian_match_ref(

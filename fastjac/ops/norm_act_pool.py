@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import define, refuse_derivative, refuse_forward_mode
+from fastjac.ops._library import call, define, refuse_derivative, refuse_forward_mode
 from fastjac.ops._maps import accumulator, check_channels, check_like, check_map, dense, empty_map
 
 aten = torch.ops.aten
@@ -80,7 +80,7 @@ def channel_statistics(u: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_map("channel_statistics", "u", u)
     refuse_forward_mode("channel_statistics", u)
-    return torch.ops.fastjac.channel_statistics(dense(u))
+    return call("channel_statistics", dense(u))
 
 
 def channel_statistics_ref(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def norm_act_pool(
     u, residual = _check(op, u, {"residual": residual}, activation, slope, pool)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
     refuse_forward_mode(op, *_present(u, residual, weight, bias, mean, invstd))
-    return torch.ops.fastjac.norm_act_pool(u, residual, *channels, activation, float(slope), pool)
+    return call("norm_act_pool", u, residual, *channels, activation, float(slope), pool)
 
 
 def norm_act_pool_ref(
@@ -205,9 +205,9 @@ def norm_act_pool_backward(
         # PyTorch takes no derivative of an operator that writes in place, not even one that raises.
         if torch.is_grad_enabled() and any(x.requires_grad for x in given):
             raise FastjacError(f"{op}: expected no input that requires grad with overwrite=True")
-        results = (u, *torch.ops.fastjac.norm_act_pool_backward_(*arguments))
+        results = (u, *call("norm_act_pool_backward_", *arguments))
     else:
-        results = torch.ops.fastjac.norm_act_pool_backward(*arguments)
+        results = call("norm_act_pool_backward", *arguments)
     return tuple(x if wanted else None for x, wanted in zip(results, mask, strict=True))
 
 
@@ -310,7 +310,8 @@ def norm_act_pool_pushforward(
     gy = check_like(op, "gy", gy, _output_shape(op, u, pool), "y", u)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
     refuse_forward_mode(op, *_present(tu, tresidual, gy, u, residual, weight, bias, mean, invstd))
-    ty, gweight, coefficient, kappa = torch.ops.fastjac.norm_act_pool_pushforward(
+    ty, gweight, coefficient, kappa = call(
+        "norm_act_pool_pushforward",
         *(tu, tresidual, gy, u, residual, *channels, activation, float(slope), pool),
         *(statistics, curvature),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import define, refuse_derivative, refuse_forward_mode
+from fastjac.ops._library import call, define, refuse_derivative, refuse_forward_mode
 from fastjac.ops._maps import check_map, check_strided
 
 
@@ -86,8 +86,8 @@ def check_start(op: str, name: str, start: Tensor, owner: str, x: Tensor) -> Non
     check_strided(op, name, start)
     if start.dtype != torch.int64:
         raise FastjacError(f"{op}: {name} must be torch.int64, got {start.dtype}")
-    if start.shape != (len(x), 2):
-        raise FastjacError(f"{op}: {name} must be [{len(x)}, 2], got {list(start.shape)}")
+    if start.shape != (x.shape[0], 2):
+        raise FastjacError(f"{op}: {name} must be [{x.shape[0]}, 2], got {list(start.shape)}")
     if start.device != x.device:
         raise FastjacError(
             f"{op}: {name} must have {owner}'s device, {x.device}, got {start.device}"
@@ -122,7 +122,7 @@ def _crop(
     if len(size) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= 0 for n in size):
         raise FastjacError(f"{op}: size must be two integers, at least 0, got {tuple(size)}")
     refuse_forward_mode(op, x)
-    return torch.ops.fastjac.window_crop(x, start, *size, float(fill), adjoint)
+    return call("window_crop", x, start, *size, float(fill), adjoint)
 
 
 def _reference(

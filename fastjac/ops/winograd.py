@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._library import CPU, cpu_isa, define, refuse_forward_mode
+from fastjac.ops._library import CPU, call, cpu_isa, define, refuse_forward_mode
 from fastjac.ops._maps import check_strided
 
 aten = torch.ops.aten
@@ -79,9 +79,7 @@ def winograd(
         if n + (2 - 2 * p if adjoint else 2 * p - 2) < 1:
             raise FastjacError(f"{op}: x is {n} {side}, too small for its padding of {p}")
     refuse_forward_mode(op, x, weight, *(() if bias is None else (bias,)))
-    return torch.ops.fastjac.winograd(
-        x.contiguous(memory_format=_LAST), weight, bias, *padding, adjoint
-    )
+    return call("winograd", x.contiguous(memory_format=_LAST), weight, bias, *padding, adjoint)
 
 
 def winograd_weight(
@@ -113,7 +111,7 @@ def winograd_weight(
         raise FastjacError(f"{op}: gy must be {list(expected)}, got {list(gy.shape)}")
     refuse_forward_mode(op, gy, x)  # in weight, the derivative is zero
     gy, x = (v.contiguous(memory_format=_LAST) for v in (gy, x))
-    return torch.ops.fastjac.winograd_weight(gy, x, weight, *padding)
+    return call("winograd_weight", gy, x, weight, *padding)
 
 
 def _check_map(op: str, name: str, x: Tensor) -> None:

@@ -94,6 +94,14 @@ def test_larger_than_one_thread_takes(device):
         same(window_crop_adjoint(x, start, (130, 96)), window_crop_adjoint_ref(x, start, (130, 96)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_any_length(device, dtype):
+    x = maps(2, 5, 9, 700, device=device, dtype=dtype)
+    start = torch.tensor([[2, 3], [-1, -2]], device=device)
+    for width in (*range(1, 70), 129, 257, 511, 600):
+        same(window_crop(x, start, (6, width)), window_crop_ref(x, start, (6, width)))
+
+
 def views(device: str) -> dict[str, Tensor]:
     x = maps(4, 6, 12, 10, device=device)
     last = x.to(memory_format=LAST)
@@ -203,6 +211,8 @@ def test_derivatives_are_errors(device):
         tracked = x.clone().requires_grad_()
         with pytest.raises(FastjacError, match="window_crop: its derivative is not supported; det"):
             op(tracked, start, (3, 3)).sum().backward()
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            torch.func.grad(lambda y, op=op: op(y, start, (3, 3)).sum())(x)
         with torch.no_grad():
             assert not op(tracked, start, (3, 3)).requires_grad
         with pytest.raises(FastjacError, match=op.__name__ + r": forward-mode derivatives \(jvp\)"):
