@@ -22,6 +22,7 @@ import torch
 from fastjac.info import report
 
 ROWS: list[tuple[str, ...]] = []
+SHAPE = (8, 64, 224, 224)  # the first block of a VGG
 FEWEST, MOST = 9, 40  # rounds; between them, as many as --benchmark-max-time allows
 
 
@@ -53,6 +54,22 @@ def large_copy() -> Callable[[str], tuple[int, Callable[[], object]]]:
         source = torch.ones(2**26, device=device)
         target = torch.empty_like(source)
         return 2 * source.nbytes, lambda: target.copy_(source)
+
+    return make
+
+
+@pytest.fixture
+def maps(device, request):
+    """Makes maps of a VGG's first block; a small batch where nothing is timed."""
+    generator = torch.Generator().manual_seed(0)
+    timed = request.config.getoption("benchmark_enable") or request.config.getoption(
+        "benchmark_only"
+    )
+    shape = SHAPE if timed else (2, 24, 20, 20)
+
+    def make(layout, dtype, size=None):
+        x = torch.randn(shape if size is None else size, generator=generator)
+        return x.to(device, dtype).contiguous(memory_format=layout)
 
     return make
 

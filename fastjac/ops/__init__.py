@@ -6,11 +6,10 @@ from fastjac.ops.attention_window import (
     attention_window_slope,
     attention_window_slope_ref,
 )
+from fastjac.ops.channel_statistics import channel_statistics, channel_statistics_ref
 from fastjac.ops.jacobian_match import jacobian_match, jacobian_match_ref
 from fastjac.ops.norm_act_pool import (
     NormActPool,
-    channel_statistics,
-    channel_statistics_ref,
     norm_act_pool,
     norm_act_pool_backward,
     norm_act_pool_backward_ref,

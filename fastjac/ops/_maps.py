@@ -31,6 +31,11 @@ def empty_map(u: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=layout(u))
 
 
+def channel_zeros(u: Tensor) -> Tensor:
+    """``[C]``, in the accumulator dtype."""
+    return u.new_zeros(u.shape[1], dtype=accumulator(u.dtype))
+
+
 def check_strided(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise FastjacError(f"{op}: {name} must be a tensor, got {type(x).__name__}")

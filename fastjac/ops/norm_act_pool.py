@@ -25,7 +25,7 @@ and on a CPU for any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,16 @@ from torch import Tensor
 
 from fastjac.errors import FastjacError
 from fastjac.ops._library import call, define, refuse_derivative, refuse_forward_mode
-from fastjac.ops._maps import accumulator, check_channels, check_like, check_map, dense, empty_map
+from fastjac.ops._maps import (
+    accumulator,
+    channel_zeros,
+    check_channels,
+    check_like,
+    check_map,
+    dense,
+    empty_map,
+)
+from fastjac.ops.channel_statistics import channel_statistics
 
 aten = torch.ops.aten
 
@@ -61,35 +70,6 @@ _ACTIVATIONS = {
 }
 _POOLS = {"none": None, "2x2": (2, 2, 0), "3x3": (3, 2, 1), "3x3-unpadded": (3, 2, 0)}  # k, s, p
 _STATISTICS = ("fixed", "batch")
-
-
-def channel_statistics(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, over batch and map.
-
-    Args:
-        u: ``[B, C, H, W]``.
-
-    Returns:
-        ``mean`` and ``var``, ``[C]``, in the accumulator dtype; zeros where there are no values.
-
-    Raises:
-        FastjacError: u is of the wrong kind; or a derivative is asked for.
-
-    u is read once. What is summed is deviations from near the mean, so neither cancels for a large one:
-    on a CPU in float64, over 16 in float32 first; on a GPU in float32, merged as means and variances.
-    """
-    check_map("channel_statistics", "u", u)
-    refuse_forward_mode("channel_statistics", u)
-    return call("channel_statistics", dense(u))
-
-
-def channel_statistics_ref(u: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`channel_statistics` in plain PyTorch."""
-    if u.numel() == 0:
-        return _zeros(u), _zeros(u)
-    x = u.to(accumulator(u.dtype))
-    mean = x.mean((0, 2, 3))
-    return mean, (x - _column(mean)).square().mean((0, 2, 3))
 
 
 def norm_act_pool(
@@ -303,8 +283,7 @@ def norm_act_pool_pushforward(
         raise FastjacError(f"{op}: tu must be a tensor, got NoneType")
     if activation == "silu":
         raise FastjacError(f"{op}: activation must be piecewise linear, got 'silu'")
-    if statistics not in _STATISTICS:
-        raise FastjacError(f"{op}: statistics must be one of {_STATISTICS}, got {statistics!r}")
+    _check_known(op, "statistics", statistics, _STATISTICS)
     if curvature and statistics == "fixed":
         raise FastjacError(f"{op}: curvature=True needs statistics='batch', got 'fixed'")
     gy = check_like(op, "gy", gy, _output_shape(op, u, pool), "y", u)
@@ -464,10 +443,6 @@ def _column(x: Tensor) -> Tensor:
     return x.view(1, -1, 1, 1)
 
 
-def _zeros(u: Tensor) -> Tensor:
-    return u.new_zeros(u.shape[1], dtype=accumulator(u.dtype))
-
-
 def _sum(x: Tensor) -> Tensor:
     return x.sum((0, 2, 3))
 
@@ -547,47 +522,45 @@ def _output_shape(op: str, u: Tensor, pool: str) -> tuple[int, int, int, int]:
     return batch, channels, size[0], size[1]
 
 
+def _check_known(op: str, name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        expected = ", ".join(map(repr, known))
+        raise FastjacError(f"{op}: {name} must be one of {expected}, got {value!r}")
+
+
 def _check(
     op: str, u: Tensor, maps: dict[str, Tensor | None], activation: str, slope: float, pool: str
 ) -> list[Tensor | None]:
     """u and the other maps, in one layout."""
     check_map(op, "u", u)
-    if activation not in _ACTIVATIONS:
-        known = ", ".join(map(repr, _ACTIVATIONS))
-        raise FastjacError(f"{op}: activation must be one of {known}, got {activation!r}")
-    if pool not in _POOLS:
-        known = ", ".join(map(repr, _POOLS))
-        raise FastjacError(f"{op}: pool must be one of {known}, got {pool!r}")
+    _check_known(op, "activation", activation, _ACTIVATIONS)
+    _check_known(op, "pool", pool, _POOLS)
     if not isinstance(slope, int | float):
         raise FastjacError(f"{op}: slope must be a number, got {type(slope).__name__}")
     _output_shape(op, u, pool)
     u = dense(u)
-    like = [
-        None if x is None else check_like(op, name, x, u.shape, "u", u) for name, x in maps.items()
-    ]
-    return [u, *like]
+    rest = [x if x is None else check_like(op, n, x, u.shape, "u", u) for n, x in maps.items()]
+    return [u, *rest]
 
 
 # Registration.
 
 _PARAMETERS = "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd"
 _OPTIONS = "str activation, float slope, str pool"
+_ADDED = "bool training, Tensor? coefficient, Tensor? curvature, bool[] mask"
 
-define("channel_statistics(Tensor u) -> (Tensor mean, Tensor var)", channel_statistics_ref)
 define(
     f"norm_act_pool(Tensor u, Tensor? residual, {_PARAMETERS}, {_OPTIONS}) -> Tensor y",
     norm_act_pool_ref,
 )
 define(
     f"norm_act_pool_backward(Tensor gy, Tensor u, Tensor? residual, {_PARAMETERS}, {_OPTIONS}, "
-    "bool training, Tensor? coefficient, Tensor? curvature, bool[] mask) "
-    "-> (Tensor gu, Tensor gresidual, Tensor gweight, Tensor gbias)",
+    f"{_ADDED}) -> (Tensor gu, Tensor gresidual, Tensor gweight, Tensor gbias)",
     norm_act_pool_backward_ref,
 )
 define(
     f"norm_act_pool_backward_(Tensor gy, Tensor(a!) u, Tensor? residual, {_PARAMETERS}, {_OPTIONS}, "
-    "bool training, Tensor? coefficient, Tensor? curvature, bool[] mask) "
-    "-> (Tensor gresidual, Tensor gweight, Tensor gbias)",
+    f"{_ADDED}) -> (Tensor gresidual, Tensor gweight, Tensor gbias)",
     _backward_in_place,
 )
 define(
@@ -598,11 +571,6 @@ define(
 )
 
 
-@torch.library.register_fake("fastjac::channel_statistics")
-def _statistics_fake(u):
-    return _zeros(u), _zeros(u)
-
-
 @torch.library.register_fake("fastjac::norm_act_pool")
 def _forward_fake(u, residual, weight, bias, mean, invstd, activation, slope, pool):
     return empty_map(u, _output_shape("norm_act_pool", u, pool))
@@ -610,7 +578,7 @@ def _forward_fake(u, residual, weight, bias, mean, invstd, activation, slope, po
 
 @torch.library.register_fake("fastjac::norm_act_pool_backward")
 def _backward_fake(gy, u, *args):
-    results = (empty_map(u, u.shape), empty_map(u, u.shape), _zeros(u), _zeros(u))
+    results = (empty_map(u, u.shape), empty_map(u, u.shape), channel_zeros(u), channel_zeros(u))
     return tuple(
         x if wanted else u.new_empty(0) for x, wanted in zip(results, args[-1], strict=True)
     )
@@ -624,10 +592,9 @@ def _backward_in_place_fake(gy, u, *args):
 @torch.library.register_fake("fastjac::norm_act_pool_pushforward")
 def _pushforward_fake(tu, tresidual, gy, u, *args):
     kappa = empty_map(u, u.shape) if args[-1] else u.new_empty(0)
-    return empty_map(u, gy.shape), _zeros(u), _zeros(u), kappa
+    return empty_map(u, gy.shape), channel_zeros(u), channel_zeros(u), kappa
 
 
-refuse_derivative("channel_statistics", "NormActPool is differentiable")
 refuse_derivative("norm_act_pool", "NormActPool is differentiable")
 refuse_derivative("norm_act_pool_backward", "norm_act_pool_ref can be differentiated further")
 refuse_derivative("norm_act_pool_pushforward", "norm_act_pool_ref can be differentiated further")

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+from norm_act_pool_case import (
+    ACTIVATE,
+    ACTIVATION,
+    DTYPE,
+    EPS,
+    EXACT,
+    LAYOUT,
+    LINEAR,
+    POOL,
+    POOLS,
+    RESIDUAL,
+    SLOPE,
+    Case,
+    chain,
+    compare,
+    leaves,
+)
 from torch import Tensor
 
 from fastjac import FastjacError
@@ -23,145 +35,10 @@ from fastjac.ops import (
     norm_act_pool_backward,
     norm_act_pool_backward_ref,
     norm_act_pool_pushforward,
-    norm_act_pool_pushforward_ref,
     norm_act_pool_ref,
 )
 
 OPS = torch.ops.fastjac
-SLOPE, EPS = 0.2, 1e-5
-ACTIVATE = {
-    "none": lambda z: z,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": lambda z: F.leaky_relu(z, SLOPE),
-    "silu": F.silu,
-}
-POOL = {
-    "none": lambda a: a,
-    "2x2": lambda a: F.max_pool2d(a, 2),
-    "3x3": lambda a: F.max_pool2d(a, 3, 2, 1),
-    "3x3-unpadded": lambda a: F.max_pool2d(a, 3, 2),
-}
-LINEAR = [a for a in ACTIVATE if a != "silu"]
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-ACTIVATION = pytest.mark.parametrize("activation", ACTIVATE)
-POOLS = pytest.mark.parametrize("pool", POOL)
-RESIDUAL = pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-EXACT = {"rtol": 1e-10, "atol": 1e-11}
-
-
-class Case:
-    """Random arguments of one call: on a grid, so that windows have ties and z sits on the kinks."""
-
-    def __init__(
-        self,
-        *shape: int,
-        with_residual: bool = False,
-        pool: str = "none",
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float64,
-        layout: torch.memory_format = torch.contiguous_format,
-        grid: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        make = torch.Generator().manual_seed(seed)
-
-        def random(*size: int) -> Tensor:
-            x = torch.randn(size, generator=make, dtype=torch.float64)
-            return x if grid is None else (x / grid).round() * grid
-
-        def maps(*size: int) -> Tensor:
-            x = random(*size).to(device, dtype).contiguous(memory_format=layout)
-            assert x.device.type == device
-            return x
-
-        channels, acc = shape[1], torch.float64 if dtype == torch.float64 else torch.float32
-        self.u = maps(*shape)
-        self.residual = maps(*shape) if with_residual else None
-        self.tu, self.curvature = maps(*shape), maps(*shape)
-        self.tresidual = maps(*shape) if with_residual else None
-        self.gy = maps(*out_shape(shape, pool))
-        if grid is None:
-            self.weight, self.bias = random(channels) + 0.1, random(channels)
-            self.mean, var = channel_statistics_ref(self.u.double().cpu())
-            self.invstd = (var + EPS).rsqrt()
-        else:
-            sign = torch.tensor([1.0, -1.0]).repeat(channels)[:channels].double()
-            self.weight, self.bias = 2 * sign, random(channels)
-            self.mean, self.invstd = random(channels), torch.full_like(sign, 0.5)
-        self.coefficient = random(channels)
-        for name in ("weight", "bias", "mean", "invstd", "coefficient"):
-            setattr(self, name, getattr(self, name).to(device, acc))
-
-    @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return self.u, self.residual, self.weight, self.bias, self.mean, self.invstd
-
-    def forward(self, f, activation: str, pool: str):
-        return f(*self.inputs, activation, SLOPE, pool)
-
-    def backward(self, f, activation: str, pool: str, training: bool, added: bool, mask=None):
-        more = (self.coefficient, self.curvature) if added else (None, None)
-        mask = [True, self.residual is not None, True, True] if mask is None else mask
-        return f(self.gy, *self.inputs, activation, SLOPE, pool, training, *more, mask)
-
-    def pushforward(self, f, activation: str, pool: str, statistics: str, curvature: bool):
-        tangents = (self.tu, self.tresidual, self.gy)
-        return f(*tangents, *self.inputs, activation, SLOPE, pool, statistics, curvature)
-
-    def everything(self, native: bool, activation: str, pool: str) -> dict[str, Tensor]:
-        """All results of all operators, by name."""
-        ops = (norm_act_pool, norm_act_pool_backward, norm_act_pool_pushforward)
-        refs = (norm_act_pool_ref, norm_act_pool_backward_ref, norm_act_pool_pushforward_ref)
-        forward, backward, pushforward = ops if native else refs
-        results = {"y": self.forward(forward, activation, pool)}
-        names = ("gu", "gresidual", "gweight", "gbias")
-        for training, added in ((True, True), (False, False)):
-            got = self.backward(backward, activation, pool, training, added)
-            results.update({f"{n} {training}": x for n, x in zip(names, got, strict=True)})
-        if activation != "silu":
-            names = ("ty", "T", "coefficient", "kappa")
-            for statistics in ("fixed", "batch"):
-                curve = statistics == "batch"
-                got = self.pushforward(pushforward, activation, pool, statistics, curve)
-                results.update({f"{n} {statistics}": x for n, x in zip(names, got, strict=True)})
-        return {n: x for n, x in results.items() if x is not None and x.numel()}
-
-    def double(self) -> Case:
-        """The same numbers in float64."""
-        other = Case.__new__(Case)
-        for name, x in vars(self).items():
-            setattr(other, name, x if x is None else x.double())
-        return other
-
-
-def out_shape(shape: tuple[int, ...], pool: str) -> tuple[int, ...]:
-    if min(shape) == 0:
-        return (*shape[:2], *POOL[pool](torch.empty(1, 1, *shape[2:])).shape[2:])
-    return tuple(POOL[pool](torch.empty(shape)).shape)
-
-
-def compare(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance) -> None:
-    assert got.keys() == expected.keys()
-    for name, x in got.items():
-        y = expected[name].to(x.dtype)
-        torch.testing.assert_close(x, y, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
-
-# PyTorch's own chain.
-
-
-def chain(u, residual, weight, bias, activation, pool, training=True, running=(None, None), m=0.1):
-    n = F.batch_norm(u, *running, weight, bias, training, m, EPS)
-    return POOL[pool](ACTIVATE[activation](n if residual is None else n + residual))
-
-
-def leaves(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
 
 
 @RESIDUAL
@@ -285,89 +162,6 @@ def test_matches_the_reference_in_every_dtype(device, dtype, layout, pool, with_
             eps = torch.finfo(x.dtype).eps
             error = (x.double() - expected[name]).abs().max()
             assert error <= 8 * eps * spread, (activation, name, error / spread)
-
-
-def relative(x: Tensor, y: Tensor) -> float:
-    return ((x.double() - y).norm() / y.norm()).item()
-
-
-def apart(dtype: torch.dtype, pool: str, device: str, layout: torch.memory_format) -> Case:
-    """Its values are so far from each other that in every dtype each window chooses the same."""
-    options = {"with_residual": True, "pool": pool, "device": device, "layout": layout}
-    case = Case(4, 24, 28, 30, dtype=dtype, **options)
-    if dtype in (torch.bfloat16, torch.float16):
-        order = torch.argsort(torch.rand(case.u[0, 0].numel(), generator=torch.Generator()))
-        ramp = (order.to(case.u.device) / len(order) * 4 - 2).view(1, 1, *case.u.shape[2:])
-        case.u.copy_(ramp.expand_as(case.u))
-        case.residual.copy_(case.u * (case.weight.sign() / 2).view(1, -1, 1, 1))
-    return case
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@LAYOUT
-@POOLS
-@ACTIVATION
-def test_error_at_most_twice_pytorchs(device, dtype, layout, pool, activation):
-    """Forward and backward of the whole function, both against float64 with the same choices."""
-    case = apart(dtype, pool, device, layout)
-    ins = (case.u, case.residual, case.weight.to(dtype), case.bias.to(dtype))
-
-    def run(double: bool, native: bool) -> list[Tensor]:
-        tensors = leaves(*((x.double() for x in ins) if double else ins))
-        if native:
-            options = (True, 0.1, EPS, activation, SLOPE, pool)
-            y = NormActPool.apply(*tensors, None, None, *options)[0]
-        else:
-            y = chain(*tensors, activation, pool)
-        y.backward(case.gy.to(y.dtype))
-        return [y.detach(), *(x.grad for x in tensors)]
-
-    truth = run(True, False)
-    names = ("y", "gu", "gresidual", "gweight", "gbias")
-    results = (run(False, True), run(False, False), truth)
-    for name, ours, theirs, exact in zip(names, *results, strict=True):
-        allowed = 2 * relative(theirs, exact) + torch.finfo(dtype).eps / 64
-        assert relative(ours, exact) <= allowed, name
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@LAYOUT
-@POOLS
-@pytest.mark.parametrize("activation", LINEAR)
-@pytest.mark.parametrize("statistics", ["batch", "fixed"])
-def test_pushforward_error_at_most_twice_pytorchs(
-    device, dtype, layout, pool, activation, statistics
-):
-    """y's tangent, T and u's cotangent, by PyTorch's double backward of its own chain."""
-    case, batch = apart(dtype, pool, device, layout), statistics == "batch"
-    acc = case.weight.dtype
-    case.weight, case.bias = (x.to(dtype).to(acc) for x in (case.weight, case.bias))
-    case.mean, var = channel_statistics(case.u)
-    case.invstd = (var + EPS).rsqrt()
-
-    def run(kind: torch.dtype) -> list[Tensor]:
-        ins = (case.u, case.residual, case.weight, case.bias, case.gy)
-        u, residual, weight, bias, gy = leaves(*(x.to(kind) for x in ins))
-        running = (None, None) if batch else (case.mean.to(kind), var.to(kind))
-        y = chain(u, residual, weight, bias, activation, pool, batch, running)
-        J = torch.autograd.grad(y, (u, residual), gy, create_graph=True)
-        tangents = (case.tu.to(kind), case.tresidual.to(kind))
-        inner = sum((j * t).sum() for j, t in zip(J, tangents, strict=True))
-        return list(torch.autograd.grad(inner, (gy, weight, u) if batch else (gy, weight)))
-
-    ty, T, coefficient, curvature = case.pushforward(
-        norm_act_pool_pushforward, activation, pool, statistics, batch
-    )
-    ours = [ty, T]
-    if batch:
-        x = case.u.double()
-        xhat = (x - x.mean((0, 2, 3), True)) * case.invstd.double().view(1, -1, 1, 1)
-        ours.append(coefficient.double().view(1, -1, 1, 1) * xhat + curvature)
-    results = (ours, run(dtype), run(torch.float64))
-    for name, got, theirs, exact in zip(("ty", "T", "gu"), *results, strict=False):
-        # T's terms cancel: in float32, channels-last, it has up to 2.7 times PyTorch's error.
-        slack = torch.finfo(acc).eps if name == "T" else torch.finfo(dtype).eps / 64
-        assert relative(got, exact) <= 2 * relative(theirs, exact) + slack, name
 
 
 @POOLS
@@ -615,80 +409,3 @@ def test_opcheck_over_u():
     utils = ("test_schema", "test_faketensor")
     op = OPS.norm_act_pool_backward_.default
     torch.library.opcheck(op, (case.gy, *args), test_utils=utils)
-
-
-# The same bits.
-
-
-def digest(device: str) -> str:
-    """Of the bits of results over layouts, pools, dtypes and activations, of several chunks each."""
-    bits = hashlib.sha256()
-    kinds = zip(DTYPES, ("relu", "leaky_relu", "silu", "relu6"), strict=True)
-    for layout, (dtype, activation) in itertools.product(LAYOUTS.values(), kinds):
-        for pool in POOL:
-            options = {"pool": pool, "device": device, "dtype": dtype, "layout": layout}
-            case = Case(3, 37, 41, 44, with_residual=True, **options)
-            results = [
-                *channel_statistics(case.u),
-                *case.everything(True, activation, pool).values(),
-            ]
-            for x in results:
-                bits.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return bits.hexdigest()
-
-
-def test_bits_are_the_same_from_run_to_run_and_for_any_thread_count(device):
-    first, threads = digest(device), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            assert digest(device) == first
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_16_bit_number_is_read_and_rounded_as_in_pytorch(device, dtype, layout):
-    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16)
-    u = bits.view(dtype).reshape(1, 64, 32, 32).contiguous(memory_format=layout)
-    mean, scale = torch.zeros(64, device=device), torch.linspace(-3, 3, 64, device=device)
-    y = norm_act_pool(u, None, None, None, mean, scale, "none", 0.0, "none")
-    expected = (u.float() * scale[:, None, None]).to(dtype)
-    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("which", ["weight", "bias", "mean", "invstd", "coefficient"])
-@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
-def test_whatever_nan_a_parameter_is_nans_come_out(device, dtype, which, bits):
-    """Rounded by its bits alone, one with all of them set would become a zero."""
-    u = torch.randn(2, 3, 4, 35, device=device).to(dtype)
-    p = {name: torch.ones(3, device=device) for name in ("weight", "bias", "mean", "invstd")}
-    coefficient = torch.ones(3, device=device)
-    changed = coefficient if which == "coefficient" else p[which]
-    changed.view(torch.int32)[1] = bits
-    rest = (*p.values(), "none", 0.0, "none")
-    y = norm_act_pool(u, None, *rest)
-    gu = norm_act_pool_backward(
-        u, u, None, *rest, False, coefficient, None, [True, False, False, False]
-    )[0]
-    got = {"bias": [y], "coefficient": [gu]}.get(which, [y, gu])
-    for x in got:
-        assert x[:, 1].isnan().all()
-        assert not x[:, [0, 2]].isnan().any()
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
-def test_bits_are_the_same_for_any_instruction_set(isa):
-    env = {**os.environ, "FASTJAC_CPU_ISA": isa}
-    code = (
-        f"import importlib.util as u; s = u.spec_from_file_location('t', {__file__!r}); "
-        "m = u.module_from_spec(s); s.loader.exec_module(m); "
-        "from fastjac.info import report; print(report()); print(m.digest('cpu'))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    if f"yes, {isa}" not in out.stdout:
-        pytest.skip(f"the CPU operators do not run on {isa} here:\n{out.stdout}")
-    assert out.stdout.split()[-1] == digest("cpu")
