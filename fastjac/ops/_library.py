@@ -122,8 +122,9 @@ def define(schema: str, reference: Callable) -> None:
 def call(name: str, *args: Any) -> Any:
     """``torch.ops.fastjac.<name>(*args)``, past its autograd entry where that has nothing to record.
 
-    The entry is PyTorch's for operators from outside: in Python, and a third of a small call's time.
-    The caller has refused forward-mode tangents, which it would see too.
+    The entry is PyTorch's for operators from outside: in Python (torch/_library/autograd.py, which asks
+    the same of the same private names), and a third of a small call's time. The caller has refused
+    forward-mode tangents, which it would see too.
     """
     op = getattr(torch.ops.fastjac, name).default
     if (
