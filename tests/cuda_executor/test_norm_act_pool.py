@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 
@@ -10,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# The package has a function of this module's name.
-ops = importlib.import_module("fastjac.ops.norm_act_pool")
+from fastjac import ops
 
 POOLS = {"none": (1, 1, 0), "2x2": (2, 2, 0), "3x3": (3, 2, 1), "3x3-unpadded": (3, 2, 0)}
 ACTIVATIONS = ["none", "relu", "relu6", "leaky_relu", "silu"]
