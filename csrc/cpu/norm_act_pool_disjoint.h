@@ -30,6 +30,7 @@ struct Disjoint : Pixels<scalar_t, kKernel, kRelu, kLast> {
     int64_t in, out;
     int64_t lane; // of the sums
     Count count;
+    int64_t ahead = 0; // contiguous: what is asked for meanwhile
 
     // Contiguous: of the pixels in a row of the windows.
     auto pixels() const {
@@ -67,7 +68,8 @@ struct Disjoint : Pixels<scalar_t, kKernel, kRelu, kLast> {
       const Held all = held(0);
       int64_t j = 0;
       const auto at = [&](auto count) FASTJAC_INLINED {
-        f(At<decltype(count)>{in_row + 2 * j, out_row + j, j % kRunLanes, count}, all);
+        const int64_t ahead = in_row + 2 * row + 4 * j;
+        f(At<decltype(count)>{in_row + 2 * j, out_row + j, j % kRunLanes, count, ahead}, all);
       };
       for (; j + L <= m.out_width; j += L) at(Whole{});
       if (j < m.out_width) at(Part{m.out_width - j});
@@ -85,8 +87,10 @@ struct Disjoint : Pixels<scalar_t, kKernel, kRelu, kLast> {
     } else {
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        const int64_t in = at.in + h * row;
-        this->template look_at_both<kAsked>(x.rows[h].first, x.rows[h].second, in, of, at.pixels());
+        const int64_t in = at.in + h * row, ahead = at.ahead + h * 2 * L;
+        this->template look_at_both<kAsked>(
+            x.rows[h].first, x.rows[h].second, in, ahead, of, at.pixels()
+        );
       }
     }
   }

@@ -120,8 +120,8 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
         Three x[kRows];
 #pragma GCC unroll 2
         for (int h = 0; h < kRows; ++h) {
-          const int64_t at = in[h] + 2 * j;
-          this->template look_at_both<kAsked>(x[h].middle, x[h].right, at, of, of_pixels);
+          const int64_t at = in[h] + 2 * j, ahead = in[0] + 2 * row + 2 * (kRows * j + h * L);
+          this->template look_at_both<kAsked>(x[h].middle, x[h].right, at, ahead, of, of_pixels);
           this->template each_part<kAsked>(
               [](V& before, V& last, const V& right) FASTJAC_INLINED {
                 before = moved_up(last, right, std::make_integer_sequence<int, L>());

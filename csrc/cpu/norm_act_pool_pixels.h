@@ -202,13 +202,15 @@ struct Pixels {
       return load_pairs<L>(x, count);
     }
   }
+  // Contiguous: from `ahead` on, pixels of the next rows are asked for, in the order in which they lie. Two
+  // rows that are read by turns, each too short a run by itself, the processor does not see coming.
   template <int kAsked, typename Count>
   FASTJAC_ALWAYS_INLINE void look_at_both(
-      Tap& first, Tap& second, int64_t in, const Held& of, Count count
+      Tap& first, Tap& second, int64_t in, int64_t ahead, const Held& of, Count count
   ) const {
     const auto read = [&](const scalar_t* map) FASTJAC_INLINED {
-      if constexpr (!kLast) { // the next rows: each is too short a run by itself
-        const scalar_t* later = map + in + 2 * row;
+      if constexpr (!kLast) {
+        const scalar_t* later = map + ahead;
         __builtin_prefetch(later);
         if (2 * L * sizeof(scalar_t) > 64) __builtin_prefetch(later + L);
       }
