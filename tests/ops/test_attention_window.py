@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from instruction_set import evaluate_on
 from torch import Tensor
 
 from fastjac import FastjacError
@@ -367,17 +365,7 @@ def test_bits_are_the_same_from_run_to_run_and_for_any_thread_count(device):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_bits_are_the_same_for_any_instruction_set(isa):
-    env = {**os.environ, "FASTJAC_CPU_ISA": isa}
-    code = (
-        f"import importlib.util as u; s = u.spec_from_file_location('t', {__file__!r}); "
-        "m = u.module_from_spec(s); s.loader.exec_module(m); "
-        "from fastjac.info import report; print(report()); print(m.digest('cpu'))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    if f"yes, {isa}" not in out.stdout:
-        pytest.skip(f"the CPU operators do not run on {isa} here:\n{out.stdout}")
-    assert out.stdout.split()[-1] == digest("cpu")
+    assert evaluate_on(isa, __file__, "m.digest('cpu')") == digest("cpu")
 
 
 def test_compiles_into_one_graph(device):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from instruction_set import evaluate_on
 
 from fastjac.ops import (
     norm_act_pool,
@@ -148,14 +146,5 @@ def test_a_result_beyond_the_caches_has_the_bits_of_its_images(dtype, layout, ca
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_so_it_has_with_any_instruction_set(isa):
     test = test_a_result_beyond_the_caches_has_the_bits_of_its_images.__name__
-    code = (
-        f"import importlib.util as u; s = u.spec_from_file_location('t', {__file__!r}); "
-        "m = u.module_from_spec(s); s.loader.exec_module(m); "
-        f"[m.{test}(*case) for case in m.CASES]; "
-        "from fastjac.info import report; print(report())"
-    )
-    env = {**os.environ, "FASTJAC_CPU_ISA": isa}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    if f"yes, {isa}" not in out.stdout:
-        pytest.skip(f"the CPU operators do not run on {isa} here:\n{out.stdout}")
+    done = evaluate_on(isa, __file__, f"len([m.{test}(*case) for case in m.CASES])")
+    assert done == str(len(CASES))

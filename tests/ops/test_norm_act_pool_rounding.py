@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from instruction_set import evaluate_on
 from norm_act_pool_case import (
     ACTIVATION,
     DTYPES,
@@ -183,14 +180,4 @@ def test_whatever_nan_a_parameter_is_nans_come_out(device, dtype, which, bits):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_bits_are_the_same_for_any_instruction_set(isa):
-    env = {**os.environ, "FASTJAC_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
-    code = (
-        f"import importlib.util as u; s = u.spec_from_file_location('t', {__file__!r}); "
-        "m = u.module_from_spec(s); s.loader.exec_module(m); "
-        "from fastjac.info import report; print(report()); print(m.digest('cpu'))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    if f"yes, {isa}" not in out.stdout:
-        pytest.skip(f"the CPU operators do not run on {isa} here:\n{out.stdout}")
-    assert out.stdout.split()[-1] == digest("cpu")
+    assert evaluate_on(isa, __file__, "m.digest('cpu')") == digest("cpu")

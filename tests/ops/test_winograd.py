@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from instruction_set import evaluate_on
 from torch import Tensor
 
 from fastjac import FastjacError
@@ -237,18 +235,9 @@ def test_bits_are_the_same_from_run_to_run_and_for_any_thread_count():
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_instruction_sets(isa):
     """All are near the reference; those with a multiply-add have the same bits."""
-    env = {**os.environ, "FASTJAC_CPU_ISA": isa}
-    code = (
-        f"import importlib.util as u; s = u.spec_from_file_location('t', {__file__!r}); "
-        "m = u.module_from_spec(s); s.loader.exec_module(m); "
-        "[m.test_matches_the_reference(s, (1, 1)) for s in m.SHAPES]; "
-        "from fastjac.info import report; print(report()); print(m.digest())"
-    )
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    if f"yes, {isa}" not in out.stdout:
-        pytest.skip(f"the CPU operators do not run on {isa} here:\n{out.stdout}")
-    assert isa == "portable" or out.stdout.split()[-1] == digest()
+    near = "[m.test_matches_the_reference(s, (1, 1)) for s in m.SHAPES]"
+    got = evaluate_on(isa, __file__, f"{near}, m.digest()")
+    assert isa == "portable" or got == digest()
 
 
 BAD = {
