@@ -62,9 +62,8 @@ inline torch::stable::Tensor empty_map(
   const auto [batch, channels, height, width] = sizes;
   const int64_t bytes = batch * channels * height * width * static_cast<int64_t>(x.element_size());
   const bool last = format == torch::headeronly::MemoryFormat::ChannelsLast;
-  const auto at_least_1 = [](int64_t n) {
-    return std::max<int64_t>(n, 1);
-  }; // PyTorch's empty strides
+  // As PyTorch has it: where a contiguous map is empty, no dimension counts for less than one.
+  const auto at_least_1 = [](int64_t n) { return std::max<int64_t>(n, 1); };
   const int64_t row = last ? width * channels : at_least_1(width);
   const int64_t area = row * at_least_1(height);
   const int64_t strides[] = {

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastjac import FastjacError
 from fastjac.ops import (
@@ -213,10 +214,27 @@ def test_derivatives_are_errors(device):
             op(tracked, start, (3, 3)).sum().backward()
         with pytest.raises(RuntimeError, match="functorch transforms"):
             torch.func.grad(lambda y, op=op: op(y, start, (3, 3)).sum())(x)
+        with pytest.raises(FastjacError, match="window_crop: its derivative is not supported; det"):
+            torch.func.vmap(lambda y, op=op: op(y, start, (3, 3)))(tracked[None]).sum().backward()
         with torch.no_grad():
             assert not op(tracked, start, (3, 3)).requires_grad
         with pytest.raises(FastjacError, match=op.__name__ + r": forward-mode derivatives \(jvp\)"):
             torch.func.jvp(lambda y, op=op: op(y, start, (3, 3)), (x,), (x,))
+
+
+def test_what_overrides_the_call_can_differentiate():
+    x, start = maps(3, 2, 5, 5), starts(3)
+
+    class Differentiates(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is OP.default:
+                y = x.clone().requires_grad_()
+                return torch.autograd.grad(y.square().sum(), y)[0]
+            return function(*args, **(kwargs or {}))
+
+    with Differentiates():
+        got = window_crop(x, start, (3, 3))
+    torch.testing.assert_close(got, 2 * x)
 
 
 BAD = {
