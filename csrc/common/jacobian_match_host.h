@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "checks.h"
+#include "empty.h"
 #include "layout.h"
 
 namespace fastjac::jacobian_match {
@@ -28,9 +29,13 @@ std::tuple<Tensor, Tensor> allocate_and_run(
       ": eps must be positive, and a normal number in float32, got ", eps
   );
 
-  Tensor loss = torch::stable::new_zeros(js, {js.size(0)}, accumulator(js.scalar_type()));
-  Tensor v = torch::stable::empty_like(js);
-  if (js.numel() == 0) return {loss, v};
+  const ScalarType dtype = accumulator(js.scalar_type());
+  if (js.numel() == 0) {
+    return {torch::stable::new_zeros(js, {js.size(0)}, dtype), torch::stable::empty_like(js)};
+  }
+  Tensor loss = empty_strided(js, dtype, {js.size(0)}, {1});
+  Tensor v = js.is_contiguous() ? empty_strided(js, js.scalar_type(), js.sizes(), js.strides())
+                                : torch::stable::empty_like(js);
   if (batch_is_outermost(v)) {
     run(with_layout_of(v, js), with_layout_of(v, jt), v, loss);
   } else {

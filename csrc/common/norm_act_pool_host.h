@@ -10,7 +10,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include "checks.h"
-#include "empty_map.h"
+#include "empty.h"
 #include "layout.h"
 #include "norm_act_pool.h"
 

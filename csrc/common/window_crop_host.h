@@ -12,7 +12,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "checks.h"
-#include "empty_map.h"
+#include "empty.h"
 #include "layout.h"
 #include "window_crop.h"
 

@@ -11,7 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/checks.h"
-#include "../common/empty_map.h"
+#include "../common/empty.h"
 #include "../common/layout.h"
 #include "isa.h"
 

@@ -12,6 +12,7 @@ from fastjac.ops._library import call, define, refuse_forward_mode
 from fastjac.ops._maps import check_strided
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SMALLEST_EPS, _LARGEST_EPS = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def jacobian_match(
@@ -94,7 +95,7 @@ def _check(js: Tensor, jt: Tensor, eps: float) -> None:
             raise FastjacError(
                 f"jacobian_match: jt must have js's {what}, {shown[0]}, got {shown[1]}"
             )
-    if not torch.finfo(torch.float32).tiny <= eps <= torch.finfo(torch.float32).max:
+    if not _SMALLEST_EPS <= eps <= _LARGEST_EPS:
         raise FastjacError(
             f"jacobian_match: eps must be positive, and a normal number in float32, got {eps}"
         )

@@ -1,4 +1,4 @@
-// Where the maps that an operator gives are. For code that is bound to PyTorch; device code does not
+// Where the tensors that an operator gives are. For code that is bound to PyTorch; device code does not
 // include it.
 #pragma once
 
@@ -34,17 +34,21 @@ inline void ask_for_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_
 #endif
 }
 
-// Of x's dtype and device. torch::stable::empty would look its operator up by name, at a microsecond.
+// On x's device. torch::stable::empty would look its operator up by name, at a microsecond.
 inline torch::stable::Tensor empty_strided(
-    const torch::stable::Tensor& x, const int64_t (&sizes)[4], const int64_t (&strides)[4]
+    const torch::stable::Tensor& x,
+    torch::headeronly::ScalarType dtype,
+    torch::headeronly::IntHeaderOnlyArrayRef sizes,
+    torch::headeronly::IntHeaderOnlyArrayRef strides
 ) {
-  int32_t dtype, device_type;
+  int32_t device_type;
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, x.get_device_index(), &result)
-  );
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      x.get_device_index(), &result
+  ));
   return torch::stable::Tensor(result);
 }
 
@@ -69,7 +73,7 @@ inline torch::stable::Tensor empty_map(
   const int64_t strides[] = {
       last ? row * height : area * at_least_1(channels), last ? 1 : area, row, last ? channels : 1
   };
-  if (!x.is_cpu() || bytes < kOwnMemory) return empty_strided(x, sizes, strides);
+  if (!x.is_cpu() || bytes < kOwnMemory) return empty_strided(x, x.scalar_type(), sizes, strides);
   void* const block = std::malloc(bytes + kAlignment - 1);
   STD_TORCH_CHECK(block != nullptr, "no memory for a map of ", bytes, " bytes");
   const auto past = reinterpret_cast<uintptr_t>(block) + kAlignment - 1;
