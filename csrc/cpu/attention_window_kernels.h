@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_window.h"
-#include "lanes.h"
+#include "stored_lanes.h"
 
 namespace fastjac::attention_window::FASTJAC_TARGET_NAME {
 namespace {

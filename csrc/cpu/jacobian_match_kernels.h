@@ -3,7 +3,7 @@
 #pragma once
 
 #include "jacobian_match.h"
-#include "lanes.h"
+#include "stored_lanes.h"
 
 namespace fastjac::jacobian_match::FASTJAC_TARGET_NAME {
 namespace {

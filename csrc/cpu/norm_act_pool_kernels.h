@@ -3,10 +3,10 @@
 // statistics. The formulas are in common/norm_act_pool.h, the division of the work in norm_act_pool.h.
 #pragma once
 
-#include "lanes.h"
 #include "norm_act_pool.h"
 #include "norm_act_pool_disjoint.h"
 #include "norm_act_pool_unpooling.h"
+#include "stored_lanes.h"
 
 namespace fastjac::norm_act_pool::FASTJAC_TARGET_NAME {
 namespace {
@@ -55,7 +55,7 @@ void run(const Maps& m, int64_t begin, int64_t end) {
     if constexpr (kPass == Pass::kPushforward) k.flush(out, c, 2, 3); // of g tu alone
   };
   if constexpr (kOverlap) {
-    Scratch<acc_t> kept(2 * K::kParts * k.places);
+    Scratch<acc_t> kept(2 * K::kMostKept * (k.places / K::L));
     k.kept = kept.data;
     Scratch<acc_t> row_sums(sums ? kSums * k.lanes_size : 0);
     k.row_sums = row_sums.data;

@@ -20,19 +20,24 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
   using P = Pixels<scalar_t, 3, kRelu, kLast>;
   using P::add, P::gated, P::held, P::P;
   using P::L, P::kNothing, P::m, P::pixel, P::row, P::u, P::tu, P::gy, P::y, P::lanes, P::adds_d;
+  using P::open;
   using typename P::acc_t, typename P::index_t, typename P::V, typename P::I, typename P::Held;
   using typename P::Choice, typename P::Tap, typename P::Terms;
 
   // What the windows of a row chose of the row of pixels that they share with the row above, and of the one
-  // that they share with the row below: [2, places / L, kParts, L].
-  static constexpr int kParts = 6; // a Tap's, and which it is
-  // Pixels that are asked for before their turn: channels-last, they did not come by themselves.
-  static constexpr int64_t kAhead = 2048 / sizeof(scalar_t);
+  // that they share with the row below, by turns: [places / L, 2, a Tap's parts and which it is, L]. The two lie
+  // side by side, or their distance may be one at which they drive each other out of the caches.
+  template <int kAsked>
+  static constexpr int kKept = L * (P::template kParts<kAsked> + !!(kAsked & kWhich));
+  static constexpr int kMostKept = kKept<kTheU | kTheTangents | kWhich>;
   acc_t* kept = nullptr;
-  const int64_t places = (m.out_width * (kLast ? m.padded_channels : 1) + L - 1) / L * L;
-  // That which row i shares with the row above.
-  acc_t* kept_above(int64_t i) const {
-    return kept + i % 2 * kParts * places;
+  const int64_t padded = m.padded_channels;
+  const int64_t places = (m.out_width * (kLast ? padded : 1) + L - 1) / L * L;
+  int8_t* const chosen = m.chosen;
+  // That which row i shares with the row above, of the windows at `place`.
+  template <int kAsked>
+  FASTJAC_ALWAYS_INLINE acc_t* kept_above(int64_t i, int64_t place) const {
+    return kept + (2 * (place / L) + i % 2) * kKept<kAsked>;
   }
   template <int kAsked>
   FASTJAC_ALWAYS_INLINE void keep(acc_t* at, const Choice& x) const {
@@ -51,6 +56,15 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
     };
     this->template each_part<kAsked>(next, x.at);
     if constexpr (kAsked & kWhich) next(x.which);
+  }
+
+  // Channels-last, pixels did not come by themselves: those behind the ones at `at` of a window, which for its
+  // vector k are two.
+  static constexpr int64_t kAhead = 1024 / sizeof(scalar_t);
+  FASTJAC_ALWAYS_INLINE void ask_ahead(int64_t at, int64_t k) const {
+    const scalar_t* later = u + at + k + kAhead;
+    __builtin_prefetch(later);
+    if (2 * L * sizeof(scalar_t) > 64) __builtin_prefetch(later + L);
   }
 
   // The windows' three pixels in a row, and which of them the first and the last are: 0 and 2, or where there
@@ -83,28 +97,31 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
   FASTJAC_ALWAYS_INLINE void each_three(const int64_t (&in)[kRows], const F& f) const {
     const int64_t pixels = m.width - (1 - m.padding); // from the first middle one on
     if constexpr (kLast) {
-      for (int64_t j = 0; j < m.out_width; ++j) {
-        const int64_t left = j == 0 && m.padding ? 0 : pixel;
-        const int64_t right = 2 * j + 1 < pixels ? pixel : 0;
-        const I first = I{} + index_t(left ? 0 : 1), last = I{} + index_t(right ? 2 : 1);
+      // Windows j, all of whose columns exist if `inner`.
+      const auto windows = [&](int64_t j, auto inner) FASTJAC_INLINED {
+        const bool is_left = inner || j > 0 || !m.padding, is_right = inner || 2 * j + 1 < pixels;
+        const I first = I{} + index_t(is_left ? 0 : 1), last = I{} + index_t(is_right ? 2 : 1);
+        const int64_t from = 2 * j * pixel, out = j * pixel, place = j * padded;
         this->each_vector([&](int64_t k, auto count) FASTJAC_INLINED {
           const Held of = held(k);
           Three x[kRows];
 #pragma GCC unroll 2
           for (int h = 0; h < kRows; ++h) {
-            const int64_t at = in[h] + 2 * j * pixel + k;
-            const scalar_t* later = u + at + k + kAhead; // pixels are two to a window
-            __builtin_prefetch(later);
-            if (2 * L * sizeof(scalar_t) > 64) __builtin_prefetch(later + L);
-            this->template look<kAsked>(x[h].left, at - left, of, count);
+            const int64_t at = in[h] + from + k;
+            ask_ahead(at, k);
+            this->template look<kAsked>(x[h].left, is_left ? at - pixel : at, of, count);
             this->template look<kAsked>(x[h].middle, at, of, count);
-            this->template look<kAsked>(x[h].right, at + right, of, count);
+            this->template look<kAsked>(x[h].right, is_right ? at + pixel : at, of, count);
             x[h].first = first;
             x[h].last = last;
           }
-          f(At{j * pixel + k, k, j * m.padded_channels + k}, of, x, count);
+          f(At{out + k, k, place + k}, of, x, count);
         });
-      }
+      };
+      windows(0, std::false_type());
+      int64_t j = 1;
+      for (; j < m.out_width && 2 * j + 1 < pixels; ++j) windows(j, std::true_type());
+      for (; j < m.out_width; ++j) windows(j, std::false_type());
     } else {
       const Held of = held(0);
       Tap left[kRows]; // the pixel to the left of the next windows', in the last lane
@@ -175,7 +192,6 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
     const bool last = h + 1 == m.height; // the windows' last row is missing
     const int64_t middle = middle_of_first(image, h), below = last ? middle : middle + row;
     const int64_t out = (image * m.out_height + i) * m.out_width * pixel;
-    acc_t *const from_above = kept_above(i), *const for_below = kept_above(i + 1);
     const I of_middle = I{} + index_t(3), of_below = I{} + index_t(last ? 3 : 6);
     auto nan = unordered(V{}, V{});
     each_three<kAsked, 2>(
@@ -188,11 +204,11 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
             }
           }
           Choice best, next;
-          recall<kAsked>(best, from_above + kParts * at.place);
+          recall<kAsked>(best, this->template kept_above<kAsked>(i, at.place));
           choose_among<kAsked, kNan>(next, x[0]);
           this->template merge<kAsked, kNan>(best, next.at, I(next.which + of_middle));
           choose_among<kAsked, kNan>(next, x[1]);
-          keep<kAsked>(for_below + kParts * at.place, next);
+          keep<kAsked>(this->template kept_above<kAsked>(i + 1, at.place), next);
           this->template merge<kAsked, kNan>(best, next.at, I(next.which + of_below));
           f(out + at.out, of, best, count, [&](int sum, const V& terms) FASTJAC_INLINED {
             P::add_to(row_sums, sum, at.lane, terms);
@@ -201,7 +217,7 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
     );
     const bool again = !kNan && any(nan);
     for (int sum = kFirst; lanes && sum < kEnd; ++sum) {
-      for (int64_t k = 0; k < (kLast ? m.padded_channels : kPadding); k += L) {
+      for (int64_t k = 0; k < (kLast ? padded : kPadding); k += L) {
         acc_t* from = row_sums + P::of_vector(k, kSums) + sum * kPadding;
         if (!again) add(sum, k, load<L>(from));
         store(from, V{});
@@ -225,7 +241,7 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
           Choice best;
           choose_among<kAsked, true>(best, x[0]);
           if (missing) best.which += 3;
-          keep<kAsked>(kept_above(i) + kParts * at.place, best);
+          keep<kAsked>(this->template kept_above<kAsked>(i, at.place), best);
         }
     );
   }
@@ -267,11 +283,11 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
         b, c, begin, end,
         [&](int64_t out, const Held& of, const Choice& x, auto count, const auto& sum)
             FASTJAC_INLINED {
+              if (kLast) __builtin_prefetch(gy + out + kAhead / 2);
               const V g = gated(x.at.z, load<L>(gy + out, count));
-              if (m.chosen) {
-                const V open = gated(x.at.z, V{} + acc_t(1));
-                const I which = select(greater(open, V{}), x.which, I{} + kNothing);
-                store_bytes(m.chosen + out, to_bytes<L>(which), count);
+              if (chosen) {
+                const I which = select(open(x.at.z), x.which, I{} + kNothing);
+                store_bytes(chosen + out, to_bytes<L>(which), count);
               }
               sum(0, g);
               sum(1, g * (x.at.u - of.mean));

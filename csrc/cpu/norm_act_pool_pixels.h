@@ -8,8 +8,8 @@
 
 #include <cstdlib>
 
-#include "lanes.h"
 #include "norm_act_pool.h"
+#include "stored_lanes.h"
 
 namespace fastjac::norm_act_pool::FASTJAC_TARGET_NAME {
 namespace {
@@ -23,12 +23,16 @@ inline int64_t most(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-// Zeroed memory of one task after the other.
+// Zeroed memory of one task after the other, in which vectors lie within cache lines.
 template <typename T>
 struct Scratch {
+  static constexpr size_t kLine = 64;
   T* data;
-  explicit Scratch(int64_t n) : data(static_cast<T*>(std::calloc(n + 64, sizeof(T)))) {
+  explicit Scratch(int64_t n) {
+    const size_t size = ((n + 64) * sizeof(T) + kLine - 1) / kLine * kLine;
+    data = static_cast<T*>(std::aligned_alloc(kLine, size));
     if (data == nullptr) std::abort();
+    std::memset(data, 0, size);
   }
   ~Scratch() {
     std::free(data);
@@ -66,6 +70,8 @@ struct Pixels {
   scalar_t* const y = static_cast<scalar_t*>(m.y);
 
   const bool past_caches = m.past_caches;
+  // Vectors side by side that make a cache line as they are stored, where a register of bytes holds one.
+  static constexpr int kSide = FASTJAC_VECTOR_BYTES == 64 && sizeof(scalar_t) == 2 ? 2 : 1;
 
   // Else nothing is added for a d that is not finite, which times zero is not zero.
   const bool adds_d = m.adds_d;
@@ -138,9 +144,18 @@ struct Pixels {
   }
   // act'(z) x
   FASTJAC_ALWAYS_INLINE V gated(const V& z, const V& x) const {
+    if constexpr (kRelu) return select(open(z), x, V{});
     return activate_backward(activation(), slope, z, x, [](const auto& e) {
       return exponential(e);
     });
+  }
+  // Whether act'(z) is more than zero.
+  FASTJAC_ALWAYS_INLINE auto open(const V& z) const {
+    if constexpr (kRelu) {
+      return not_at_most(z, V{});
+    } else {
+      return greater(gated(z, V{} + acc_t(1)), V{});
+    }
   }
 
   // A pixel, and what windows are ordered by: under ReLU z, which is as good where a's gate is open, and
@@ -173,6 +188,10 @@ struct Pixels {
     if constexpr (kAsked & kTheU) f(taps.u...);
     each_tangent<kAsked>([&](const scalar_t*, auto&... t) FASTJAC_INLINED { f(t...); }, taps...);
   }
+
+  // How many parts those are, at most.
+  template <int kAsked>
+  static constexpr int kParts = 1 + !kRelu + !!(kAsked & kTheU) + 2 * !!(kAsked & kTheTangents);
 
   // All that is asked for: a Tap as a whole is no vectors in registers, to GCC 12.
   template <int kAsked>
@@ -346,6 +365,11 @@ struct Pixels {
     }
     store(p, x, count);
   }
+  FASTJAC_ALWAYS_INLINE void put_line(scalar_t* p, const V& first, const V& second) const {
+    const auto bits = as_stored(p, first, second);
+    if (past_caches) return write_past_caches<stored_t<scalar_t>>(p, bits);
+    store_as<stored_t<scalar_t>>(p, bits);
+  }
   template <typename Count>
   FASTJAC_ALWAYS_INLINE void put_halves(scalar_t* p, const Pair<V>& x, Count count) const {
     if constexpr (std::is_same_v<Count, Whole>) {
@@ -380,21 +404,37 @@ struct Pixels {
     if (kTerms == kWhatever && curvature) out += added;
     return out;
   }
-  // Writes what is wanted of the pixels at `in`, where act'(z) unpool(gy) is g, and u is `here`.
+  // That of the pixels at `in`, where u is `here`.
   template <Terms kTerms, typename Count>
+  FASTJAC_ALWAYS_INLINE V
+  cotangent_at(int64_t in, const Held& of, const V& g, Count count, const V& here) const {
+    constexpr bool kAny = kTerms == kWhatever;
+    const V t = kAny && tu ? load<L>(tu + in, count) : V{};
+    const V added = kAny && curvature ? load<L>(curvature + in, count) : V{};
+    return cotangent<kTerms>(of, g, here, t, added);
+  }
+  template <Terms kTerms, typename Count>
+  FASTJAC_ALWAYS_INLINE V cotangent_at(int64_t in, const Held& of, const V& g, Count count) const {
+    return cotangent_at<kTerms>(in, of, g, count, kTerms == kOfG ? V{} : load<L>(u + in, count));
+  }
+  // Writes what is wanted of the pixels at `in`, where act'(z) unpool(gy) is g, and u is `here`.
+  template <Terms kTerms, typename Count, typename... Here>
   FASTJAC_ALWAYS_INLINE void emit(
-      int64_t in, const Held& of, const V& g, Count count, const V& here
+      int64_t in, const Held& of, const V& g, Count count, const Here&... here
   ) const {
     constexpr bool kAny = kTerms == kWhatever;
     if (kAny && gresidual) put(gresidual + in, g, count);
     if (kAny && !gu) return;
-    const V t = kAny && tu ? load<L>(tu + in, count) : V{};
-    const V added = kAny && curvature ? load<L>(curvature + in, count) : V{};
-    put(gu + in, cotangent<kTerms>(of, g, here, t, added), count);
+    put(gu + in, cotangent_at<kTerms>(in, of, g, count, here...), count);
   }
-  template <Terms kTerms, typename Count>
-  FASTJAC_ALWAYS_INLINE void emit(int64_t in, const Held& of, const V& g, Count count) const {
-    emit<kTerms>(in, of, g, count, kTerms == kOfG ? V{} : load<L>(u + in, count));
+  // The same for two vectors side by side.
+  template <Terms kTerms>
+  FASTJAC_ALWAYS_INLINE void emit_line(int64_t in, const Pair<Held>& of, const Pair<V>& g) const {
+    constexpr bool kAny = kTerms == kWhatever;
+    if (kAny && gresidual) put_line(gresidual + in, g.first, g.second);
+    if (kAny && !gu) return;
+    const V first = cotangent_at<kTerms>(in, of.first, g.first, Whole{});
+    put_line(gu + in, first, cotangent_at<kTerms>(in + L, of.second, g.second, Whole{}));
   }
   // The same for neighbours in a row, as in pair().
   template <Terms kTerms, typename Count>

@@ -17,7 +17,7 @@ FASTJAC_ALWAYS_INLINE Bits to_bfloat16(const Bits& f) {
   return (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
 }
 
-// As they lie in memory; lanes.h converts them.
+// As they lie in memory; stored_lanes.h converts them.
 struct BFloat16 {
   uint16_t bits;
 };

@@ -5,7 +5,7 @@
 // runs over one index in order, so a result depends on neither the block that it is in nor the threads.
 #pragma once
 
-#include "lanes.h"
+#include "stored_lanes.h"
 #include "winograd.h"
 
 namespace fastjac::winograd::FASTJAC_TARGET_NAME {

@@ -108,7 +108,8 @@ CASES = list(
     itertools.product(
         [torch.float64, torch.float32, torch.bfloat16, torch.float16],
         LAYOUTS,
-        [("none", 48, 148), ("none", 47, 150), ("2x2", 48, 160), ("2x2", 47, 150)],
+        [("none", 48, 148), ("2x2", 48, 160), ("3x3", 64, 128)]
+        + [(pool, 47, 150) for pool in ("none", "2x2", "3x3")],
     )
 )
 
@@ -130,10 +131,11 @@ def test_a_result_beyond_the_caches_has_the_bits_of_its_images(dtype, layout, ca
 
     def results(images: slice) -> list[torch.Tensor]:
         x, r, g, t = (m[images] for m in (u, residual, gy, tu))
-        gradients = [True, True, False, False]
+        gradients, alone = [True, True, False, False], [True, False, False, False]
         return [
             norm_act_pool(x, r, *options),
             *norm_act_pool_backward(g, x, r, *options, False, None, None, gradients)[:2],
+            norm_act_pool_backward(g, x, None, *options, False, None, None, alone)[0],
             norm_act_pool_pushforward(t, r, g, x, r, *options, "fixed", False)[0],
         ]
 
