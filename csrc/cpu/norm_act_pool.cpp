@@ -93,9 +93,11 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
 // Whether what m writes goes past the caches. In place u is in them: it was just read.
 bool past_caches(const Maps& m) {
   if (m.bytes < kCaches || m.gu == m.u) return false;
-  // Under a pool it is worth it where whole cache lines are written at once.
+  // Under a pool it is worth it where whole cache lines are written at once, or in two halves.
   const bool pools = m.kernel > 1;
   if (pools && (m.y != nullptr || (m.kernel == 2 && m.channels_last))) return false;
+  // Contiguous, vectors begin at the second pixel of a row if it is the middle of the first window.
+  if (m.kernel == 3 && !m.channels_last && m.padding == 0) return false;
   const int64_t row = m.channels_last ? m.channels : pools ? m.width : m.height * m.width;
   if (row % (pools ? 2 * kPadding : kPadding) != 0) return false;
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };

@@ -18,9 +18,8 @@ namespace {
 template <typename scalar_t, bool kRelu, bool kLast>
 struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
   using P = Pixels<scalar_t, 3, kRelu, kLast>;
-  using P::add, P::gated, P::held, P::P;
+  using P::add, P::gated, P::held, P::open, P::P;
   using P::L, P::kNothing, P::m, P::pixel, P::row, P::u, P::tu, P::gy, P::y, P::lanes, P::adds_d;
-  using P::open;
   using typename P::acc_t, typename P::index_t, typename P::V, typename P::I, typename P::Held;
   using typename P::Choice, typename P::Tap, typename P::Terms;
 
@@ -31,7 +30,7 @@ struct Overlapping : Pixels<scalar_t, 3, kRelu, kLast> {
   static constexpr int kKept = L * (P::template kParts<kAsked> + !!(kAsked & kWhich));
   static constexpr int kMostKept = kKept<kTheU | kTheTangents | kWhich>;
   acc_t* kept = nullptr;
-  const int64_t padded = m.padded_channels;
+  const int64_t padded = m.padded_channels; // of m, each vector would ask for these again
   const int64_t places = (m.out_width * (kLast ? padded : 1) + L - 1) / L * L;
   int8_t* const chosen = m.chosen;
   // That which row i shares with the row above, of the windows at `place`.

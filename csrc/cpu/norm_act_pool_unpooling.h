@@ -182,8 +182,8 @@ struct Scattering : Overlapping<scalar_t, kRelu, true> {
     std::memset(columns, 0, 3 * this->padded * sizeof(acc_t));
     int64_t j = 0;
     if (padding) windows(j++, std::false_type());
-    const int64_t inner = is_upper && is_lower ? least(out_width, (width + padding) / 2) : j;
-    for (; j < inner; ++j) windows(j, std::true_type());
+    const int64_t whole = is_upper && is_lower ? least(out_width, (width + padding) / 2) : j;
+    for (; j < whole; ++j) windows(j, std::true_type());
     for (; 2 * j - padding < width; ++j) windows(j, std::false_type());
   }
 
