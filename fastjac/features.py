@@ -1,6 +1,10 @@
-"""Run a network and take a layer's output on the way."""
+"""Run a network and take its layers' outputs on the way."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,10 +13,11 @@ from fastjac.errors import FastjacError, unknown
 
 def find_layer(model: nn.Module, layer: str, where: str = "the model") -> nn.Module:
     """The module that ``model.named_modules()`` calls ``layer``, or an error with the nearest names."""
-    modules = dict(model.named_modules())
-    if layer not in modules or not layer:
-        raise unknown("layer", layer, modules, where)
-    return modules[layer]
+    try:
+        return model.get_submodule(layer or "?")
+    except AttributeError:
+        names = [name for name, _ in model.named_modules()]
+        raise unknown("layer", layer, names, where) from None
 
 
 def check_logits(logits: object, model: nn.Module) -> Tensor:
@@ -32,35 +37,63 @@ def overwritten(layer: str) -> FastjacError:
     )
 
 
+@contextmanager
+def capture(model: nn.Module, layers: Iterable[str | None]) -> Iterator[dict[str, Tensor]]:
+    """Collect what ``layers`` return in the one forward of ``model`` that runs inside.
+
+    Gives a dict that is filled as the layers run, and checked at the end. The tensors, of any shape,
+    are those of the forward, with its graph. None among the layers is skipped, so that
+    ``features.get(target.layer)`` serves every target.
+
+    Raises for a layer that does not exist, does not run or runs more than once, does not return one
+    tensor, or whose output a later operation overwrites.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4))
+    >>> with capture(model, ["1", None]) as features:
+    ...     output = model(torch.ones(5, 2))
+    >>> features["1"].shape, features.get(None)
+    (torch.Size([5, 3]), None)
+    """
+    features: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
+    counts = {layer: 0 for layer in layers if layer is not None}
+
+    def catch(layer: str) -> Any:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if not isinstance(output, Tensor):
+                raise FastjacError(
+                    f"layer {layer!r} is not a feature map: it returns {type(output).__name__}"
+                )
+            features[layer], versions[layer] = output, _version(output)
+            counts[layer] += 1
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer in counts:
+            handle = find_layer(model, layer).register_forward_hook(catch(layer))
+            hooks.callback(handle.remove)
+        yield features
+    for layer, count in counts.items():
+        if count != 1:
+            raise FastjacError(f"layer {layer!r} runs {count} times in one forward; expected once")
+        if _version(features[layer]) != versions[layer]:
+            raise overwritten(layer)
+
+
 def forward_with_features(
     model: nn.Module, x: Tensor, layer: str | None
 ) -> tuple[Tensor, Tensor | None]:
-    """``model(x)`` and what ``layer`` returned in it (None for no layer).
+    """``model(x)``, one tensor, and what ``layer`` returned in it (None for no layer).
 
-    Differentiable as the model is. Raises for a layer that does not exist, does not run or runs more
-    than once, does not return one tensor, or whose output a later operation overwrites.
+    Differentiable as the model is. Raises as :func:`capture` does.
     """
-    if layer is None:
-        return check_logits(model(x), model), None
-    caught: list[tuple[Tensor, int]] = []
-
-    def catch(module: nn.Module, args: object, output: object) -> None:
-        if not isinstance(output, Tensor):
-            raise FastjacError(
-                f"layer {layer!r} is not a feature map: it returns {type(output).__name__}"
-            )
-        caught.append((output, 0 if output.is_inference() else output._version))
-
-    handle = find_layer(model, layer).register_forward_hook(catch)
-    try:
+    with capture(model, [layer]) as features:
         logits = check_logits(model(x), model)
-    finally:
-        handle.remove()
-    if len(caught) != 1:
-        raise FastjacError(
-            f"layer {layer!r} runs {len(caught)} times in one forward; expected once"
-        )
-    features, version = caught[0]
-    if not features.is_inference() and features._version != version:
-        raise overwritten(layer)
-    return logits, features
+    return logits, features.get(layer)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,25 +1,29 @@
-"""The terms of the loss in Srinivas & Fleuret (ICML 2018), each averaged over the batch."""
+"""Losses of input Jacobians, and the paper's other terms; each averaged over the batch.
+
+Jacobians are ``[B, ...]`` or ``[B, K, ...]``, as :func:`fastjac.with_jacobian` gives them. Norms and
+products are over all of a sample's dimensions, K included, in float32 or wider. "The paper":
+Srinivas & Fleuret, "Knowledge Transfer with Jacobian Matching", ICML 2018. All are deterministic.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from fastjac.errors import FastjacError
 from fastjac.ops import jacobian_match
 
 
-def _same_shape(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
-    if student.dim() != dims or student.shape != teacher.shape:
-        raise FastjacError(
-            f"{name}: expected two tensors of one shape with {dims} dimensions, "
-            f"got student {list(student.shape)} and teacher {list(teacher.shape)}"
-        )
-
-
 def activation_match_loss(ls: Tensor, lt: Tensor) -> Tensor:
     """Squared error over pre-softmax activations, ``mean_i ||ls_i - lt_i||^2``.
 
     ``ls``, ``lt``: logits ``[B, classes]``. Differentiable in both, to any order.
+
+    >>> import torch
+    >>> activation_match_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]))
+    tensor(5.)
     """
     _same_shape("activation_match_loss", ls, lt, 2)
     return (ls - lt).square().sum(1).mean()
@@ -31,6 +35,12 @@ def attention_match_loss(fs: Tensor, ft: Tensor) -> Tensor:
     ``mean_i || A(fs_i)/||A(fs_i)|| - A(ft_i)/||A(ft_i)|| ||^2`` with A(Z) the mean over channels of Z^2
     (Zagoruyko & Komodakis, ICLR 2017). ``fs`` ``[B, Cs, h, w]``, ``ft`` ``[B, Ct, h, w]``.
     Differentiable in both, to any order.
+
+    >>> import torch
+    >>> fs, ft = torch.zeros(1, 2, 1, 2), torch.zeros(1, 3, 1, 2)
+    >>> fs[..., 0], ft[..., 1] = 7.0, 3.0
+    >>> attention_match_loss(fs, ft)  # maps without a common pixel
+    tensor(2.)
     """
     maps = [(f * f).sum(1) / f.shape[1] if f.dim() == 4 else f for f in (fs, ft)]
     _same_shape("attention_match_loss (maps over h, w)", *maps, dims=3)
@@ -40,11 +50,115 @@ def attention_match_loss(fs: Tensor, ft: Tensor) -> Tensor:
 
 
 def jacobian_match_loss(js: Tensor, jt: Tensor, normalize: bool = True) -> Tensor:
-    """Distance of input Jacobians, averaged over the batch.
+    """Squared distance of input Jacobians.
 
-    normalised (eq. 2 of the paper's supplement): ``|| js/||js|| - jt/||jt|| ||^2``; raw (Proposition
-    1): ``|| js - jt ||^2``; norms over all of a sample's input dimensions.
-    ``js``, ``jt``: ``[B, ...]``, one shape, dtype and device. Returns a scalar in fp32 or wider,
+    normalised (eq. 2 of the paper's supplement): ``mean_i || js_i/||js_i|| - jt_i/||jt_i|| ||^2``; raw
+    (Proposition 1): ``mean_i || js_i - jt_i ||^2``.
+    ``js``, ``jt``: ``[B, ...]``, one shape, dtype and device. Returns a scalar in float32 or wider,
     differentiable once, in ``js``.
+
+    >>> import torch
+    >>> js, jt = torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]])
+    >>> jacobian_match_loss(js, jt), jacobian_match_loss(js, jt, normalize=False)
+    (tensor(0.), tensor(25.))
     """
     return jacobian_match(js, jt, normalize)[0].mean()
+
+
+def jacobian_cosine_loss(js: Tensor, jt: Tensor) -> Tensor:
+    """One minus the cosine of the angle between Jacobians, ``mean_i (1 - cos(js_i, jt_i))``.
+
+    Computed as ``|| js/||js|| - jt/||jt|| ||^2 / 2``, the same without cancellation where they agree.
+    A Jacobian of zeros stays zero when it is normalised: it costs 1/2 against another one, nothing
+    against zeros, and gets no gradient.
+    ``js``, ``jt``: ``[B, ...]``, of one shape. Returns a scalar in float32 or wider, differentiable in
+    both.
+
+    >>> import torch
+    >>> jacobian_cosine_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 5.0]]))
+    tensor(1.)
+    """
+    s, t = _rows("jacobian_cosine_loss", "js", js), _rows("jacobian_cosine_loss", "jt", jt)
+    if js.shape != jt.shape:
+        raise FastjacError(
+            f"jacobian_cosine_loss: jt must have js's shape, {list(js.shape)}, got {list(jt.shape)}"
+        )
+    return (_unit(s) - _unit(t)).square().sum(1).mean() / 2
+
+
+def jacobian_norm_penalty(j: Tensor) -> Tensor:
+    """Squared norm, ``mean_i ||j_i||^2``.
+
+    R1 for a discriminator's output on real images (Mescheder, Geiger & Nowozin, ICML 2018: theirs is
+    half of it); double backpropagation for a loss per sample (Drucker & LeCun, 1992).
+    ``j``: ``[B, ...]``. Returns a scalar in float32 or wider, differentiable in ``j``.
+
+    >>> import torch
+    >>> jacobian_norm_penalty(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
+    tensor(13.)
+    """
+    return _rows("jacobian_norm_penalty", "j", j).square().sum(1).mean()
+
+
+def gradient_penalty(j: Tensor, norm: float = 1.0) -> Tensor:
+    """Distance of the norm from a given one, ``mean_i (||j_i|| - norm)^2``.
+
+    WGAN-GP for a critic's output between real and generated samples (Gulrajani et al., NeurIPS 2017).
+    ``j``: ``[B, ...]``. Returns a scalar in float32 or wider, differentiable in ``j``; a Jacobian of
+    zeros gets no gradient.
+
+    >>> import torch
+    >>> gradient_penalty(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
+    tensor(8.)
+    """
+    if not (isinstance(norm, int | float) and 0 <= norm < math.inf):
+        raise FastjacError(f"gradient_penalty: norm must be a number from 0; got {norm!r}")
+    rows = _rows("gradient_penalty", "j", j)
+    return (torch.linalg.vector_norm(rows, dim=1) - norm).square().mean()
+
+
+def masked_jacobian_penalty(j: Tensor, mask: Tensor) -> Tensor:
+    """Squared norm where the mask is on, ``mean_i ||mask_i * j_i||^2``.
+
+    "Right for the right reasons" (Ross, Hughes & Doshi-Velez, IJCAI 2017): the mask marks the inputs
+    that must not matter.
+    ``j``: ``[B, ...]``; ``mask``: bool or numbers, as many dimensions as ``j``, each of its size or 1.
+    Returns a scalar in float32 or wider, differentiable in ``j`` (and in a floating-point mask).
+
+    >>> import torch
+    >>> masked_jacobian_penalty(torch.tensor([[3.0, 4.0]]), torch.tensor([[False, True]]))
+    tensor(16.)
+    """
+    rows = _rows("masked_jacobian_penalty", "j", j)
+    # As many dimensions: [B, h, w] against [B, C, h, w] would pair samples with channels.
+    if mask.dim() != j.dim() or any(
+        m not in (1, n) for m, n in zip(mask.shape, j.shape, strict=True)
+    ):
+        raise FastjacError(
+            f"masked_jacobian_penalty: mask must have {j.dim()} dimensions, each of size 1 or j's, "
+            f"{list(j.shape)}; got {list(mask.shape)}"
+        )
+    return (rows * mask.to(rows.dtype).expand(j.shape).flatten(1)).square().sum(1).mean()
+
+
+def _same_shape(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
+    if student.dim() != dims or student.shape != teacher.shape:
+        raise FastjacError(
+            f"{name}: expected two tensors of one shape with {dims} dimensions, "
+            f"got student {list(student.shape)} and teacher {list(teacher.shape)}"
+        )
+
+
+def _rows(loss: str, name: str, j: Tensor) -> Tensor:
+    """Jacobians as one row per sample, in float32 or wider."""
+    if j.dim() < 2 or not j.is_floating_point():
+        raise FastjacError(
+            f"{loss}: {name} must be floating-point [B, ...]; got {j.dtype} {list(j.shape)}"
+        )
+    return j.flatten(1).to(torch.promote_types(j.dtype, torch.float32))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows divided by their norms; a row of zeros stays, with a derivative of zero."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norm.masked_fill(norm == 0, math.inf)

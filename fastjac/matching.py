@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,22 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from fastjac import engine, reference
-from fastjac.chains import PIECEWISE_LINEAR
-from fastjac.errors import FastjacError, unknown
+from fastjac.engine.crops import widen
+from fastjac.errors import FastjacError
 from fastjac.features import find_layer
-from fastjac.fusion import FusedModel
-from fastjac.graph import Network
+from fastjac.jacobian import (
+    Forward,
+    Output,
+    check_input,
+    check_options,
+    eager,
+    ordinary_tensors,
+    selector,
+)
 from fastjac.losses import jacobian_match_loss
-from fastjac.ops import jacobian_match
-from fastjac.ops._library import CPU
-from fastjac.targets import AttentionWindow, LabelLogit, Target
-
-STRATEGIES = ("auto", "local", "dense", "autograd")
-BATCH_STATS = ("frozen", "batch")
-# Chains pay where they are native; elsewhere PyTorch's own operations are faster.
-CHAINS = PIECEWISE_LINEAR if CPU.loaded else frozenset()
-
-Place = Callable[[Tensor], Tensor]
+from fastjac.targets import LabelLogit, Target, check_targets
 
 
 @dataclass
@@ -34,8 +31,9 @@ class MatchingOutput:
     """What one step of :class:`JacobianMatching` gives.
 
     ``student_logits``, ``student_features`` and ``jacobian_loss`` (a scalar) carry gradients to the
-    student; ``teacher_logits`` and ``teacher_features`` are detached. The features are those of the
-    target's layer, None for :class:`LabelLogit`.
+    student; ``teacher_logits`` and ``teacher_features`` are detached. The logits are what the target
+    reads of the networks' outputs, ``student_output`` and ``teacher_output``: the same, where a network
+    returns one tensor. The features are those of the target's layer, None for :class:`LabelLogit`.
     """
 
     student_logits: Tensor
@@ -43,65 +41,8 @@ class MatchingOutput:
     student_features: Tensor | None
     teacher_features: Tensor | None
     jacobian_loss: Tensor
-
-
-def _check_choice(kind: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise unknown(kind, value, known)
-    return value
-
-
-def _check_target(target: Target) -> Target:
-    if not isinstance(target, LabelLogit | AttentionWindow):
-        raise FastjacError(
-            f"target: expected LabelLogit or AttentionWindow, got {type(target).__name__}"
-        )
-    return target
-
-
-def _check_model(model: nn.Module, name: str) -> None:
-    if isinstance(model, FusedModel):
-        raise FastjacError(
-            f"the {name} is fused; expected the model itself, model.unfuse(): its chains are fused "
-            "here where that pays"
-        )
-
-
-def _check_input(x: Tensor, model: nn.Module, name: str) -> None:
-    if x.dim() < 2 or not x.is_floating_point():
-        raise FastjacError(
-            f"x: expected a floating-point batch [B, ...], got {x.dtype} {list(x.shape)}"
-        )
-    if x.requires_grad:
-        raise FastjacError(
-            "x requires grad; Jacobian matching differentiates in the student's parameters alone: "
-            "pass x.detach()"
-        )
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return
-    if parameter.device != x.device:
-        raise FastjacError(f"x is on {x.device}; the {name} is on {parameter.device}")
-    if parameter.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise FastjacError(f"x is {x.dtype}; the {name} is {parameter.dtype}")
-
-
-def _outside_inference_mode(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``function`` without a graph but on ordinary tensors, which its passes can differentiate."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            kwargs = {name: _ordinary(value) for name, value in kwargs.items()}
-            return function(*map(_ordinary, args), **kwargs)
-
-    return run
-
-
-def _ordinary(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+    student_output: Any = None
+    teacher_output: Any = None
 
 
 class JacobianMatching(nn.Module):
@@ -113,9 +54,11 @@ class JacobianMatching(nn.Module):
 
     Args:
         student: the network to train. Its mode (train or eval), parameters and state dict are its own.
-        teacher: put in eval mode, and kept there; its parameters get no gradient.
-        target: ``LabelLogit()`` or ``AttentionWindow(layer, ...)``.
-        normalize: None takes the target's default (window: True, logit: False).
+        teacher: put in eval mode, and kept there; its parameters get no gradient. It may be anything
+            that PyTorch differentiates once: scripted, exported, compiled, replicated. It must share
+            neither modules nor parameters with the student.
+        target: ``LabelLogit()``, ``AttentionWindow(layer, ...)`` or any other :class:`~fastjac.Target`.
+        normalize: None takes the target's default (window: True, others: False).
         batch_stats: how a train-mode BatchNorm counts in the student's Jacobian. ``"frozen"``: its
             statistics come from the batch, are constants in d/dx, and functions of the parameters in
             d/dtheta. ``"batch"``: as autograd has it, cross-sample terms included.
@@ -123,6 +66,8 @@ class JacobianMatching(nn.Module):
             the same gradient without one, on full maps or on the crops that the window sees;
             ``"auto"``: local where the statistics allow it and the support is under half of the
             input, else dense.
+        output, teacher_output: which tensor the target reads, where a network returns a structure: a
+            key or attribute, an index, or a function. ``teacher_output`` defaults to ``output``.
 
     Called with ``x`` ``[B, ...]``, raw pixels that both networks see, and labels ``y`` ``[B]`` (int64;
     needed by LabelLogit alone), gives a :class:`MatchingOutput`. It differentiates once: a backward
@@ -131,14 +76,21 @@ class JacobianMatching(nn.Module):
     Deterministic where the networks' own operations are. Operations are rounded as those of
     :func:`fastjac.fuse` are; they are fastest on a CPU in channels-last layout.
 
-    Hooks on the student: those of the matcher, of parameters and of tensors fire as ever. Forward hooks
-    and pre-hooks of the modules that a trace keeps whole (torch.nn's layers, and what it cannot trace)
-    fire once a step; those on modules inside such a one, each time that it is run again for its
-    derivatives. Raises: a hook that replaces what it sees, a backward hook, and any hook on a module
-    that is traced through (a container, the student itself).
+    The networks' own Python runs, once a step: hooks fire, patched forwards, wrappers, adapters and
+    random branches do what they do in PyTorch, and what ran is what is differentiated. Neither changes
+    the caller's ``x``. In a loop under ``torch.compile`` the matcher runs as an eager region: it
+    records Python, and its sweeps launch few, large operators, so that little is lost.
 
-    Raises :class:`fastjac.errors.FastjacError` for bad input, and for a network that the engine cannot
-    trace, naming the place.
+    Raises :class:`fastjac.FastjacError` for bad input, and where a value that the student's Jacobian
+    passes through was computed outside of PyTorch's Python functions, naming the call.
+
+    >>> import torch
+    >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> matcher = fastjac.JacobianMatching(student, teacher)
+    >>> out = matcher(torch.rand(2, 4), torch.tensor([0, 2]))
+    >>> out.jacobian_loss.backward()
+    >>> student.weight.grad.shape
+    torch.Size([3, 4])
     """
 
     def __init__(
@@ -149,129 +101,141 @@ class JacobianMatching(nn.Module):
         normalize: bool | None = None,
         batch_stats: str = "frozen",
         strategy: str = "auto",
+        output: Output = None,
+        teacher_output: Output = None,
     ) -> None:
         super().__init__()
-        _check_model(student, "student")
-        _check_model(teacher, "teacher")
-        self.target = _check_target(target)
+        (self.target,) = check_targets((target,))
+        check_options(batch_stats, strategy)
         self.normalize = target.normalize if normalize is None else normalize
-        self.batch_stats = _check_choice("batch_stats", batch_stats, BATCH_STATS)
-        self.strategy = _check_choice("strategy", strategy, STRATEGIES)
+        self.batch_stats, self.strategy = batch_stats, strategy
+        self.output = output
+        self.teacher_output = output if teacher_output is None else teacher_output
         if target.layer is not None:
             find_layer(student, target.layer, "the student")
             find_layer(teacher, target.for_teacher().layer, "the teacher")
+        _check_apart(student, teacher)
         self.student = student
-        self.teacher = teacher.eval().requires_grad_(False)
-        self._student, self._teacher = Network(student, CHAINS), Network(teacher, CHAINS)
+        self.teacher = teacher.requires_grad_(False)
+        self._teacher_by_autograd = False
+        self._eval_teacher()
+
+    def _eval_teacher(self) -> None:
+        # An exported program has one mode, that of its export.
+        with contextlib.suppress(NotImplementedError):
+            self.teacher.eval()
 
     def train(self, mode: bool = True) -> JacobianMatching:
         """Set the student's mode; the teacher stays in eval mode."""
-        super().train(mode)
-        self.teacher.eval()
+        self.training = mode
+        self.student.train(mode)
+        self._eval_teacher()
         return self
 
-    @_outside_inference_mode
-    def forward(self, x: Tensor, y: Tensor | None = None) -> MatchingOutput:
-        _check_input(x, self.student, "student")
-        _check_input(x, self.teacher, "teacher")
-        target, teacher_target = self.target, self.target.for_teacher()
-        if self.strategy == "autograd":
-            return self._by_autograd(x, y, target, teacher_target)
-        with torch.no_grad():
-            tape = engine.forward(self._teacher, x, teacher_target.layer, self.batch_stats)
-            logits_t, features_t = tape.logits, tape.features
-            position = None if features_t is None else teacher_target.position(features_t)
-            jt = engine.pullback(
-                tape, teacher_target, y, position, "dense" if self.strategy == "dense" else "auto"
-            )
-        tape = engine.forward(self._student, x, target.layer, self.batch_stats)
-        with torch.no_grad():
-            if tape.features is not None:
-                position = self._place(target, position, features_t)(tape.features)
-            js = engine.pullback(tape, target, y, position, self.strategy)
-            student, teacher, back = engine.in_common(js, jt)
-            losses, v = jacobian_match(student, teacher, self.normalize)
-            loss = losses.mean()
-        if torch.is_grad_enabled():
-            loss = engine.pushforward(tape, js, back(v / len(x)), loss)
-        return MatchingOutput(tape.logits, logits_t, tape.features, features_t, loss)
-
-    def _by_autograd(
-        self, x: Tensor, y: Tensor | None, target: Target, teacher_target: Target
-    ) -> MatchingOutput:
-        with torch.no_grad():
-            logits_t, features_t, jt = reference.forward_and_jacobian(
-                self.teacher, x, teacher_target, y, None, self.batch_stats
-            )
-            position = None if features_t is None else teacher_target.position(features_t)
-        logits_s, features_s, js = reference.forward_and_jacobian(
-            self.student,
-            x,
-            target,
-            y,
-            self._place(target, position, features_t),
-            self.batch_stats,
-            torch.is_grad_enabled(),
+    @eager
+    def forward(self, x: Tensor, y: Any = None) -> MatchingOutput:
+        check_input(x, self.student, "student")
+        check_input(x, self.teacher, "teacher")
+        with ordinary_tensors((x, y)) as (x, y):
+            target = self.target.drawn()
+            teacher = self._teacher_jacobian(x, y, target.for_teacher())
+            paired = target.paired(teacher.target, teacher.features, y)
+            if self.strategy == "autograd":
+                output, features, js = reference.forward_and_jacobian(
+                    *(self.student, x, paired, y),
+                    select=(select := selector(self.output, self.student)),
+                    batch_stats=self.batch_stats,
+                    create_graph=torch.is_grad_enabled(),
+                )
+                logits, jt = select(output), teacher.whole()
+            else:
+                run = Forward(self.student, x, (paired,), self.output, (), None, self.batch_stats)
+                placed = paired.placed(run.features[0])
+                js, jt = _aligned(run, placed, y, self.strategy, teacher)
+                output, (features,) = run.finish()
+                logits = run.selected(output)
+            loss = jacobian_match_loss(js, jt, self.normalize)
+            if not torch.is_grad_enabled():
+                loss = loss.detach()
+        return MatchingOutput(
+            *(logits, teacher.logits, features, teacher.features, loss, output, teacher.output)
         )
-        loss = jacobian_match_loss(js, jt, self.normalize)
-        return MatchingOutput(logits_s, logits_t, features_s, features_t, loss)
 
-    @staticmethod
-    def _place(target: Target, position: Tensor | None, features_t: Tensor | None) -> Place | None:
-        """From the student's features to where its window stands."""
-        if isinstance(target, LabelLogit):
-            return None
-        if target.anchor == "own":
-            return target.position
-        return lambda features: target.transfer(position, features_t, features)
+    def _teacher_jacobian(self, x: Tensor, y: Any, target: Target) -> _Teacher:
+        """The teacher's, by the engine where its forward can be recorded, else by plain autograd."""
+        strategy = "dense" if self.strategy == "dense" else "auto"
+        with torch.no_grad():
+            if self.strategy != "autograd" and not self._teacher_by_autograd:
+                try:
+                    run = Forward(
+                        *(self.teacher, x, (target,), self.teacher_output, (), None),
+                        self.batch_stats,
+                    )
+                    placed = target.placed(run.features[0])
+                    rows, stacked = run.rows(placed, 0, y, strategy)
+                    jacobian = engine.input_jacobian(rows, stacked, whole=False)
+                    output, (features,) = run.finish()
+                    return _Teacher(placed, run.selected(output), features, output, jacobian)
+                except FastjacError:  # if the input is at fault, autograd finds the same
+                    self._teacher_by_autograd = True
+            select = selector(self.teacher_output, self.teacher)
+            try:
+                output, features, values = reference.forward_and_jacobian(
+                    self.teacher, x, target, y, select=select, batch_stats=self.batch_stats
+                )
+            except FastjacError:
+                self._teacher_by_autograd = False
+                raise
+        placed = target.placed(features)
+        jacobian = engine.InputJacobian(values.detach(), None, True)
+        return _Teacher(placed, select(output), features, output, jacobian)
 
 
-@_outside_inference_mode
-def input_jacobian(
-    model: nn.Module,
-    x: Tensor,
-    target: Target,
-    y: Tensor | None = None,
-    position: Tensor | None = None,
-    batch_stats: str = "frozen",
-    strategy: str = "auto",
-) -> Tensor:
-    """J = d(sum of phi)/dx of ``model`` at ``x``, of ``x``'s shape and dtype, detached.
+@dataclass
+class _Teacher:
+    """What the teacher gave: its target, as placed on its features, and its Jacobian."""
 
-    ``model`` runs in the mode it is in (a train-mode BatchNorm updates its running statistics).
-    ``y``: labels ``[B]``, for LabelLogit. ``position``: the window's first row and column ``[B, 2]``
-    (int64), for AttentionWindow; None: the argmax of the model's own pooled attention map.
-    ``batch_stats``, ``strategy``, errors and determinism: as in :class:`JacobianMatching`.
+    target: Target
+    logits: Tensor
+    features: Tensor | None
+    output: Any
+    jacobian: engine.InputJacobian
+
+    def whole(self) -> Tensor:
+        return self.jacobian.whole()
+
+
+def _aligned(
+    run: Forward, target: Target, y: Any, strategy: str, teacher: _Teacher
+) -> tuple[Tensor, Tensor]:
+    """Both Jacobians over the same pixels.
+
+    Crops that move together are compared as crops, over their hull; others on the whole input.
     """
-    _check_model(model, "model")
-    _check_target(target)
-    _check_choice("batch_stats", batch_stats, BATCH_STATS)
-    _check_choice("strategy", strategy, STRATEGIES)
-    _check_input(x, model, "model")
-    place = None if position is None else _fixed_position(target, x, position)
-    if strategy == "autograd":
-        return reference.input_jacobian(model, x, target, y, place, batch_stats)
-    with torch.no_grad():
-        tape = engine.forward(Network(model, CHAINS), x, target.layer, batch_stats)
-        if isinstance(target, AttentionWindow):
-            position = (place or target.position)(tape.features)
-        return engine.pullback(tape, target, y, position, strategy).full()
+    rows, stacked = run.rows(target, 0, y, strategy)
+    plan, other = rows[0].plan, teacher.jacobian.row
+    if plan is not None and other is not None and other.plan is not None:
+        together = plan.crops.position is other.plan.crops.position
+        ours, theirs = rows[0].region, other.region
+        if together and ours.scales == theirs.scales:
+            hull = ours.hull(theirs)
+            js = engine.input_jacobian(rows, stacked, whole=False).values
+            return widen(js, ours, hull), widen(teacher.jacobian.values, theirs, hull)
+    return engine.input_jacobian(rows, stacked).values, teacher.whole()
 
 
-def _fixed_position(target: Target, x: Tensor, position: Tensor) -> Place:
-    if isinstance(target, LabelLogit):
-        raise FastjacError("position is for AttentionWindow; the target is LabelLogit")
-    if position.dtype != torch.int64 or position.shape != (len(x), 2):
-        raise FastjacError(
-            f"position: expected int64 [{len(x)}, 2], got {position.dtype} {list(position.shape)}"
-        )
-
-    def place(features: Tensor) -> Tensor:
-        k = target.side(features)
-        last = [features.shape[2] - k, features.shape[3] - k]
-        low, high = position.amin(0).tolist(), position.amax(0).tolist()
-        if min(low) < 0 or high[0] > last[0] or high[1] > last[1]:
-            raise FastjacError(f"position: expected 0 to {last}, got {low} to {high}")
-        return position
-
-    return place
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise if the networks share a parameter, a buffer or a module, which the teacher would freeze."""
+    for kind, members in (
+        ("module", nn.Module.named_modules),
+        ("parameter", nn.Module.named_parameters),
+        ("buffer", nn.Module.named_buffers),
+    ):
+        theirs = {id(member): name for name, member in members(teacher)}
+        for name, member in members(student):
+            if id(member) in theirs:
+                mine, its = name or "the student itself", theirs[id(member)] or "the teacher itself"
+                raise FastjacError(
+                    f"student and teacher share a {kind}: {mine!r} is {its!r}; the teacher is frozen "
+                    "and in eval mode, so expected copy.deepcopy of what they share"
+                )

@@ -1,31 +1,38 @@
 """Every quantity by plain autograd: the oracle of tests and benchmarks, and ``strategy="autograd"``.
 
-Nothing here knows of the engine. The Jacobian term is differentiated by a double backward.
+Independent of the engine. A loss of the Jacobian is differentiated by a double backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map, tree_map_only
 
 from fastjac.errors import FastjacError
-from fastjac.features import forward_with_features
-from fastjac.targets import LabelLogit, Target
+from fastjac.features import capture
+from fastjac.targets import Target, check_targets
 
 
 class BatchStatistics(TorchFunctionMode):
-    """Record the batch statistics of every train-mode BatchNorm, or replay them as given.
+    """Record the statistics of every batch norm in train mode, or replay them as given.
 
     Recording leaves the forward as it is, and notes mean and biased variance as functions of the
     parameters. Replaying normalises with them, updates no running statistics, and lets gradients
-    through to them: BatchNorm with ``batch_stats="frozen"`` (DESIGN: "count as constants in d/dx, but
-    not in d/dtheta").
+    through to them: batch norm with ``batch_stats="frozen"``, whose statistics count as constants in
+    d/dx, but not in d/dtheta.
     """
 
     def __init__(self) -> None:
@@ -35,13 +42,27 @@ class BatchStatistics(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.batch_norm:
-            return func(*args, **kwargs)
-        return self._batch_norm(*args, **kwargs)
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func is torch.batch_norm:
+            return self._torch_batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def check_replayed(self) -> None:
+        """Raise unless every recorded pair was replayed."""
+        if next(self.replay, None) is not None:
+            raise _ran_differently()
+
+    def _torch_batch_norm(
+        self, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
+    ) -> Tensor:
+        return self._batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
 
     def _batch_norm(
         self,
-        x: Tensor,
+        input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         weight: Tensor | None = None,
@@ -50,6 +71,7 @@ class BatchStatistics(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        x = input
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
         if self.replay is None:
@@ -59,7 +81,9 @@ class BatchStatistics(TorchFunctionMode):
                 (wide.mean(dims, keepdim=True), wide.var(dims, correction=0, keepdim=True))
             )
             return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
-        mean, var = next(self.replay)
+        mean, var = next(self.replay, (None, None))
+        if mean is None or mean.dim() != x.dim() or mean.shape[1] != x.shape[1]:
+            raise _ran_differently()
         shape = [1, -1] + [1] * (x.dim() - 2)
         y = (x - mean) * (var + eps).rsqrt()
         if weight is not None:
@@ -69,105 +93,173 @@ class BatchStatistics(TorchFunctionMode):
         return y.to(x.dtype)
 
 
+def _ran_differently() -> FastjacError:
+    return FastjacError(
+        'batch_stats="frozen" runs the model twice here, and the second run took other batch norms '
+        'than the first: use random numbers of torch, random or numpy.random alone, or "batch"'
+    )
+
+
+def random_state(x: Tensor) -> tuple[Any, ...]:
+    """The state of the global generators that a network on ``x`` draws from.
+
+    They are PyTorch's for the CPU and for x's device, Python's, and numpy's where it is imported.
+    """
+    numpy = sys.modules.get("numpy")
+    return (
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state(x.device) if x.is_cuda else None,
+        random.getstate(),
+        None if numpy is None else numpy.random.get_state(),
+    )
+
+
 @contextmanager
-def same_random_numbers(x: Tensor, state: tuple[Tensor, ...]) -> Iterator[None]:
+def same_random_numbers(x: Tensor, state: tuple[Any, ...]) -> Iterator[None]:
     """Run with the generators in ``state``, as :func:`random_state` gave it, then put them back."""
-    devices = [x.device] if x.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(state[0])
-        if devices:
-            torch.cuda.set_rng_state(state[1], x.device)
+    now = random_state(x)
+    _set_random_state(x, state)
+    try:
         yield
+    finally:
+        _set_random_state(x, now)
 
 
-def random_state(x: Tensor) -> tuple[Tensor, ...]:
-    """The state of the random number generators that a network on ``x`` draws from."""
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(x.device)) if x.is_cuda else (cpu,)
+def _set_random_state(x: Tensor, state: tuple[Any, ...]) -> None:
+    cpu, device, python, numpy = state
+    torch.set_rng_state(cpu)
+    if device is not None:
+        torch.cuda.set_rng_state(device, x.device)
+    random.setstate(python)
+    if numpy is not None:
+        sys.modules["numpy"].random.set_state(numpy)
 
 
 def _uses_batch_statistics(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return module.training and "BatchNorm" in module.original_name
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
         module.training or module.running_mean is None
     )
 
 
 class _Forward(nn.Module):
-    def __init__(self, model: nn.Module, layer: str | None) -> None:
+    """A model's output and the features of its layers, as a module for ``functional_call``."""
+
+    def __init__(self, model: nn.Module, targets: tuple[Target, ...]) -> None:
         super().__init__()
         self.model = model
-        self.layer = layer
+        self.layers = [target.layer for target in targets]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return forward_with_features(self.model, x, self.layer)
-
-
-def _copied_buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def _without_trace(
-    model: nn.Module, buffers: dict[str, Tensor], x: Tensor, layer: str | None
-) -> tuple[Tensor, Tensor | None]:
-    """Logits and features with ``buffers``; the model's own are left as they are."""
-    return torch.func.functional_call(_Forward(model, layer), buffers, (x,))
+    def forward(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, list[Tensor | None]]:
+        with capture(self.model, self.layers) as features:
+            output = self.model(x, *args, **kwargs)
+        return output, [features.get(layer) for layer in self.layers]
 
 
 def forward_and_jacobian(
     model: nn.Module,
     x: Tensor,
-    target: Target,
-    y: Tensor | None = None,
-    place: Callable[[Tensor], Tensor] | None = None,
+    target: Target | tuple[Target, ...],
+    y: Any = None,
+    *,
+    select: Callable[[Any], Any] | None = None,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
     batch_stats: str = "frozen",
     create_graph: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Logits, features and J = d(sum of phi)/dx of ``model`` at ``x``.
+) -> tuple[Any, Any, Any]:
+    """Output, features and J = d(sum of phi)/dx of ``model(x, *args, **kwargs)``.
 
-    ``place``: features to the window's position, ``[B, 2]``; None: the features' own argmax.
-    With ``create_graph`` all three carry a graph to the parameters; without it J is detached.
+    J is ``[B, ...]`` as x, or ``[B, K, ...]`` where phi is ``[B, K]``. For a tuple of targets, features
+    and J are tuples. ``select`` gives the tensor that targets read from the model's output; None: the
+    output itself. The output is what the model returned.
+
+    With ``create_graph`` all three carry a graph to the parameters, and attention runs PyTorch's math
+    kernel, the only one with a second derivative; without it J is detached. Under ``torch.no_grad()``
+    output and features are detached as well.
+
+    With frozen statistics, a model with batch norm in train mode runs twice, hooks included: the
+    second time with the statistics of the first, the same random numbers and copies of the buffers.
+
+    Deterministic where the model's operations are. Raises :class:`fastjac.errors.FastjacError` for a
+    phi of another shape or one that does not depend on x, for a layer that :func:`capture` refuses, and
+    for batch norms that the second run cannot repeat.
+
+    >>> import torch
+    >>> from fastjac.targets import Scalar
+    >>> x, phi = torch.tensor([[1.0, 2.0]]), Scalar(lambda output, y: output.square().sum(1))
+    >>> forward_and_jacobian(torch.nn.Identity(), x, phi)[2]
+    tensor([[2., 4.]])
     """
+    targets, kwargs = check_targets(target), dict(kwargs or {})
     graph = torch.is_grad_enabled()
+    frozen = batch_stats == "frozen"
+    twice = frozen and any(map(_uses_batch_statistics, model.modules()))
     statistics = BatchStatistics()
-    state = random_state(x)
-    twice = batch_stats == "frozen" and any(map(_uses_batch_statistics, model.modules()))
-    # The second run starts where the first did: a spectral norm's iteration gives the same weights.
-    buffers = _copied_buffers(model) if batch_stats == "frozen" else {}
-    leaf = x.detach().requires_grad_(not twice)
-    with torch.enable_grad():
-        with statistics:
-            logits, features = forward_with_features(model, leaf, target.layer)
-        differentiated = logits, features
-        if batch_stats == "frozen" and statistics.recorded:
+    run = _Forward(model, targets)
+    if frozen:  # what the second run starts from, where there is one
+        state = random_state(x)
+        buffers = {
+            f"model.{name}": buffer.clone()
+            for name, buffer in model.named_buffers()
+            if not is_lazy(buffer)
+        }
+        args_again, kwargs_again = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+    with torch.enable_grad(), attention:
+        leaf = x.detach().requires_grad_(not twice)
+        # A clone: the model may change its input in place.
+        with statistics if frozen else nullcontext():
+            output, features = run(leaf.clone(), args, kwargs)
+        if twice and not statistics.recorded:
+            raise FastjacError(
+                'batch_stats="frozen": the batch statistics of a BatchNorm in train mode were not seen '
+                "(it is scripted, compiled or replicated, or does not run): pass the module inside, or "
+                'batch_stats="batch"'
+            )
+        output_again, features_again = output, features
+        if statistics.recorded:
             # The statistics belong to the first run, whose own input is not differentiated.
             leaf = x.detach().requires_grad_()
             statistics.replay = iter(statistics.recorded)
             with statistics, same_random_numbers(x, state):
-                differentiated = _without_trace(model, buffers, leaf, target.layer)
-        if isinstance(target, LabelLogit):
-            phi = target.scalar(differentiated[0], y)
-        else:
-            position = (place or target.position)(features)
-            phi = target.scalar(differentiated[1], position)
-        (jacobian,) = torch.autograd.grad(
-            phi.sum(), leaf, create_graph=create_graph, retain_graph=graph
-        )
+                output_again, features_again = torch.func.functional_call(
+                    run, buffers, (leaf.clone(), args_again, kwargs_again)
+                )
+            statistics.check_replayed()
+        read = output_again if select is None else select(output_again)
+        # The window stands where the first run's features, the ones that are returned, have it.
+        placed = [each.placed(z) for each, z in zip(targets, features, strict=True)]
+        phis = [
+            each.check_scalar(each.scalar(read, z, y), len(x))
+            for each, z in zip(placed, features_again, strict=True)
+        ]
+        jacobians = _gradients(targets, phis, leaf, create_graph, keep_graph=graph)
     if not graph:
-        logits, features = logits.detach(), None if features is None else features.detach()
-    return logits, features, jacobian
+        output, features = map_structure(Tensor.detach, (output, features))
+    if isinstance(target, tuple):
+        return output, tuple(features), tuple(jacobians)
+    return output, features[0], jacobians[0]
 
 
 def input_jacobian(
     model: nn.Module,
     x: Tensor,
-    target: Target,
-    y: Tensor | None = None,
-    place: Callable[[Tensor], Tensor] | None = None,
+    target: Target | tuple[Target, ...],
+    y: Any = None,
+    *,
+    select: Callable[[Any], Any] | None = None,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
     batch_stats: str = "frozen",
-) -> Tensor:
-    """J, of ``x``'s shape, detached."""
+) -> Any:
+    """J of :func:`forward_and_jacobian`, detached."""
     with torch.no_grad():
-        return forward_and_jacobian(model, x, target, y, place, batch_stats)[2].detach()
+        _, _, jacobian = forward_and_jacobian(
+            model, x, target, y, select=select, args=args, kwargs=kwargs, batch_stats=batch_stats
+        )
+    return jacobian
 
 
 def jacobian_match_loss(js: Tensor, jt: Tensor, normalize: bool = True) -> Tensor:
@@ -178,3 +270,59 @@ def jacobian_match_loss(js: Tensor, jt: Tensor, normalize: bool = True) -> Tenso
     if normalize:
         wide = [j / j.norm(dim=1, keepdim=True).clamp_min(1e-12) for j in wide]
     return (wide[0] - wide[1]).square().sum(1).mean()
+
+
+def _gradients(
+    targets: tuple[Target, ...],
+    phis: list[Tensor],
+    leaf: Tensor,
+    create_graph: bool,
+    keep_graph: bool,
+) -> list[Tensor]:
+    """d(sum of phi)/d(leaf) for each phi; for ``[B, K]``, one gradient per column, on dimension 1."""
+    columns = [[phi] if phi.dim() == 1 else phi.unbind(1) for phi in phis]
+    left = sum(map(len, columns))
+    jacobians = []
+    for target, phi, these in zip(targets, phis, columns, strict=True):
+        rows = []
+        for column in these:
+            left -= 1
+            row = None
+            if column.requires_grad:
+                (row,) = torch.autograd.grad(
+                    column.sum(),
+                    leaf,
+                    create_graph=create_graph,
+                    retain_graph=create_graph or keep_graph or left > 0,
+                    allow_unused=True,
+                )
+            if row is None:
+                raise FastjacError(
+                    f"the target does not depend on the input x ({type(target).__name__}): no "
+                    "gradient of its scalar leads there (a detach, no_grad or integer operation on "
+                    "the way?)"
+                )
+            rows.append(row)
+        if phi.dim() == 1:
+            jacobians.append(rows[0])
+        else:
+            empty = leaf.detach().new_zeros(len(leaf), 0, *leaf.shape[1:])
+            jacobians.append(torch.stack(rows, 1) if rows else empty)
+    return jacobians
+
+
+def map_structure(function: Callable[[Tensor], Tensor], structure: Any) -> Any:
+    """``function`` of every tensor in containers that PyTorch has registered, and in dataclasses."""
+
+    def each(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        result = copy.copy(leaf)
+        for item in dataclasses.fields(leaf):
+            value = map_structure(function, getattr(leaf, item.name))
+            object.__setattr__(result, item.name, value)
+        return result
+
+    return tree_map(each, structure)

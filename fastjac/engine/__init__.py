@@ -1,12 +1,11 @@
 """Exact Jacobians and the gradient of a loss in them, without a double backward.
 
-:func:`forward` runs a traced network and keeps what the passes need; :func:`pullback` gives J;
-:func:`pushforward` takes v = d loss / d J and gives the loss with its gradient in the parameters, which
-autograd then delivers in the ordinary backward.
+A :class:`Tape` runs a model's own Python and records what it calls; :func:`linearize` is the derivative
+of a target's scalar on it; :func:`input_jacobian` gives J, as the output of one autograd function, by
+a reverse sweep, and its backward is a forward sweep.
 """
 
-from fastjac.engine.forward import Tape, forward
-from fastjac.engine.pullback import Pulled, in_common, pullback
-from fastjac.engine.pushforward import pushforward
+from fastjac.engine.sweeps import InputJacobian, Linearization, input_jacobian, linearize
+from fastjac.engine.tape import Tape
 
-__all__ = ["Pulled", "Tape", "forward", "in_common", "pullback", "pushforward"]
+__all__ = ["InputJacobian", "Linearization", "Tape", "input_jacobian", "linearize"]

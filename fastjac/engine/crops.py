@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastjac.engine.receptive_field import Region
 from fastjac.ops.window_crop import window_crop, window_crop_adjoint
-from fastjac.support import Region
 
 
 def narrow(value: Tensor, outer: Region, inner: Region) -> Tensor:
@@ -34,7 +34,7 @@ def widen(value: Tensor, inner: Region, outer: Region) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Recomputed:
+class RecomputedMap:
     """A map that is not kept: act(scale u + shift + residual), of which crops are recomputed."""
 
     u: Tensor
@@ -69,7 +69,7 @@ class Crops:
             self._starts[key] = torch.stack(axes, 1)
         return self._starts[key]
 
-    def gather(self, full: Tensor | Recomputed, region: Region, fill: float = 0.0) -> Tensor:
+    def gather(self, full: Tensor | RecomputedMap, region: Region, fill: float = 0.0) -> Tensor:
         """``region`` of ``full`` ``[B, C, H, W]`` for each sample, ``fill`` outside the map."""
         tensor = isinstance(full, Tensor)
         key = ((full.data_ptr(), full.shape) if tensor else id(full), region, fill)
@@ -81,7 +81,7 @@ class Crops:
             self._crops[key] = crop
         return self._crops[key]
 
-    def _recompute(self, full: Recomputed, region: Region, fill: float) -> Tensor:
+    def _recompute(self, full: RecomputedMap, region: Region, fill: float) -> Tensor:
         z = self.gather(full.u, region) * full.scale + full.shift
         if full.residual is not None:
             z = z + self.gather(full.residual, region)
@@ -100,7 +100,7 @@ class Crops:
 
     def _inside(self, like: Tensor, region: Region, size: tuple[int, int]) -> Tensor | None:
         """1 inside the map and 0 outside, ``[B, 1, h, w]``; None if nothing can be outside."""
-        if not region.leaves(size, self.positions):
+        if not region.exceeds(size, self.positions):
             return None
         key = (region, size, like.dtype)
         if key not in self._masks:

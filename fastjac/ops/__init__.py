@@ -9,7 +9,6 @@ from fastjac.ops.attention_window import (
 from fastjac.ops.channel_statistics import channel_statistics, channel_statistics_ref
 from fastjac.ops.jacobian_match import jacobian_match, jacobian_match_ref
 from fastjac.ops.norm_act_pool import (
-    NormActPool,
     norm_act_pool,
     norm_act_pool_backward,
     norm_act_pool_backward_ref,
@@ -17,6 +16,7 @@ from fastjac.ops.norm_act_pool import (
     norm_act_pool_pushforward_ref,
     norm_act_pool_ref,
 )
+from fastjac.ops.norm_act_pool_autograd import NormActPool
 from fastjac.ops.window_crop import (
     window_crop,
     window_crop_adjoint,

@@ -85,6 +85,12 @@ elif CUDA.broken:
     _warn(f"running without CUDA operators ({CUDA.problem}); to rebuild: {REBUILD}")
 
 
+def native(device: torch.device) -> bool:
+    """Whether the operators are native on a device, and so faster than PyTorch's own."""
+    library = {"cpu": CPU, "cuda": CUDA}.get(device.type)
+    return library is not None and library.loaded
+
+
 def cpu_isa() -> str:
     """The instruction set that the CPU's operators use; they are loaded."""
     get = ctypes.CDLL(str(CPU.path)).fastjac_cpu_isa

@@ -83,5 +83,6 @@ def check_channels(op: str, u: Tensor, **vectors: Tensor | None) -> list[Tensor 
             raise FastjacError(f"{op}: {name} must be [{u.shape[1]}], got {list(x.shape)}")
         if x.device != u.device:
             raise FastjacError(f"{op}: {name} must have u's device, {u.device}, got {x.device}")
-        result.append(x.to(accumulator(u.dtype)).contiguous())
+        acc = accumulator(u.dtype)
+        result.append((x if x.dtype == acc else x.to(acc)).contiguous())
     return result

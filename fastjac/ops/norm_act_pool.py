@@ -35,7 +35,6 @@ from torch import Tensor
 from fastjac.errors import FastjacError
 from fastjac.ops._library import call, define, refuse_derivative, refuse_forward_mode
 from fastjac.ops._maps import (
-    accumulator,
     channel_zeros,
     check_channels,
     check_like,
@@ -43,7 +42,6 @@ from fastjac.ops._maps import (
     dense,
     empty_map,
 )
-from fastjac.ops.channel_statistics import channel_statistics
 
 aten = torch.ops.aten
 
@@ -97,7 +95,7 @@ def norm_act_pool(
 
     Raises:
         FastjacError: an argument is of the wrong kind; or a derivative is asked for
-            (:class:`NormActPool` is differentiable).
+            (:class:`fastjac.ops.NormActPool` is differentiable).
     """
     op = "norm_act_pool"
     u, residual = _check(op, u, {"residual": residual}, activation, slope, pool)
@@ -169,7 +167,7 @@ def norm_act_pool_backward(
     op = "norm_act_pool_backward"
     maps = {"residual": residual, "curvature": curvature}
     u, residual, curvature = _check(op, u, maps, activation, slope, pool)
-    gy = check_like(op, "gy", gy, _output_shape(op, u, pool), "y", u)
+    gy = check_like(op, "gy", gy, pooled_shape(op, u, pool), "y", u)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
     (coefficient,) = check_channels(op, u, coefficient=coefficient)
     mask = [bool(wanted) for wanted in mask]
@@ -286,7 +284,7 @@ def norm_act_pool_pushforward(
     _check_known(op, "statistics", statistics, _STATISTICS)
     if curvature and statistics == "fixed":
         raise FastjacError(f"{op}: curvature=True needs statistics='batch', got 'fixed'")
-    gy = check_like(op, "gy", gy, _output_shape(op, u, pool), "y", u)
+    gy = check_like(op, "gy", gy, pooled_shape(op, u, pool), "y", u)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
     refuse_forward_mode(op, *_present(tu, tresidual, gy, u, residual, weight, bias, mean, invstd))
     ty, gweight, coefficient, kappa = call(
@@ -334,108 +332,6 @@ def norm_act_pool_pushforward_ref(
     return _like(u, ty), total, coefficient, kappa
 
 
-class NormActPool(torch.autograd.Function):
-    """:func:`norm_act_pool` with its statistics, differentiable once; keeps u (and residual) alone.
-
-    ``NormActPool.apply(u, residual, weight, bias, running_mean, running_var, training, momentum, eps,
-    activation, slope, pool, make)`` gives y; the mean and 1/sqrt(var + eps) ``[C]`` that it used, not
-    differentiable; and two slots, whose gradients are added to u's cotangent: ``coefficient`` ``[C]``
-    as coefficient · x̂, and ``curvature`` (of u's shape, without storage of its own) as it is.
-
-    In training, the statistics are u's own, and the running ones, if given, are updated as
-    ``torch.batch_norm`` does. Else, the running ones are used, which must be given. ``make()`` gives u
-    once more, as a tensor of its own, which the backward may overwrite: then u is not kept either.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        activation: str,
-        slope: float,
-        pool: str,
-        make: Callable[[], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        mean, var = _statistics(u, running_mean, running_var, training, momentum)
-        invstd = (var + eps).rsqrt()
-        y = norm_act_pool(u, residual, weight, bias, mean, invstd, activation, slope, pool)
-        kept = u if make is None else None
-        ctx.save_for_backward(kept, residual, weight, bias, mean, invstd)
-        ctx.options, ctx.training, ctx.make = (activation, slope, pool), training, make
-        ctx.mark_non_differentiable(mean, invstd)
-        ctx.set_materialize_grads(False)
-        return y, mean, invstd, torch.zeros_like(mean), u.new_zeros(()).expand(u.shape)
-
-    @staticmethod
-    def backward(
-        ctx: Any,
-        gy: Tensor | None,
-        _mean: None,
-        _invstd: None,
-        coefficient: Tensor | None,
-        curvature: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise FastjacError(
-                "NormActPool differentiates once; got a backward with create_graph=True "
-                "(norm_act_pool_ref can be differentiated further)"
-            )
-        u, residual, weight, bias, mean, invstd = NormActPool._inputs(ctx)
-        if gy is None:  # only the slots have a gradient
-            gy = u.new_zeros(_output_shape("NormActPool", u, ctx.options[2]))
-        gu, gresidual, gweight, gbias = norm_act_pool_backward(
-            *(gy, u, residual, weight, bias, mean, invstd, *ctx.options),
-            *(ctx.training, coefficient, curvature, ctx.needs_input_grad[:4], ctx.make is not None),
-        )
-        gweight = None if gweight is None else gweight.to(weight.dtype)
-        gbias = None if gbias is None else gbias.to(bias.dtype)
-        return gu, gresidual, gweight, gbias, *[None] * 9
-
-    @staticmethod
-    def _inputs(node: Any) -> tuple[Tensor | None, ...]:
-        u, *rest = node.saved_tensors
-        return u if node.make is None else node.make(), *rest
-
-    @staticmethod
-    def again(node: Any) -> Tensor:
-        """y once more, bit for bit, from ``y.grad_fn`` and what it keeps."""
-        return norm_act_pool(*NormActPool._inputs(node), *node.options)
-
-
-def _statistics(
-    u: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
-    """The mean and biased variance to normalise with; updates the running ones in training."""
-    if not training:
-        if running_mean is None or running_var is None:
-            raise FastjacError("NormActPool: training=False needs running_mean and running_var")
-        acc = accumulator(u.dtype)
-        return running_mean.to(acc, copy=True), running_var.to(acc)
-    mean, var = channel_statistics(u)
-    count = u.numel() // max(u.shape[1], 1)
-    if count == 1:
-        raise FastjacError(
-            f"NormActPool: training needs more than 1 value per channel, got u {list(u.shape)}"
-        )
-    if count:
-        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-            if running is not None:
-                running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
-    return mean, var
-
-
 # The pieces of the equations.
 
 
@@ -481,7 +377,7 @@ def _choose(a: Tensor, pool: str) -> tuple[Tensor, Tensor | None]:
     if _POOLS[pool] is None:
         return a, None
     if a.numel() == 0:
-        shape = _output_shape("norm_act_pool", a, pool)
+        shape = pooled_shape("norm_act_pool", a, pool)
         return a.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=a.device)
     return F.max_pool2d(a, *_POOLS[pool], return_indices=True)
 
@@ -509,7 +405,7 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
 
 
-def _output_shape(op: str, u: Tensor, pool: str) -> tuple[int, int, int, int]:
+def pooled_shape(op: str, u: Tensor, pool: str) -> tuple[int, int, int, int]:
     batch, channels, *size = u.shape
     if _POOLS[pool] is not None:
         k, s, p = _POOLS[pool]
@@ -537,7 +433,7 @@ def _check(
     _check_known(op, "pool", pool, _POOLS)
     if not isinstance(slope, int | float):
         raise FastjacError(f"{op}: slope must be a number, got {type(slope).__name__}")
-    _output_shape(op, u, pool)
+    pooled_shape(op, u, pool)
     u = dense(u)
     rest = [x if x is None else check_like(op, n, x, u.shape, "u", u) for n, x in maps.items()]
     return [u, *rest]
@@ -573,7 +469,7 @@ define(
 
 @torch.library.register_fake("fastjac::norm_act_pool")
 def _forward_fake(u, residual, weight, bias, mean, invstd, activation, slope, pool):
-    return empty_map(u, _output_shape("norm_act_pool", u, pool))
+    return empty_map(u, pooled_shape("norm_act_pool", u, pool))
 
 
 @torch.library.register_fake("fastjac::norm_act_pool_backward")

@@ -236,7 +236,7 @@ torch.library.register_autograd(
 )
 
 
-def pays(
+def winograd_is_faster(
     map_: Tensor,
     weight: Tensor,
     stride: Sequence[int],
@@ -276,7 +276,7 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """PyTorch's convolution of any number of axes; by :func:`winograd` where that pays."""
-    if pays(x, weight, stride, padding, dilation, groups):
+    if winograd_is_faster(x, weight, stride, padding, dilation, groups):
         return winograd(x, weight, bias, padding)
     zeros = [0] * len(stride)
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, zeros, groups)
@@ -292,7 +292,7 @@ def convolution_input(
     groups: int,
 ) -> Tensor:
     """The cotangent of :func:`convolution`'s input, of ``shape``, in gy's layout."""
-    if pays(gy, weight, stride, padding, dilation, groups):
+    if winograd_is_faster(gy, weight, stride, padding, dilation, groups):
         return winograd(gy, weight, None, padding, adjoint=True)
     # It does not depend on the input: that only tells its shape and layout.
     x = torch.empty(shape, dtype=gy.dtype, device=gy.device)
@@ -312,7 +312,7 @@ def convolution_weight(
 ) -> Tensor:
     """The gradient of :func:`convolution`'s weight."""
     geometry = (stride, padding, dilation, groups)
-    if pays(gy, weight, *geometry) and pays(x, weight, *geometry):
+    if winograd_is_faster(gy, weight, *geometry) and winograd_is_faster(x, weight, *geometry):
         return winograd_weight(gy, x, weight, padding)
     return _derivatives(gy, x, weight, *geometry, [False, True, False])[1]
 

@@ -1,67 +1,184 @@
-"""What a rule is.
+"""What a rule is: one recorded call, and how it is differentiated.
 
-For y = f(x; w), with delta the cotangent of y in the pullback of phi and x' (``tangents``) the tangent
-of x in the pushforward of v: a pullback gives the cotangent of x; a pushforward gives y', and sinks
-the gradient of <delta, y'> with respect to w and, for a nonlinear f, to x: the curvature.
-DESIGN's table has the formulas.
+For y = f(x; w), with delta the cotangent of y in the reverse sweep of phi and x' the tangent of x in
+the forward sweep of v: ``vjp`` gives the cotangent of x; ``jvp`` gives y', and the gradients of
+<delta, y'> with respect to w and, for a nonlinear f, to x: the curvature. docs/design.md has the
+formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from torch import fx
+import torch
+from torch import Tensor
 
 from fastjac.engine.crops import Crops
-from fastjac.engine.record import Edges, Record, Sink
-from fastjac.support import Region
+from fastjac.engine.receptive_field import KernelGeometry, Region
+from fastjac.errors import FastjacError
+
+if TYPE_CHECKING:
+    from fastjac.engine.tape import Site
 
 
+class NotLocalError(Exception):
+    """Why the outputs of a call see the whole of its input."""
+
+
+class Receiver(NamedTuple):
+    """A tensor that a rule's ``jvp`` gives a gradient of.
+
+    ``source``: which of the rule's sources it is, of which a crop's gradient is a crop; None for a
+    parameter, whose gradient is whole.
+    """
+
+    tensor: Tensor
+    source: int | None = None
+
+
+Recorded = tuple[Any, "Rule", tuple[Receiver, ...]]
+
+
+@dataclass
 class Rule:
-    """How one kind of node is differentiated. Stateless: what a step needs is in its record."""
+    """One recorded call: a value, with what it kept of the forward in typed fields.
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
-        """Whether the rule covers this call; ``varying`` are the arguments that depend on x."""
-        return varying == {0}
+    A subclass is a dataclass, and implements :meth:`record`, :meth:`vjp` and :meth:`jvp`; with
+    :meth:`input_regions` and :meth:`crop` it also runs on crops. Nothing is set from elsewhere, and a
+    sweep changes nothing, so that several scalars can be differentiated from one forward.
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run the node as PyTorch does, keeping what the passes need."""
-        return call(*args, **kwargs)
+    Attributes:
+        sources: the numbers of the values that the derivative goes to, in the order of ``vjp``'s result.
+    """
 
-    def needs_delta(self, record: Record) -> bool:
-        """Whether the pushforward reads the cotangent of the node's output."""
+    sources: tuple[int, ...]
+
+    recomputes_cotangent: ClassVar[bool] = False
+    """Whether ``vjp`` is so cheap that its result is recomputed in the forward sweep, not stored."""
+
+    @classmethod
+    def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
+        """Run the call with ``site.run`` and record it.
+
+        Returns its result, the rule, and the receivers of ``jvp``'s gradients (``site.receives``);
+        or NotImplemented, before running anything, for arguments that the rule does not cover.
+        """
+        raise NotImplementedError(cls.__name__)
+
+    def needs_delta(self) -> bool:
+        """Whether ``jvp`` reads the cotangent of the output."""
         return False
 
-    def pullback(self, record: Record, delta: Any) -> list[Any]:
-        """The cotangent of each of ``record.inputs``."""
+    def vjp(self, delta: Any) -> Sequence[Tensor | None]:
+        """The cotangent of each source. Of several outputs, ``delta`` lists the cotangents (or None)."""
         raise NotImplementedError(type(self).__name__)
 
-    def pushforward(self, record: Record, tangents: list[Any], delta: Any, sink: Sink) -> Any:
-        """The tangent of the output."""
+    def jvp(self, tangents: Sequence[Tensor], delta: Any) -> tuple[Any, Sequence[Tensor | None]]:
+        """The tangent of the output (of several, a list), and the gradient of each receiver."""
         raise NotImplementedError(type(self).__name__)
 
-    def edges(self, record: Record, region: Region) -> Edges:
-        """The region of each input that ``region`` of the output sees. Default: global."""
-        raise record.not_local("its output sees the whole of its input")
+    def input_regions(self, region: Region) -> list[Region]:
+        """The region of each source that ``region`` of the output sees. Default: all of it."""
+        raise NotLocalError("its output sees the whole of its input")
 
-    def parts(self, record: Record) -> dict[fx.Node, Record]:
-        """The records of the single operations that the node stands for."""
-        return {record.node: record}
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        """The rule on crops, for an output of ``region``."""
+        return self
 
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
-        """The record on crops, for an output of ``region``."""
-        return record.on_crops()
+    def unfuse(self, output: int, fresh: Callable[[torch.Size], int]) -> list[tuple[Rule, int]]:
+        """The rules of single operations that the call stands for, each with its output's number."""
+        return [(self, output)]
+
+    def changed(self, **fields: Any) -> Any:
+        """A copy with other fields."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, **fields)
+        return copy
 
 
+@dataclass
 class Pointwise(Rule):
-    """A rule whose output at a pixel sees the same pixel of each input."""
+    """A rule whose output at a pixel sees the same pixel of each source."""
 
-    def edges(self, record: Record, region: Region) -> Edges:
-        return [region] * len(record.inputs)
+    def input_regions(self, region: Region) -> list[Region]:
+        return [region] * len(self.sources)
+
+
+def compute_type(tensor: Tensor) -> torch.dtype:
+    """What sums over ``tensor`` are accumulated in: float32 or wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def axis_geometry(*sizes: Any) -> tuple[KernelGeometry, KernelGeometry]:
+    """The geometry of both axes of a map, from kernel, stride, padding and dilation."""
+    rows, cols = (KernelGeometry(*axis) for axis in zip(*map(pair, sizes), strict=True))
+    return rows, cols
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """One size for both axes of a map, or one for each."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+_RULES: dict[Any, list[type[Rule]]] = {}
+
+
+def register_rule(*functions: Any) -> Callable[[type[Rule]], type[Rule]]:
+    """Give PyTorch functions a rule: a class decorator.
+
+    ``functions`` as ``__torch_function__`` sees them: ``torch.nn.functional.linear``,
+    ``torch.Tensor.add``, or your own function that calls ``torch.overrides.handle_torch_function``.
+    Calls that the rule does not cover (its ``record`` returns NotImplemented), and functions that have
+    none, are differentiated by autograd on that call alone. An in-place variant is another function.
+
+    >>> import torch
+    >>> from dataclasses import dataclass
+    >>> from fastjac.engine.rules import Rule
+    >>> @fastjac.register_rule(torch.Tensor.double)
+    ... @dataclass
+    ... class Double(Rule):
+    ...     dtype: torch.dtype
+    ...     @classmethod
+    ...     def record(cls, site, x):
+    ...         return site.run(x), cls((site.number(x),), x.dtype), ()
+    ...     def vjp(self, delta):
+    ...         return [delta.to(self.dtype)]
+    ...     def jvp(self, tangents, delta):
+    ...         return tangents[0].double(), ()
+
+    Raises :class:`fastjac.FastjacError` for what is no rule, and for a function that has one already.
+    """
+
+    def register(rule: type[Rule]) -> type[Rule]:
+        if not (isinstance(rule, type) and issubclass(rule, Rule)):
+            raise FastjacError(f"register_rule: expected a subclass of Rule, got {rule!r}")
+        if not functions:
+            raise FastjacError(
+                "register_rule: expected the functions that the rule is for, got none"
+            )
+        for function in functions:
+            if not callable(function):
+                raise FastjacError(f"register_rule: expected functions, got {function!r}")
+            if function in _RULES:
+                name = getattr(function, "__qualname__", function)
+                raise FastjacError(
+                    f"register_rule: {name} has the rule {_RULES[function][0].__name__} already"
+                )
+        for function in functions:
+            _RULES[function] = [rule]
+        return rule
+
+    return register
+
+
+def register_alternatives(*functions: Any, rules: list[type[Rule]]) -> None:
+    """Give functions several rules, of which the first that covers a call is taken."""
+    for function in functions:
+        _RULES[function] = rules
+
+
+def registered(function: Any) -> list[type[Rule]]:
+    """The rules of a function, best first."""
+    return _RULES.get(function, [])

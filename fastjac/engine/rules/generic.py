@@ -1,266 +1,354 @@
-"""The rule of every node that has none of its own: autograd on that node alone.
+"""The rule of every call that has none of its own: autograd on that call alone.
 
-Right wherever PyTorch has the operation's derivatives, if slower: the pullback runs the node again and
-differentiates it; the pushforward runs node and backward on dual numbers (forward over reverse), so
-that no graph of a backward is ever made. The tangent of the backward's result is the gradient of
+Right wherever PyTorch has the operation's derivatives, if slower: the reverse sweep runs the call again
+and differentiates it; the forward sweep runs call and backward on dual numbers (forward over reverse),
+so that no graph of a backward is made. The tangent of the backward's result is the gradient of
 <delta, jvp(f, x, x')>. The other order, differentiating the jvp, is right for a few operations alone
 (PyTorch's jvp of a layer, instance or batch norm takes its statistics as constants, and says nothing);
-:class:`ReverseOverForward` is for those of them whose backward has no forward derivative.
+:class:`ReverseOverForward` is for those of them whose backward has no forward-mode formula. Where
+PyTorch has no forward-mode derivative at all, the call alone is differentiated twice in reverse:
+<delta, f'(x) x'> is linear in delta, so its derivative in delta is the tangent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
-from torch import Tensor, fx, nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastjac.engine.crops import Crops
-from fastjac.engine.record import Edges, Record, Sink
-from fastjac.engine.rules.base import Rule
+from fastjac.engine.receptive_field import Region
+from fastjac.engine.rules.base import NotLocalError, Receiver, Recorded, Rule, register_rule
 from fastjac.errors import FastjacError
-from fastjac.graph import active, describe
-from fastjac.reference import BatchStatistics, random_state, same_random_numbers
-from fastjac.support import Region
+from fastjac.fusion.mode import function_name, tensors_in, writes_in_place
+
+if TYPE_CHECKING:
+    from fastjac.engine.tape import Site
+
+_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
-class _Frozen(nn.Module):
-    """A module's own forward: no hooks, so that running it again shows to nobody."""
+@dataclass(frozen=True)
+class _Leaf:
+    """The place of a differentiated tensor among a call's arguments."""
 
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.forward(*args, **kwargs)
+    index: int
 
 
+@dataclass
 class Generic(Rule):
-    """y = f(x, ...; w) for any differentiable f, with any arguments and outputs."""
+    """y = f(x, ...; w) for any differentiable f, with any arguments and outputs.
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
-        return True
+    ``leaves`` are the tensors that the call is differentiated in, the sources first; ``template`` is
+    its arguments with those in their places. ``receives``: which leaves get a gradient.
+    """
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        given = record.values_in
-        record.inputs = tuple(n for n in record.node.all_input_nodes if n in record.varying_nodes)
-        record.constants = {n: v for n, v in given.items() if n not in record.varying_nodes}
-        record.graphs = [given[n] for n in record.inputs]
-        record.values = [_each(lambda t: record.keep(t.detach()), g) for g in record.graphs]
-        first = next(t for t in _flat(record.values) if isinstance(t, Tensor))
-        state = random_state(first)
-        statistics = BatchStatistics()
-        with statistics:
-            y = call(*_ahead(record, args), **kwargs)
-        if statistics.recorded and record.batch_stats == "frozen":
+    function: Any
+    template: tuple[Any, dict[str, Any]]
+    leaves: list[Tensor]
+    receives: list[bool]
+    single: bool
+    context: Callable[[], Any]
+    in_place: bool
+
+    @classmethod
+    def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded:
+        function = site.function
+        in_place = writes_in_place(function, args, kwargs)
+        if kwargs.get("out") is not None:
             raise FastjacError(
-                f"{describe(record.node)} normalises with batch statistics where no trace reaches; "
-                "batch_stats='frozen' is unsupported there: use batch_stats='batch' or "
-                "strategy='autograd'"
+                f"{function_name(function)} with out= is not supported; expected its result"
             )
-        drew = any(not torch.equal(a, b) for a, b in zip(state, random_state(first), strict=True))
-        record.random = (first, state) if drew else None
-        return y
-
-    def needs_delta(self, record: Record) -> bool:
-        return record.differentiable
-
-    def _again(self, record: Record, values: list[Any]) -> list[Tensor | None]:
-        """Run the node on ``values``; its outputs, flat, None where one carries no derivative."""
-        args, kwargs = _arguments(
-            record, {**record.constants, **dict(zip(record.inputs, values, strict=True))}
+        found = {id(t): t for t in tensors_in(args, kwargs) if _is_leaf(site, t)}
+        ordered = sorted(found.values(), key=lambda t: site.number(t) is None)
+        numbers = [site.number(t) for t in ordered]
+        place = {id(t): _Leaf(i) for i, t in enumerate(ordered)}
+        constants = [(t, t._version) for t in tensors_in(args, kwargs) if id(t) not in place]
+        leaves, receivers = [], []
+        written = args[0] if in_place else None
+        if in_place and id(written) not in place:
+            place[id(written)] = written.detach().clone()
+        for i, (tensor, number) in enumerate(zip(ordered, numbers, strict=True)):
+            source = None if number is None else i
+            if tensor is written:
+                leaves.append(tensor.detach().clone())
+                slot = site.before_writing(tensor)
+                receivers.append(() if slot is None else (Receiver(slot, source),))
+            else:
+                leaves.append(site.keep(tensor))
+                receivers.append(site.receives(tensor, source))
+        device = ordered[0].device
+        state = _random_state(device)
+        y = site.run(*args, **kwargs)
+        drew = any(not torch.equal(a, b) for a, b in zip(state, _random_state(device), strict=True))
+        for tensor, version in constants:
+            if tensor is not written and tensor._version == version:
+                site.keep(tensor)
+            elif tensor is not written:  # running statistics: a sweep must not update them again
+                place[id(tensor)] = tensor.detach().clone()
+        template = _map_tensors(lambda t: place.get(id(t), t), (args, kwargs))
+        context = _Context(function, device, state if drew else None)
+        sources = tuple(n for n in numbers if n is not None)
+        rule = cls(
+            *(sources, function, template, leaves, list(map(bool, receivers))),
+            *(isinstance(y, Tensor) or y is None, context, in_place),
         )
-        if record.random is None:
-            out = self._run(record, args, kwargs)
-        else:
-            with same_random_numbers(*record.random):
-                out = self._run(record, args, kwargs)
-        return [t if active(t) else None for t in _flat(out)]
+        return y, rule, tuple(r for group in receivers for r in group)
 
-    def _run(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args = _ahead(record, args)
-        if record.module is None:
-            return record.raw(*args, **kwargs)
-        buffers = {f"inner.{k}": b.clone() for k, b in record.module.named_buffers()}
-        return torch.func.functional_call(_Frozen(record.module), buffers, args, kwargs)
+    def needs_delta(self) -> bool:
+        return any(self.receives)
 
-    def pullback(self, record: Record, delta: Any) -> list[Any]:
-        with torch.enable_grad():
-            leaves = [_leaf(v) for v in record.values]
-            flat = _flat(leaves)
-            grads = iter(_gradients(_pairs(self._again(record, leaves), _flat(delta)), flat))
-        return [_like(leaf, grads) for leaf in leaves]
+    def _again(self, leaves: list[Tensor]) -> list[Tensor | None]:
+        """Run the call on other leaves; its outputs, None where one carries no derivative."""
+        args, kwargs = _map_tensors(lambda t: t, self.template, leaves)
+        if self.in_place:
+            args = (args[0].clone(), *args[1:])
+        with self.context():
+            out = self.function(*args, **kwargs)
+        out = args[0] if out is None and self.in_place else out
+        return [t if t.is_floating_point() or t.is_complex() else None for t in tensors_in(out)]
 
-    def pushforward(self, record: Record, tangents: list[Any], delta: Any, sink: Sink) -> Any:
-        with torch.enable_grad(), fwAD.dual_level():
-            leaves = [_leaf(v) for v in record.values]
-            flat = _flat(leaves)
-            duals = [fwAD.make_dual(x, t) for x, t in zip(flat, _flat(tangents), strict=True)]
-            given = iter(duals)
+    def _deltas(self, delta: Any) -> list[Tensor | None]:
+        return [delta] if self.single else list(delta)
+
+    def vjp(self, delta: Any) -> list[Tensor]:
+        count = len(self.sources)
+        with torch.enable_grad(), self._named("a derivative"):
+            sources = [_fresh(t) for t in self.leaves[:count]]
+            outputs = self._again(sources + self.leaves[count:])
+            return _gradients(outputs, self._deltas(delta), sources, zeros=True)
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Any, list[Tensor | None]]:
+        with torch.enable_grad(), self._named("a second derivative"):
+            leaves = [_fresh(t) for t in self.leaves]
             try:
-                outputs = self._again(record, [_like(leaf, given) for leaf in leaves])
-                pushed = [None if y is None else fwAD.unpack_dual(y).tangent for y in outputs]
-                if record.differentiable:
-                    self._sink(record, flat, duals, outputs, pushed, delta, sink)
-            except NotImplementedError as err:
-                raise FastjacError(
-                    f"{describe(record.node)} has no forward derivative in PyTorch "
-                    f"({str(err).split('. ')[0]}); strategy='autograd' needs none"
-                ) from err
-        out = [
-            None if y is None else torch.zeros_like(y) if t is None else t.detach()
-            for y, t in zip(outputs, pushed, strict=True)
-        ]
-        return out if isinstance(delta, list | tuple) else out[0]
+                pushed, gradients = self._forward_over_reverse(leaves, tangents, delta)
+            except NotImplementedError:
+                pushed, gradients = self._reverse_over_reverse(leaves, tangents, delta)
+        wanted = [g for g, received in zip(gradients, self.receives, strict=True) if received]
+        return pushed[0] if self.single else pushed, wanted
 
-    def _sink(
-        self,
-        record: Record,
-        flat: list[Tensor],
-        duals: list[Tensor],
-        outputs: list[Tensor | None],
-        pushed: list[Tensor | None],
-        delta: Any,
-        sink: Sink,
-    ) -> None:
-        constants = [t for t in record.constants.values() if isinstance(t, Tensor)]
-        if record.module is not None:
-            constants += record.module.parameters()
-        constants = [t for t in constants if t.requires_grad]
-        grads = self._gradients_of_tangent(flat, duals, constants, outputs, pushed, _flat(delta))
-        for tensor, grad in zip(_flat(record.graphs), grads, strict=False):
-            if grad is not None:
-                record.curve(sink, tensor, grad)
-        for tensor, grad in zip(constants, grads[len(flat) :], strict=True):
-            if grad is not None:
-                sink.add(tensor, grad)
+    def _forward_over_reverse(
+        self, leaves: list[Tensor], tangents: Any, delta: Any
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        count = len(self.sources)
+        with fwAD.dual_level():
+            pairs = zip(leaves[:count], tangents, strict=True)
+            duals = [fwAD.make_dual(x, t.to(x.dtype)) for x, t in pairs]
+            outputs = self._again(duals + leaves[count:])
+            pushed = [None if y is None else fwAD.unpack_dual(y).tangent for y in outputs]
+            gradients: list[Tensor | None] = [None] * len(leaves)
+            if self.needs_delta():
+                inputs = duals + leaves[count:]
+                gradients = self._gradients_of_tangent(
+                    inputs, leaves, outputs, pushed, self._deltas(delta)
+                )
+        return _detached(outputs, pushed), gradients
 
     def _gradients_of_tangent(
         self,
-        flat: list[Tensor],
         duals: list[Tensor],
-        constants: list[Tensor],
+        leaves: list[Tensor],
         outputs: list[Tensor | None],
         pushed: list[Tensor | None],
-        deltas: list[Any],
+        deltas: list[Tensor | None],
     ) -> list[Tensor | None]:
-        """The gradient of <delta, y'> with respect to the inputs, then the constants."""
-        pairs = _pairs(outputs, deltas)
-        grads = _gradients(pairs, duals + constants, allow_none=True)
-        return [None if g is None else fwAD.unpack_dual(g).tangent for g in grads]
+        """The gradients of <delta, y'> in the leaves."""
+        gradients = _gradients(outputs, deltas, duals)
+        return [None if g is None else fwAD.unpack_dual(g).tangent for g in gradients]
+
+    def _reverse_over_reverse(
+        self, leaves: list[Tensor], tangents: Any, delta: Any
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        outputs = self._again(leaves)
+        deltas = [
+            None if y is None else _fresh(torch.zeros_like(y) if d is None else d.to(y.dtype))
+            for y, d in zip(
+                outputs,
+                self._deltas(delta) if delta is not None else [None] * len(outputs),
+                strict=True,
+            )
+        ]
+        sources = leaves[: len(self.sources)]
+        pairs = [
+            (y, d)
+            for y, d in zip(outputs, deltas, strict=True)
+            if y is not None and y.requires_grad
+        ]
+        pulled = torch.autograd.grad(
+            [y for y, _ in pairs],
+            sources,
+            [d for _, d in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        product = sum(
+            (g * t).sum()
+            for g, t in zip(pulled, tangents, strict=True)
+            if g is not None and g.requires_grad
+        )
+        wanted = [d for d in deltas if d is not None]
+        found = torch.autograd.grad(product, wanted + leaves, allow_unused=True)
+        pushed = iter(found[: len(wanted)])
+        return (
+            _detached(outputs, [None if d is None else next(pushed) for d in deltas]),
+            list(found[len(wanted) :]),
+        )
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            if isinstance(error, FastjacError) or "out of memory" in str(error):
+                raise
+            reason = str(error).split("\n")[0].split(". ")[0]
+            raise FastjacError(
+                f"{function_name(self.function)} has no {what.removeprefix('a ')} in PyTorch that "
+                f"fastjac can take ({reason}); give it a rule with fastjac.register_rule, or use "
+                "operations that have one"
+            ) from error
 
 
 class ReverseOverForward(Generic):
-    """For operations whose jvp PyTorch differentiates rightly, and whose backward has no jvp."""
+    """For calls whose jvp PyTorch differentiates rightly, and whose backward has no jvp."""
 
     def _gradients_of_tangent(
         self,
-        flat: list[Tensor],
         duals: list[Tensor],
-        constants: list[Tensor],
+        leaves: list[Tensor],
         outputs: list[Tensor | None],
         pushed: list[Tensor | None],
-        deltas: list[Any],
+        deltas: list[Tensor | None],
     ) -> list[Tensor | None]:
-        return _gradients(_pairs(pushed, deltas), flat + constants, allow_none=True)
+        return _gradients(pushed, deltas, leaves)
 
 
+register_rule(F.group_norm)(ReverseOverForward)
+
+
+@register_rule(
+    *(F.silu, F.gelu, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh, F.softplus, F.elu, F.celu),
+    *(F.selu, F.mish, F.hardswish, F.logsigmoid, F.softsign, Tensor.sigmoid, Tensor.tanh),
+    *(torch.exp, Tensor.exp, torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.selu, torch.celu),
+    *(torch.erf, Tensor.erf, torch.expm1, Tensor.expm1, F.tanhshrink, Tensor.square, torch.square),
+)
 class SmoothPointwise(ReverseOverForward):
     """A smooth function of each element, finite with its derivatives at 0: it has crops."""
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
-        return varying == {0}
+    @classmethod
+    def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
+        given = args[0] if args else kwargs.get("input")
+        if not site.varies(given) or site.varies(*args[1:], *kwargs.values()) or given.is_complex():
+            return NotImplemented
+        return super().record(site, *args, **kwargs)
 
-    def edges(self, record: Record, region: Region) -> Edges:
+    def input_regions(self, region: Region) -> list[Region]:
+        if len(self.leaves) > 1 or self.leaves[0].dim() != 4:
+            raise NotLocalError("it is no function of one map")
         return [region]
 
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
-        return record.on_crops(values=[crops.gather(record.values[0], region)])
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        return self.changed(leaves=[crops.gather(self.leaves[0], region)])
 
 
-class Pick(Rule):
-    """One of the tensors that an operation with several outputs gives."""
+class _Context:
+    """The surroundings of a call: autocast, and the random numbers that it drew."""
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
-        return varying == {0} and isinstance(args[0], tuple | list) and isinstance(args[1], int)
+    def __init__(
+        self, function: Any, device: torch.device, random_state: tuple[Tensor, ...] | None
+    ) -> None:
+        self.device, self.random_state = device, random_state
+        kind = device.type
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.attention = function in _ATTENTION
+        self.recurrent = function in _RECURRENT
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        record.length, record.at = len(args[0]), args[1] % len(args[0])
-        return call(*args, **kwargs)
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            kind = self.device.type
+            dtype = self.autocast
+            stack.enter_context(
+                torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+            )
+            if self.attention:  # only this kernel has second derivatives
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.recurrent:  # nor have these libraries'
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            if self.random_state is not None:
+                cuda = [self.device] if kind == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(cuda))
+                torch.set_rng_state(self.random_state[0])
+                if cuda:
+                    torch.cuda.set_rng_state(self.random_state[1], self.device)
+            yield
 
-    def pullback(self, record: Record, delta: Any) -> list[Any]:
-        return [[delta if i == record.at else None for i in range(record.length)]]
 
-    def pushforward(self, record: Record, tangents: list[Any], delta: Any, sink: Sink) -> Any:
-        return tangents[0][record.at]
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    cpu = torch.get_rng_state()
+    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
 
 
-def _flat(value: Any) -> list[Any]:
-    """The leaves of a value, None among them."""
+def _is_leaf(site: Site, tensor: Tensor) -> bool:
+    """Whether a call is differentiated in this argument."""
+    return site.varies(tensor) or bool(site.receives(tensor))
+
+
+def _map_tensors(
+    function: Callable[[Tensor], Any], value: Any, leaves: list[Tensor] | None = None
+) -> Any:
+    """``function`` of every tensor in nested arguments; :class:`_Leaf` s replaced by ``leaves``."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, _Leaf):
+        return value if leaves is None else leaves[value.index]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(function, v, leaves) for v in value))
     if isinstance(value, tuple | list):
-        return [leaf for item in value for leaf in _flat(item)]
-    return [value]
+        return type(value)(_map_tensors(function, v, leaves) for v in value)
+    if isinstance(value, dict):
+        return {k: _map_tensors(function, v, leaves) for k, v in value.items()}
+    return value
 
 
-def _each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``function`` of every tensor in a value."""
-    if isinstance(value, tuple | list):
-        return [_each(function, item) for item in value]
-    return function(value) if isinstance(value, Tensor) else value
+def _fresh(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
 
 
-def _ahead(record: Record, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for a call: of one in place, a copy of what it overwrites."""
-    return (args[0].clone(), *args[1:]) if record.in_place else args
-
-
-def _arguments(record: Record, values: dict[fx.Node, Any]) -> tuple[Any, Any]:
-    """The node's arguments, with ``values`` for the nodes in them."""
-    return fx.node.map_arg((record.node.args, record.node.kwargs), values.__getitem__)
-
-
-def _leaf(value: Any) -> Any:
-    return _each(lambda t: t.detach().requires_grad_(), value)
-
-
-def _like(value: Any, flat: Any) -> Any:
-    """The next of ``flat``, in the structure of ``value``."""
-    if isinstance(value, tuple | list):
-        return [_like(item, flat) for item in value]
-    return next(flat)
-
-
-def _pairs(values: list[Tensor | None], deltas: list[Any]) -> list[tuple[Tensor, Tensor]]:
-    """Those values that have a graph and a cotangent, with it."""
+def _detached(outputs: list[Tensor | None], pushed: list[Tensor | None]) -> list[Tensor | None]:
+    """The tangents of all outputs, zero where a call's result does not depend on its source."""
     return [
-        (y, d)
-        for y, d in zip(values, deltas, strict=True)
-        if y is not None and d is not None and y.requires_grad
+        None if y is None else torch.zeros_like(y).detach() if t is None else t.detach()
+        for y, t in zip(outputs, pushed, strict=True)
     ]
 
 
 def _gradients(
-    pairs: list[tuple[Tensor, Tensor]], inputs: list[Tensor], allow_none: bool = False
+    outputs: list[Tensor | None],
+    deltas: list[Tensor | None],
+    inputs: list[Tensor],
+    zeros: bool = False,
 ) -> list[Tensor | None]:
-    """The gradients of sum <y, d> with respect to ``inputs``; zeros, or None, where there is none."""
-    grads: tuple[Tensor | None, ...] = (None,) * len(inputs)
+    """The gradients of sum <y, d> in ``inputs``; None, or zeros, where there is none."""
+    pairs = [
+        (y, d.to(y.dtype))
+        for y, d in zip(outputs, deltas, strict=True)
+        if y is not None and d is not None and y.requires_grad
+    ]
+    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
     if pairs and inputs:
-        outputs, deltas = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(outputs, inputs, deltas, allow_unused=True)
-    if allow_none:
-        return list(grads)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
+        ys, ds = zip(*pairs, strict=True)
+        found = torch.autograd.grad(ys, inputs, ds, allow_unused=True)
+    if not zeros:
+        return list(found)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]

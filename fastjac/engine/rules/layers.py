@@ -2,212 +2,360 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjac.engine import backward
 from fastjac.engine.crops import Crops
-from fastjac.engine.record import Edges, Record, Sink, Windows, compute_type
-from fastjac.engine.rules.base import Pointwise, Rule
+from fastjac.engine.receptive_field import Region
+from fastjac.engine.rules.base import (
+    NotLocalError,
+    Pointwise,
+    Recorded,
+    Rule,
+    axis_geometry,
+    compute_type,
+    register_rule,
+)
+from fastjac.errors import FastjacError
+from fastjac.fusion.mode import in_checkpoint
 from fastjac.ops.winograd import convolution, convolution_input, convolution_weight
-from fastjac.support import Region, Window
+
+if TYPE_CHECKING:
+    from fastjac.engine.tape import Site
 
 aten = torch.ops.aten
 
 
+@register_rule(torch.conv1d, torch.conv2d, torch.conv3d)
+@dataclass
 class Convolution(Rule):
-    """y = w * x + b of any number of axes: linear in x, and in w."""
+    """y = w * x + b over any number of axes: linear in x, and in w."""
 
-    def __init__(self, bind: Callable[..., tuple[Any, ...]]) -> None:
-        self.bind = bind
+    weight: Tensor
+    trains: bool
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    shape: torch.Size
+    input_dtype: torch.dtype
+    dtype: torch.dtype
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        record.weight, *geometry = self.bind(*args, **kwargs)
-        record.stride, record.padding, record.dilation, record.groups = geometry
-        record.shape = args[0].shape
-        record.input_dtype = args[0].dtype
-        return call(*args, **kwargs)
+    @classmethod
+    def record(
+        cls,
+        site: Site,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Recorded | Any:
+        axes = weight.dim() - 2
+        given = padding
+        stride, dilation = (_sizes(v, axes) for v in (stride, dilation))
+        if isinstance(padding, str):
+            spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            if padding == "same" and any(span % 2 for span in spans):
+                return NotImplemented
+            padding = [span // 2 if padding == "same" else 0 for span in spans]
+        padding = _sizes(padding, axes)
+        if site.varies(weight, bias) or input.dim() != axes + 2 or input.is_complex():
+            return NotImplemented
+        y = site.run(input, weight, bias, stride, given, dilation, groups)
+        receivers = site.receives(weight)
+        rule = cls(
+            *((site.number(input),), site.keep(weight), bool(receivers), stride, padding),
+            *(dilation, groups, input.shape, input.dtype, y.dtype),
+        )
+        return y, rule, receivers
 
-    def needs_delta(self, record: Record) -> bool:
-        return record.weight.requires_grad
+    def needs_delta(self) -> bool:
+        return self.trains
 
-    def _geometry(self, record: Record) -> tuple[Any, ...]:
-        return record.stride, record.padding, record.dilation, record.groups
+    def _geometry(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
 
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        weight = record.weight.detach().to(delta.dtype)
-        cotangent = convolution_input(delta, weight, record.shape, *self._geometry(record))
-        return [cotangent.to(record.input_dtype)]
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        weight = self.weight.to(delta.dtype)
+        return [
+            convolution_input(delta, weight, self.shape, *self._geometry()).to(self.input_dtype)
+        ]
 
-    def pushforward(
-        self, record: Record, tangents: list[Tensor], delta: Tensor | None, sink: Sink
-    ) -> Tensor:
-        tangent = tangents[0].to(record.output_dtype)
-        weight = record.weight.detach().to(tangent.dtype)
-        geometry = self._geometry(record)
-        if record.weight.requires_grad:
-            sink.add(record.weight, convolution_weight(delta, tangent, weight, *geometry))
-        return convolution(tangent, weight, None, *geometry)
+    def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        tangent = tangents[0].to(self.dtype)
+        weight, geometry = self.weight.to(self.dtype), self._geometry()
+        gradients = []
+        if self.trains:
+            gradients = [convolution_weight(delta, tangent, weight, *geometry)]
+        return convolution(tangent, weight, None, *geometry), gradients
 
-    def windows(self, record: Record) -> Windows:
-        """The window of each axis of a 2-D convolution."""
-        kernel = record.weight.shape[2:]
+    def input_regions(self, region: Region) -> list[Region]:
+        kernel = self.weight.shape[2:]
         if len(kernel) != 2:
-            raise record.not_local(f"a convolution over {len(kernel)} axes has no crops")
-        sizes = zip(kernel, record.stride, record.padding, record.dilation, strict=True)
-        rows, cols = (Window(*size) for size in sizes)
-        return rows, cols
+            raise NotLocalError(f"a convolution over {len(kernel)} axes has no crops")
+        return [region.through(axis_geometry(kernel, self.stride, self.padding, self.dilation))]
 
-    def edges(self, record: Record, region: Region) -> Edges:
-        return [region.through(self.windows(record))]
-
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
-        (edge,) = self.edges(record, region)
-        return record.on_crops(padding=[0, 0], shape=(*record.shape[:2], *edge.shape))
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        (source,) = self.input_regions(region)
+        return self.changed(padding=[0, 0], shape=torch.Size((*self.shape[:2], *source.shape)))
 
 
+def _sizes(value: Any, axes: int) -> list[int]:
+    sizes = [value] * axes if isinstance(value, int) else list(value)
+    return sizes * axes if len(sizes) == 1 else sizes
+
+
+@register_rule(F.linear)
+@dataclass
 class Linear(Rule):
     """y = x w^T + b."""
 
-    def __init__(self, bind: Callable[..., Tensor]) -> None:
-        self.bind = bind
+    weight: Tensor
+    trains: bool
+    input_dtype: torch.dtype
+    dtype: torch.dtype
 
+    @classmethod
+    def record(
+        cls, site: Site, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Recorded | Any:
+        if site.varies(weight, bias) or weight.dim() != 2:
+            return NotImplemented
+        y = site.run(input, weight, bias)
+        receivers = site.receives(weight)
+        number = site.number(input)
+        return (
+            y,
+            cls((number,), site.keep(weight), bool(receivers), input.dtype, y.dtype),
+            receivers,
+        )
+
+    def needs_delta(self) -> bool:
+        return self.trains
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [(delta @ self.weight.to(delta.dtype)).to(self.input_dtype)]
+
+    def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        tangent, gradients = tangents[0].to(self.dtype), []
+        if self.trains:
+            rows = delta.reshape(-1, delta.shape[-1])
+            gradients = [rows.t() @ tangent.reshape(len(rows), -1)]
+        return F.linear(tangent, self.weight.to(self.dtype)), gradients
+
+
+class SlottedBatchNorm(torch.autograd.Function):
+    """Train-mode BatchNorm whose backward adds a curvature cotangent.
+
+    Gives y, the batch mean and 1/sqrt(var + eps) ``[C]``, and two slots whose gradients, if they come,
+    are added to the cotangent of the input u: ``coefficient`` ``[C]`` as coefficient * (u - mean) *
+    invstd, and ``curvature`` (of u's shape, and without storage of its own) as it is.
+    """
+
+    @staticmethod
     def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        record.weight = self.bind(*args, **kwargs)
-        record.input_dtype = args[0].dtype
-        return call(*args, **kwargs)
+        ctx: Any,
+        u: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        y, mean, invstd = torch.native_batch_norm(
+            u, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+        ctx.save_for_backward(u, weight, mean, invstd)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)
+        coefficient = torch.zeros_like(mean)
+        curvature = u.new_zeros(()).expand(u.shape)
+        return y, mean, invstd, coefficient, curvature
 
-    def needs_delta(self, record: Record) -> bool:
-        return record.weight.requires_grad
+    @staticmethod
+    def backward(
+        ctx: Any,
+        gy: Tensor | None,
+        _mean: None,
+        _invstd: None,
+        coefficient: Tensor | None,
+        curvature: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise FastjacError(
+                "fastjac's BatchNorm differentiates once; got a backward with create_graph=True. "
+                "strategy='autograd' differentiates the student's outputs further"
+            )
+        u, weight, mean, invstd = ctx.saved_tensors
+        gu = gw = gb = None
+        if gy is not None:
+            wanted = [bool(w) for w in ctx.needs_input_grad[:3]]
+            gu, gw, gb = aten.native_batch_norm_backward(
+                gy, u, weight, None, None, mean, invstd, True, ctx.eps, wanted
+            )
+        if not ctx.needs_input_grad[0]:
+            return None, gw, gb, None, None, None, None
+        if curvature is not None:
+            gu = curvature.clone() if gu is None else gu.add_(curvature)
+        if coefficient is not None:
+            gu = torch.zeros_like(u) if gu is None else gu
+            gu.add_(_times_xhat(coefficient, u, mean, invstd))
+        return gu, gw, gb, None, None, None, None
 
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        return [(delta @ record.weight.detach().to(delta.dtype)).to(record.input_dtype)]
 
-    def pushforward(
-        self, record: Record, tangents: list[Tensor], delta: Tensor | None, sink: Sink
-    ) -> Tensor:
-        tangent = tangents[0].to(record.output_dtype)
-        if record.weight.requires_grad:
-            flat = delta.flatten(0, -2) if delta.dim() > 1 else delta[None]
-            sink.add(record.weight, flat.t() @ tangent.reshape(len(flat), -1))
-        return F.linear(tangent, record.weight.detach().to(tangent.dtype))
+def _times_xhat(coefficient: Tensor, u: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """coefficient * x^, in u's dtype."""
+    shape = [1, -1] + [1] * (u.dim() - 2)
+    scale = coefficient * invstd
+    return torch.addcmul((-scale * mean).to(u.dtype).view(shape), u, scale.to(u.dtype).view(shape))
 
 
+@register_rule(F.batch_norm)
+@dataclass
 class BatchNorm(Pointwise):
     """y = gamma x^ + beta, x^ = (u - mean) r, with the statistics running, frozen or the batch's.
 
-    Kept between the passes is ``unit``, the cotangent of u over gamma: r delta (frozen, running), or
-    r (delta - m(delta) - x^ m(delta x^)) (batch). With T = sum(unit * u') per channel, the gradient of
-    gamma is T in all three; the curvature is -(gamma r T / N) x^, and for batch statistics also
-    -r (gamma unit m(x^ u') + y' m(delta x^)).
+    With P(delta) = r delta (frozen, running), or r (delta - m(delta) - x^ m(delta x^)) (batch), and
+    T = sum(P(delta) u') per channel: the gradient of gamma is T in all three; the curvature is
+    -(gamma r T / N) x^, and for batch statistics also
+    -r (gamma P(delta) m(x^ u') + y' m(delta x^)).
+
+    ``u`` and ``mean`` are kept where the curvature needs them; ``slots``: whether it goes to the slots
+    of :class:`SlottedBatchNorm`, else to u itself.
     """
 
-    def __init__(self, arguments: Callable[..., tuple[Any, ...]]) -> None:
-        self.arguments = arguments
+    weight: Tensor | None
+    invstd: Tensor
+    u: Tensor | None
+    mean: Tensor | None
+    eps: float
+    training: bool
+    batch: bool
+    slots: bool
+    receives: tuple[bool, bool]  # gamma, u
+    count: int
+    axes: int
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        u = args[0]
-        mean, var, weight, bias, training, momentum, eps = self.arguments(*args, **kwargs)
-        record.weight, record.training = weight, training
-        record.batch = training and record.batch_stats == "batch"
-        record.eps, record.channels = eps, u.shape[1]
-        record.count = u.numel() // max(u.shape[1], 1)
-        record.column = [1, -1] + [1] * (u.dim() - 2)
+    recomputes_cotangent: ClassVar[bool] = True
+
+    @classmethod
+    def record(
+        cls,
+        site: Site,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Recorded:
+        u, count = input, input.numel() // max(input.shape[1], 1)
+        receivers = () if weight is None else site.receives(weight)
+        scales, curves, slots, kept = bool(receivers), False, False, None
+        batch = training and site.batch_stats == "batch"
         if not training:
-            record.invstd = (var.detach().to(compute_type(u)) + eps).rsqrt()
-            return F.batch_norm(u, mean, var, weight, bias, False, momentum, eps)
-        if record.count <= 1:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {u.size()}"
+            invstd = (running_var.detach().to(compute_type(u)) + eps).rsqrt()
+            y = site.run(u, running_mean, running_var, weight, bias, False, momentum, eps)
+            mean = None
+        elif in_checkpoint() or not site.trains:
+            var, mean = torch.var_mean(
+                u.detach().to(compute_type(u)), [d for d in range(u.dim()) if d != 1], correction=0
             )
-        y, batch_mean, record.invstd, *record.slots = backward.BatchNorm.apply(
-            u, weight, bias, mean, var, momentum, eps
-        )
-        if record.batch:
-            record.u, record.mean = record.keep(u.detach()), batch_mean
-        return y
-
-    def _scale(self, record: Record) -> Tensor:
-        """gamma r, ``[C]``."""
-        if record.weight is None:
-            return record.invstd
-        return record.weight.detach().to(record.invstd.dtype) * record.invstd
-
-    def _projected(self, record: Record, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        """r (c - m(c) - x^ m(c x^)) and m(c x^), per channel."""
-        ones = torch.ones_like(record.invstd)
-        unit, along, _ = aten.native_batch_norm_backward(
-            cotangent,
-            record.u,
-            ones,
-            None,
-            None,
-            record.mean,
-            record.invstd,
-            True,
-            record.eps,
-            [True, True, True],
-        )
-        return unit, along / record.count
-
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        if not record.differentiable and not record.batch:
-            return [delta * self._scale(record).to(delta.dtype).view(record.column)]
-        if record.batch:
-            record.unit, record.along = self._projected(record, delta)
+            invstd = (var + eps).rsqrt()
+            y = site.run(u, running_mean, running_var, weight, bias, True, momentum, eps)
+            receivers += (mapped := site.receives(u, 0))
+            curves, kept = bool(mapped), site.keep(u)
         else:
-            record.unit = delta * record.invstd.to(delta.dtype).view(record.column)
-        return [self.input_delta(record)]
+            if count <= 1:
+                raise ValueError(
+                    "Expected more than 1 value per channel when training, got input size "
+                    f"{u.size()}"
+                )
+            joined = u if site.tape.trains(u) else u.detach()
+            y, mean, invstd, *both = SlottedBatchNorm.apply(
+                joined, weight, bias, running_mean, running_var, momentum, eps
+            )
+            slots = curves = site.tape.trains(u)
+            if slots:
+                receivers += tuple(r for slot in both[: 1 + batch] for r in site.receives(slot))
+            kept = site.keep(u) if batch else None
+        rule = cls(
+            *((site.number(u),), None if weight is None else site.keep(weight), invstd, kept),
+            *(mean if kept is not None else None, eps, training, batch, slots),
+            *((scales, curves), count, u.dim()),
+        )
+        return y, rule, receivers
 
-    def input_delta(self, record: Record) -> Tensor:
-        """The cotangent of u again, from ``unit``."""
-        if record.weight is None:
-            return record.unit
-        return record.unit * record.weight.detach().to(record.unit.dtype).view(record.column)
+    def needs_delta(self) -> bool:
+        return any(self.receives)
 
-    def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
-        tangent, unit = tangents[0], record.unit
+    def _column(self, vector: Tensor, like: Tensor) -> Tensor:
+        return vector.to(like.dtype).view([1, -1] + [1] * (self.axes - 2))
+
+    def _scale(self) -> Tensor:
+        """gamma r, ``[C]``."""
+        return (
+            self.invstd if self.weight is None else self.weight.to(self.invstd.dtype) * self.invstd
+        )
+
+    def _projected(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """r (c - m(c) - x^ m(c x^)) and m(c x^), per channel."""
+        projected, sums, _ = aten.native_batch_norm_backward(
+            *(cotangent, self.u, torch.ones_like(self.invstd), None, None, self.mean, self.invstd),
+            *(True, self.eps, [True, True, True]),
+        )
+        return projected, sums / self.count
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        if not self.batch:
+            return [delta * self._column(self._scale(), delta)]
+        projected, _ = self._projected(delta)
+        return [projected if self.weight is None else projected * self._column(self.weight, delta)]
+
+    def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        tangent, scale = tangents[0], self._scale()
+        scales, curves = self.receives
+        tangent_y, mean_xhat_tangent = tangent * self._column(scale, tangent), None
+        if self.batch:
+            tangent_y, mean_xhat_tangent = self._projected(tangent)
+            if self.weight is not None:
+                tangent_y = tangent_y * self._column(self.weight, tangent_y)
+        if not scales and not curves:
+            return tangent_y, []
+        mean_delta_xhat = None
+        if self.batch:
+            projected, mean_delta_xhat = self._projected(delta)
+        else:
+            projected = delta * self._column(self.invstd, delta)
         dims = [d for d in range(tangent.dim()) if d != 1]
-        total = (unit * tangent).sum(dims, dtype=compute_type(unit))
-        if record.weight is not None:
-            sink.add(record.weight, total)
-        scale = self._scale(record)
-        if record.training:
-            sink.add(record.slots[0], scale * total * (-1 / record.count))
-        if not record.batch:
-            return tangent * scale.to(tangent.dtype).view(record.column)
-        out, along = self._projected(record, tangent)
-        gamma = torch.ones_like(scale) if record.weight is None else record.weight.detach()
-        out = out * gamma.to(out.dtype).view(record.column)
-        left = (-scale * along).to(out.dtype).view(record.column)
-        right = (-record.invstd * record.along).to(out.dtype).view(record.column)
-        record.unit = None
-        sink.add(record.slots[1], unit.mul_(left).addcmul_(out, right))
-        return out
+        total = (projected * tangent).sum(dims, dtype=compute_type(projected))
+        gradients = [total] if scales else []
+        if not curves:
+            return tangent_y, gradients
+        coefficient, curvature = scale * total * (-1 / self.count), None
+        if self.batch:
+            left = self._column(-scale * mean_xhat_tangent, projected)
+            right = self._column(-self.invstd * mean_delta_xhat, projected)
+            curvature = (projected * left).addcmul_(tangent_y, right)
+        if self.slots:
+            return tangent_y, [*gradients, coefficient, *([curvature] if self.batch else [])]
+        whole = _times_xhat(coefficient, self.u, self.mean, self.invstd)
+        return tangent_y, [*gradients, whole if curvature is None else whole + curvature]
 
-    def edges(self, record: Record, region: Region) -> Edges:
-        if record.batch:
-            raise record.not_local("BatchNorm in train mode with batch_stats='batch'")
+    def input_regions(self, region: Region) -> list[Region]:
+        if self.batch:
+            raise NotLocalError("BatchNorm in train mode with batch_stats='batch'")
+        if self.receives[1] and not self.slots:
+            raise NotLocalError("BatchNorm in train mode under torch.utils.checkpoint")
         return [region]

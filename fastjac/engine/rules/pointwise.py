@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjac.engine.crops import Crops
-from fastjac.engine.record import Edges, Record, Sink
-from fastjac.engine.rules.base import Pointwise
-from fastjac.support import Region
+from fastjac.engine.crops import Crops, RecomputedMap
+from fastjac.engine.receptive_field import Region
+from fastjac.engine.rules.base import (
+    NotLocalError,
+    Pointwise,
+    Recorded,
+    Rule,
+    register_alternatives,
+    register_rule,
+)
+from fastjac.fusion.mode import in_checkpoint
+
+if TYPE_CHECKING:
+    from fastjac.engine.tape import Site
 
 aten = torch.ops.aten
 
 
-class Same(Pointwise):
+@register_rule(Tensor.contiguous, Tensor.clone, torch.clone)
+@dataclass
+class Identity(Pointwise):
     """y = x."""
 
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
+    @classmethod
+    def record(cls, site: Site, input: Tensor, *args: Any, **kwargs: Any) -> Recorded:
+        return site.run(input, *args, **kwargs), cls((site.number(input),)), ()
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
         return [delta]
 
-    def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
-        return tangents[0]
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        return tangents[0], ()
+
+
+@register_rule(Tensor.neg, torch.neg, Tensor.__neg__)
+@dataclass
+class Negative(Identity):
+    """y = -x."""
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [-delta]
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        return -tangents[0], ()
 
 
 class PiecewiseLinear(NamedTuple):
@@ -52,262 +81,373 @@ PIECEWISE = {
 }
 
 
+def _hardsigmoid_gate(delta: Tensor, y: Tensor) -> Tensor:
+    return aten.hardsigmoid_backward(delta, 6 * y - 3)
+
+
+@dataclass
 class Gate(Pointwise):
-    """ReLU, ReLU6 (Hardtanh), LeakyReLU: y' = gate * x', the gate read off the output."""
+    """A piecewise linear activation: y' = gate * x', the gate read off the output."""
 
-    def __init__(self, gate: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.gate = gate
+    y: Tensor | RecomputedMap
+    gate: Callable[[Tensor, Tensor], Tensor]
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        y = call(*args, **kwargs)
-        record.y = record.keep(y.detach())
-        return y
+    @classmethod
+    def of(cls, site: Site, gate: Any, input: Tensor, *args: Any, **kwargs: Any) -> Recorded:
+        """Record a call whose gate is known."""
+        number = site.number(input)
+        y = site.run(input, *args, **kwargs)
+        return y, cls((number,), site.keep(y), gate), ()
 
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        return [self.gate(delta, record.y)]
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [self.gate(delta, self.y)]
 
-    def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
-        return self.gate(tangents[0], record.y)
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        return self.gate(tangents[0], self.y), ()
 
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
+    def crop(self, crops: Crops, region: Region) -> Rule:
         # Filled with -inf as the pool that may follow needs it, so that both share one crop. Outside
         # the map the gate must be shut: LeakyReLU's and a ReLU6's lower side are, times a zero.
-        return record.on_crops(y=crops.gather(record.y, region, float("-inf")))
+        return self.changed(y=crops.gather(self.y, region, float("-inf")))
 
 
+@register_rule(F.relu, F.relu_, torch.relu, Tensor.relu, Tensor.relu_)
+class ReLU(Gate):
+    """y = max(x, 0)."""
+
+    @classmethod
+    def record(cls, site: Site, input: Tensor, inplace: bool = False) -> Recorded:
+        arguments = (inplace,) if site.function is F.relu else ()
+        return Gate.of(site, PIECEWISE["relu"].gate(0), input, *arguments)
+
+
+@register_rule(F.relu6)
+class ReLU6(Gate):
+    """y = min(max(x, 0), 6)."""
+
+    @classmethod
+    def record(cls, site: Site, input: Tensor, inplace: bool = False) -> Recorded:
+        return Gate.of(site, PIECEWISE["relu6"].gate(0), input, inplace)
+
+
+@register_rule(F.hardtanh, F.hardtanh_)
+class Hardtanh(Gate):
+    """y = min(max(x, low), high)."""
+
+    @classmethod
+    def record(
+        cls,
+        site: Site,
+        input: Tensor,
+        min_val: float = -1.0,
+        max_val: float = 1.0,
+        *inplace: bool,
+        **keywords: Any,
+    ) -> Recorded:
+        gate = clipped_gate(min_val, max_val)
+        return Gate.of(site, gate, input, min_val, max_val, *inplace, **keywords)
+
+
+@register_rule(F.leaky_relu, F.leaky_relu_)
+class LeakyReLU(Gate):
+    """y = x, or slope x where x is negative; of a negative slope, the output does not tell the sign."""
+
+    @classmethod
+    def record(
+        cls,
+        site: Site,
+        input: Tensor,
+        negative_slope: float = 0.01,
+        *inplace: bool,
+        **keywords: Any,
+    ) -> Recorded | Any:
+        if negative_slope < 0:
+            return NotImplemented
+        gate = PIECEWISE["leaky_relu"].gate(negative_slope)
+        return Gate.of(site, gate, input, negative_slope, *inplace, **keywords)
+
+
+@register_rule(F.hardsigmoid)
+class Hardsigmoid(Gate):
+    """y = min(max(x + 3, 0), 6) / 6."""
+
+    @classmethod
+    def record(cls, site: Site, input: Tensor, inplace: bool = False) -> Recorded:
+        return Gate.of(site, _hardsigmoid_gate, input, inplace)
+
+
+def _real(*values: Any) -> bool:
+    """Whether tensors among these are real floating-point ones."""
+    return all(not isinstance(v, Tensor) or not v.is_complex() for v in values)
+
+
+@dataclass
 class Sum(Pointwise):
-    """a + alpha b and a - alpha b; either may be constant."""
+    """a + b or a - b, each times a factor; either may be constant."""
 
-    def __init__(self, sign: int) -> None:
-        self.sign = sign
+    terms: list[tuple[float, torch.Size]]
+    shape: torch.Size
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
-        return varying <= {0, 1} and len(args) == 2 and set(kwargs) <= {"alpha"}
+    @classmethod
+    def of(
+        cls, site: Site, sign: int, a: Any, b: Any, alpha: float, arguments: Any
+    ) -> Recorded | Any:
+        """Record a call of which ``a`` and ``b`` are the terms."""
+        if not _real(a, b, alpha) or isinstance(alpha, Tensor):
+            return NotImplemented
+        factors = ((a, 1), (b, sign * alpha))
+        terms = [(f, t.shape) for t, f in factors if site.varies(t)]
+        numbers = tuple(site.number(t) for t, _ in factors if site.varies(t))
+        args, kwargs = arguments
+        y = site.run(*args, **kwargs)
+        return y, cls(numbers, terms, y.shape), ()
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        factors = (1, self.sign * kwargs.get("alpha", 1))
-        record.terms = [(factors[i], args[i].shape) for i in record.varying]
-        y = call(*args, **kwargs)
-        record.shape = y.shape
-        return y
-
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        summed = [delta if f == 1 else delta * f for f, _ in record.terms]
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        scaled = [delta if f == 1 else delta * f for f, _ in self.terms]
         return [
             s if s.shape == shape else s.sum_to_size(shape)
-            for s, (_, shape) in zip(summed, record.terms, strict=True)
+            for s, (_, shape) in zip(scaled, self.terms, strict=True)
         ]
 
-    def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
-        scaled = [t if f == 1 else t * f for t, (f, _) in zip(tangents, record.terms, strict=True)]
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        scaled = [t if f == 1 else t * f for t, (f, _) in zip(tangents, self.terms, strict=True)]
         out = scaled[0] if len(scaled) == 1 else scaled[0] + scaled[1]
-        return out if out.shape == record.shape else out.expand(record.shape)
+        return out if out.shape == self.shape else out.expand(self.shape), ()
 
-    def edges(self, record: Record, region: Region) -> Edges:
-        if any(shape != record.shape for _, shape in record.terms):
-            raise record.not_local("it broadcasts over the map")
-        return super().edges(record, region)
+    def input_regions(self, region: Region) -> list[Region]:
+        if any(shape != self.shape for _, shape in self.terms):
+            raise NotLocalError("it broadcasts over the map")
+        return super().input_regions(region)
 
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
-        shape = torch.Size((*record.shape[:2], *region.shape))
-        return record.on_crops(shape=shape, terms=[(f, shape) for f, _ in record.terms])
-
-
-class Negative(Same):
-    """y = -x."""
-
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        return [-delta]
-
-    def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
-        return -tangents[0]
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        shape = torch.Size((*self.shape[:2], *region.shape))
+        return self.changed(shape=shape, terms=[(f, shape) for f, _ in self.terms])
 
 
+@register_rule(torch.add, Tensor.add, Tensor.add_, Tensor.__radd__, Tensor.__iadd__, Tensor.__add__)
+class Add(Sum):
+    """a + alpha b."""
+
+    @classmethod
+    def record(cls, site: Site, input: Any, other: Any, *, alpha: float = 1) -> Recorded | Any:
+        keywords = {} if alpha == 1 else {"alpha": alpha}
+        return Sum.of(site, 1, input, other, alpha, ((input, other), keywords))
+
+
+@register_rule(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__isub__, Tensor.__sub__)
+class Subtract(Sum):
+    """a - alpha b."""
+
+    @classmethod
+    def record(cls, site: Site, input: Any, other: Any, *, alpha: float = 1) -> Recorded | Any:
+        keywords = {} if alpha == 1 else {"alpha": alpha}
+        return Sum.of(site, -1, input, other, alpha, ((input, other), keywords))
+
+
+@register_rule(Tensor.__rsub__, torch.rsub)
+class SubtractFrom(Sum):
+    """b - a."""
+
+    @classmethod
+    def record(cls, site: Site, input: Any, other: Any) -> Recorded | Any:
+        return Sum.of(site, -1, other, input, 1, ((input, other), {}))
+
+
+@dataclass
 class Scale(Pointwise):
-    """x b and x / b with b constant in x; a factor b may be a parameter."""
+    """x b or x / b with b constant in x; a factor b may be a parameter."""
 
-    def __init__(self, divide: bool) -> None:
-        self.divide = divide
+    factor: Any
+    divides: bool
+    trains: bool
+    shape: torch.Size
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
-        if len(args) != 2 or kwargs or len(varying) != 1:
-            return False
-        other = args[1 - min(varying)]
-        if self.divide and (1 in varying or getattr(other, "requires_grad", False)):
-            return False
-        return isinstance(other, Tensor | int | float)
+    @classmethod
+    def of(cls, site: Site, divides: bool, a: Any, b: Any) -> Recorded | Any:
+        """Record a call with two operands, of which one depends on x."""
+        first = site.varies(a)
+        if (first and site.varies(b)) or not _real(a, b):
+            return NotImplemented
+        x, factor = (a, b) if first else (b, a)
+        if not isinstance(factor, Tensor | int | float):
+            return NotImplemented
+        receivers = site.receives(factor) if isinstance(factor, Tensor) else ()
+        if divides and (not first or receivers):
+            return NotImplemented
+        rule = cls((site.number(x),), factor, divides, bool(receivers), x.shape)
+        y = site.run(a, b)
+        if isinstance(factor, Tensor):
+            rule = rule.changed(factor=site.keep(factor))
+        return y, rule, receivers
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        (at,) = record.varying
-        record.shape, record.factor = args[at].shape, args[1 - at]
-        return call(*args)
+    def needs_delta(self) -> bool:
+        return self.trains
 
-    def needs_delta(self, record: Record) -> bool:
-        return isinstance(record.factor, Tensor) and record.factor.requires_grad
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x / self.factor if self.divides else x * self.factor
 
-    def _times(self, record: Record, x: Tensor) -> Tensor:
-        factor = record.factor.detach() if isinstance(record.factor, Tensor) else record.factor
-        return x / factor if self.divide else x * factor
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [self._scaled(delta).sum_to_size(self.shape)]
 
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        return [self._times(record, delta).sum_to_size(record.shape)]
+    def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        gradients = []
+        if self.trains:
+            gradients = [(delta * tangents[0]).sum_to_size(self.factor.shape)]
+        return self._scaled(tangents[0]), gradients
 
-    def pushforward(
-        self, record: Record, tangents: list[Tensor], delta: Tensor | None, sink: Sink
-    ) -> Tensor:
-        if delta is not None:
-            sink.add(record.factor, (delta * tangents[0]).sum_to_size(record.factor.shape))
-        return self._times(record, tangents[0])
-
-    def edges(self, record: Record, region: Region) -> Edges:
-        factor = record.factor
+    def input_regions(self, region: Region) -> list[Region]:
+        factor = self.factor
         if isinstance(factor, Tensor) and any(n != 1 for n in factor.shape[-2:]):
-            raise record.not_local("its factor varies over the map")
+            raise NotLocalError("its factor varies over the map")
         return [region]
 
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
-        return record.on_crops(shape=torch.Size((*record.shape[:2], *region.shape)))
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        return self.changed(shape=torch.Size((*self.shape[:2], *region.shape)))
 
 
+class Multiply(Scale):
+    """x b."""
+
+    @classmethod
+    def record(cls, site: Site, input: Any, other: Any) -> Recorded | Any:
+        return Scale.of(site, False, input, other)
+
+
+@register_rule(torch.div, Tensor.div, Tensor.div_, Tensor.__itruediv__, Tensor.__truediv__)
+class Divide(Scale):
+    """x / b."""
+
+    @classmethod
+    def record(
+        cls, site: Site, input: Any, other: Any, *, rounding_mode: str | None = None
+    ) -> Recorded | Any:
+        return NotImplemented if rounding_mode else Scale.of(site, True, input, other)
+
+
+@dataclass
 class Product(Pointwise):
     """a b, both of them functions of x."""
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
-        return len(args) == 2 and not kwargs and varying == {0, 1}
+    a: Tensor
+    b: Tensor
+    receives: tuple[bool, bool]
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        record.graphs = args
-        record.values = tuple(record.keep(a.detach()) for a in args)
-        return torch.mul(*args)
+    @classmethod
+    def record(cls, site: Site, input: Any, other: Any) -> Recorded | Any:
+        in_place = site.function in _MULTIPLY_IN_PLACE
+        if not (site.varies(input) and site.varies(other)) or not _real(input, other) or in_place:
+            return NotImplemented
+        numbers = (site.number(input), site.number(other))
+        receivers = (site.receives(input, 0), site.receives(other, 1))
+        a, b = site.keep(input), site.keep(other)
+        rule = cls(numbers, a, b, tuple(map(bool, receivers)))
+        return site.run(input, other), rule, receivers[0] + receivers[1]
 
-    def needs_delta(self, record: Record) -> bool:
-        return record.differentiable
+    def needs_delta(self) -> bool:
+        return any(self.receives)
 
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        a, b = record.values
-        return [(delta * b).sum_to_size(a.shape), (delta * a).sum_to_size(b.shape)]
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [
+            (delta * self.b).sum_to_size(self.a.shape),
+            (delta * self.a).sum_to_size(self.b.shape),
+        ]
 
-    def pushforward(
-        self, record: Record, tangents: list[Tensor], delta: Tensor, sink: Sink
-    ) -> Tensor:
-        (a, b), (da, db) = record.values, tangents
-        for graph, cotangent, like in zip(
-            record.graphs, (delta * db, delta * da), (a, b), strict=True
-        ):
-            record.curve(sink, graph, cotangent.sum_to_size(like.shape))
-        return torch.addcmul(da * b, a, db)
+    def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        da, db = tangents
+        gradients = [
+            (delta * tangent).sum_to_size(like.shape)
+            for received, tangent, like in zip(
+                self.receives, (db, da), (self.a, self.b), strict=True
+            )
+            if received
+        ]
+        return torch.addcmul(da * self.b, self.a, db), gradients
 
-    def edges(self, record: Record, region: Region) -> Edges:
-        a, b = record.values
-        if a.shape != b.shape:
-            raise record.not_local("it broadcasts over the map")
+    def input_regions(self, region: Region) -> list[Region]:
+        if self.a.shape != self.b.shape:
+            raise NotLocalError("it broadcasts over the map")
         return [region, region]
 
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
-        return record.on_crops(values=tuple(crops.gather(v, region) for v in record.values))
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        return self.changed(a=crops.gather(self.a, region), b=crops.gather(self.b, region))
 
 
-def _dimension(tensors: Any, dim: int = 0) -> int:
-    return dim
+_MULTIPLY_IN_PLACE = (Tensor.mul_, Tensor.__imul__)
+register_alternatives(
+    *(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__rmul__, Tensor.__mul__),
+    *_MULTIPLY_IN_PLACE,
+    rules=[Multiply, Product],
+)
 
 
+@register_rule(torch.cat, torch.concat)
+@dataclass
 class Concatenation(Pointwise):
     """torch.cat; over the channels it has crops."""
 
-    def accepts(self, args: tuple[Any, ...], kwargs: dict[str, Any], varying: set[int]) -> bool:
-        return varying == {0} and all(isinstance(a, Tensor) for a in args[0])
+    parts: list[tuple[bool, torch.Size]]
+    dim: int
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        y = call(*args, **kwargs)
-        record.dim = _dimension(*args, **kwargs) % y.dim()
-        nodes = record.node.args[0] if record.node.args else record.node.kwargs["tensors"]
-        record.parts = [
-            (n if n in record.varying_nodes else None, t.shape)
-            for n, t in zip(nodes, args[0], strict=True)
-        ]
-        record.inputs = tuple(n for n, _ in record.parts if n is not None)
-        return y
+    @classmethod
+    def record(cls, site: Site, tensors: Any, dim: int = 0, **other: Any) -> Recorded | Any:
+        dim = other.pop("axis", dim)
+        if (
+            other
+            or len({t.dtype for t in tensors}) > 1
+            or any(t.dim() == 1 and not len(t) for t in tensors)
+        ):
+            return NotImplemented
+        varying = [t for t in tensors if site.varies(t)]
+        if not _real(*varying):
+            return NotImplemented
+        parts = [(site.varies(t), t.shape) for t in tensors]
+        numbers = tuple(site.number(t) for t in varying)
+        y = site.run(tensors, dim)
+        return y, cls(numbers, parts, dim % y.dim()), ()
 
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        pieces = delta.split([shape[record.dim] for _, shape in record.parts], record.dim)
-        return [p for p, (node, _) in zip(pieces, record.parts, strict=True) if node is not None]
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        pieces = delta.split([shape[self.dim] for _, shape in self.parts], self.dim)
+        return [piece for piece, (varies, _) in zip(pieces, self.parts, strict=True) if varies]
 
-    def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
         given = iter(tangents)
-        parts = [
-            tangents[0].new_zeros(shape) if node is None else next(given)
-            for node, shape in record.parts
-        ]
-        return torch.cat(parts, record.dim)
+        zeros = tangents[0].new_zeros
+        return torch.cat([next(given) if v else zeros(s) for v, s in self.parts], self.dim), ()
 
-    def edges(self, record: Record, region: Region) -> Edges:
-        if record.dim != 1:
-            raise record.not_local(f"it concatenates over dimension {record.dim}")
-        return super().edges(record, region)
+    def input_regions(self, region: Region) -> list[Region]:
+        if self.dim != 1:
+            raise NotLocalError(f"it concatenates over dimension {self.dim}")
+        return super().input_regions(region)
 
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
-        parts = [(n, torch.Size((*s[:2], *region.shape))) for n, s in record.parts]
-        return record.on_crops(parts=parts)
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        parts = [(v, torch.Size((*s[:2], *region.shape))) for v, s in self.parts]
+        return self.changed(parts=parts)
 
 
+@register_rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+@dataclass
 class Dropout(Pointwise):
-    """y = x * noise: the noise is drawn once, and is the same in every pass."""
+    """y = x * noise: the noise is drawn once, and is the same in every sweep."""
 
-    def __init__(
-        self, function: Callable[..., Tensor], bind: Callable[..., tuple[float, bool]]
-    ) -> None:
-        self.function, self.bind = function, bind
+    noise: Tensor
 
-    def forward(
-        self,
-        record: Record,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        p, training = self.bind(*args, **kwargs)
-        record.noise = None
-        if not training:
-            return args[0]
-        record.noise = self.function(torch.ones_like(args[0].detach()), p, True)
-        return args[0] * record.noise
+    @classmethod
+    def record(
+        cls, site: Site, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Recorded | Any:
+        if not training or p == 0:
+            return site.run(input, p, training, inplace), Identity((site.number(input),)), ()
+        if inplace or in_checkpoint():
+            return NotImplemented
+        noise = site.tape.run(site.function, (torch.ones_like(input.detach()), p, True), {})
+        y = site.tape.run(torch.mul, (input, noise), {})
+        return y, cls((site.number(input),), noise), ()
 
-    def pullback(self, record: Record, delta: Tensor) -> list[Tensor]:
-        return [delta if record.noise is None else delta * record.noise]
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [delta * self.noise]
 
-    def pushforward(self, record: Record, tangents: list[Tensor], delta: Any, sink: Sink) -> Tensor:
-        return tangents[0] if record.noise is None else tangents[0] * record.noise
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        return tangents[0] * self.noise, ()
 
-    def crop(self, record: Record, crops: Crops, region: Region) -> Record:
-        noise = None if record.noise is None else crops.gather(record.noise, region)
-        return record.on_crops(noise=noise)
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        return self.changed(noise=crops.gather(self.noise, region))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Window:
+class KernelGeometry:
     """One axis of a convolution or a pool."""
 
     kernel: int
@@ -33,12 +33,12 @@ class Interval:
     offset: int
     size: int
 
-    def through(self, window: Window) -> Interval:
+    def through(self, geometry: KernelGeometry) -> Interval:
         """The inputs that these outputs of ``window`` see."""
         return Interval(
-            self.scale * window.stride,
-            self.offset * window.stride - window.padding,
-            (self.size - 1) * window.stride + window.reach,
+            self.scale * geometry.stride,
+            self.offset * geometry.stride - geometry.padding,
+            (self.size - 1) * geometry.stride + geometry.reach,
         )
 
     def hull(self, other: Interval) -> Interval:
@@ -49,7 +49,7 @@ class Interval:
         end = max(self.offset + self.size, other.offset + other.size)
         return Interval(self.scale, start, end - start)
 
-    def leaves(self, length: int, positions: int) -> bool:
+    def exceeds(self, length: int, positions: int) -> bool:
         """Whether it reaches outside [0, length) for some r in [0, positions)."""
         return self.offset < 0 or self.scale * (positions - 1) + self.offset + self.size > length
 
@@ -66,17 +66,19 @@ class Region:
         """The square window of ``size`` itself, at r."""
         return cls(Interval(1, 0, size), Interval(1, 0, size))
 
-    def through(self, windows: tuple[Window, Window]) -> Region:
+    def through(self, geometry: tuple[KernelGeometry, KernelGeometry]) -> Region:
         """The inputs that these outputs see through a window on each axis."""
-        return Region(self.rows.through(windows[0]), self.cols.through(windows[1]))
+        return Region(self.rows.through(geometry[0]), self.cols.through(geometry[1]))
 
     def hull(self, other: Region) -> Region:
         """The smallest region that holds both."""
         return Region(self.rows.hull(other.rows), self.cols.hull(other.cols))
 
-    def leaves(self, shape: tuple[int, int], positions: tuple[int, int]) -> bool:
+    def exceeds(self, shape: tuple[int, int], positions: tuple[int, int]) -> bool:
         """Whether it reaches outside a map of ``shape`` for some position of the window."""
-        return self.rows.leaves(shape[0], positions[0]) or self.cols.leaves(shape[1], positions[1])
+        return self.rows.exceeds(shape[0], positions[0]) or self.cols.exceeds(
+            shape[1], positions[1]
+        )
 
     def within(self, outer: Region) -> tuple[int, int]:
         """Where this region starts in ``outer``, which holds it."""

@@ -1,0 +1,116 @@
+"""The rule of linear maps without parameters: views, sums, means, resampling, Fourier transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastjac.engine.rules.base import Recorded, Rule, register_rule
+from fastjac.fusion.mode import tensors_in
+
+if TYPE_CHECKING:
+    from fastjac.engine.tape import Site
+
+
+@register_rule(
+    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.movedim, torch.moveaxis),
+    *(torch.swapaxes, torch.swapdims, torch.squeeze, torch.unsqueeze, torch.t, torch.unflatten),
+    *(torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.narrow, torch.select),
+    *(torch.roll, torch.flip, torch.rot90, torch.tile, torch.repeat_interleave, torch.diagonal),
+    *(torch.mean, torch.sum, torch.cumsum, torch.index_select, torch.gather, torch.take_along_dim),
+    *(torch.tril, torch.triu, torch.trace, torch.real, torch.imag, torch.view_as_real),
+    *(torch.view_as_complex, torch.broadcast_to, torch.conj, torch.resolve_conj, torch.diff),
+    *(Tensor.flatten, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.t),
+    *(Tensor.movedim, Tensor.moveaxis, Tensor.swapaxes, Tensor.swapdims, Tensor.squeeze),
+    *(Tensor.unsqueeze, Tensor.unflatten, Tensor.chunk, Tensor.split, Tensor.tensor_split),
+    *(Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.expand, Tensor.expand_as, Tensor.repeat),
+    *(Tensor.roll, Tensor.flip, Tensor.rot90, Tensor.tile, Tensor.repeat_interleave),
+    *(Tensor.mean, Tensor.sum, Tensor.cumsum, Tensor.index_select, Tensor.gather, Tensor.diagonal),
+    *(Tensor.take_along_dim, Tensor.tril, Tensor.triu, Tensor.trace, Tensor.unfold),
+    *(Tensor.__getitem__, Tensor.__iter__, Tensor.view_as, Tensor.reshape_as, Tensor.diff),
+    *(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16),
+    *(Tensor.double, Tensor.cpu, Tensor.cuda, Tensor.conj, Tensor.broadcast_to),
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")),
+    *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, F.fold, F.avg_pool1d),
+    *(F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(torch.fft.fft, torch.fft.ifft, torch.fft.rfft, torch.fft.irfft, torch.fft.fft2),
+    *(torch.fft.ifft2, torch.fft.rfft2, torch.fft.irfft2, torch.fft.fftn, torch.fft.ifftn),
+    *(torch.fft.rfftn, torch.fft.irfftn, torch.fft.hfft, torch.fft.ihfft),
+    *(torch.fft.fftshift, torch.fft.ifftshift),
+)
+@dataclass
+class LinearMap(Rule):
+    """y = A x, or several such outputs: A in the forward sweep, its adjoint in the reverse sweep."""
+
+    map: Callable[[Tensor], Any]
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def record(cls, site: Site, input: Any, *args: Any, **kwargs: Any) -> Recorded | Any:
+        if not site.varies(input) or site.varies(*args, *kwargs.values()):
+            return NotImplemented
+        if not isinstance(input, Tensor) or kwargs.get("out") is not None:
+            return NotImplemented
+        function, number = site.function, site.number(input)
+        for constant in tensors_in(args, kwargs):
+            site.keep(constant)
+
+        def linear(x: Tensor) -> Any:
+            return function(x, *args, **kwargs)
+
+        rule = cls((number,), linear, input.shape, input.stride(), input.dtype, input.device)
+        return site.run(input, *args, **kwargs), rule, ()
+
+    def vjp(self, delta: Any) -> list[Tensor]:
+        # Its derivative is the same at every x of this shape and layout.
+        x = self._laid_out(torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape))
+        with torch.enable_grad():
+            y = self.map(x.requires_grad_())
+        pairs = [(y, delta)] if isinstance(y, Tensor) else list(zip(y, delta, strict=True))
+        outputs, deltas = zip(*(p for p in pairs if p[1] is not None), strict=True)
+        return list(torch.autograd.grad(outputs, x, deltas))
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Any, tuple[()]]:
+        tangent = tangents[0].to(self.dtype)
+        if tangent.stride() != self.strides:  # a view may need the layout that the forward had
+            tangent = self._laid_out(tangent)
+        y = self.map(tangent)
+        return y if isinstance(y, Tensor) else list(y), ()
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        if 0 in self.strides:  # an expanded tensor, which nothing can be written to
+            return x.clone(memory_format=torch.contiguous_format)
+        empty = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+        return empty.copy_(x)
+
+
+def _pads_with_zeros(
+    input: Tensor, pad: Any, mode: str = "constant", value: float | None = None
+) -> bool:
+    return mode in ("reflect", "replicate", "circular") or (mode == "constant" and not value)
+
+
+@register_rule(F.pad)
+class Pad(LinearMap):
+    """F.pad, but for constants other than zero."""
+
+    @classmethod
+    def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
+        return (
+            super().record(site, *args, **kwargs)
+            if _pads_with_zeros(*args, **kwargs)
+            else NotImplemented
+        )
+
+
+@register_rule(F.interpolate, F.upsample)
+class Interpolate(LinearMap):
+    """F.interpolate, every mode of which is linear."""

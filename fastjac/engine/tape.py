@@ -1,0 +1,473 @@
+"""Runs a model's own Python, and records the calls that depend on its input."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastjac.engine.rules import fused_rule, rules_for
+from fastjac.engine.rules.base import Receiver, Rule
+from fastjac.errors import FastjacError
+from fastjac.fusion.chains import Chain
+from fastjac.fusion.mode import Fusion, function_name, in_checkpoint, tensors_in, writes_in_place
+
+_CONVERSIONS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+_CONSTANTS = {
+    Tensor.detach,
+    torch.detach,
+    Tensor.data.__get__,
+    Tensor.new_tensor,
+    Tensor.grad.__get__,
+}
+_CONSTANTS |= {
+    torch.zeros_like,
+    torch.ones_like,
+    torch.empty_like,
+    torch.full_like,
+    Tensor.new_empty,
+}
+_CONSTANTS |= {
+    torch.rand_like,
+    torch.randn_like,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    Tensor.new_full,
+}
+_SAMPLERS = {torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial}
+_GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+class Value(NamedTuple):
+    """What the tape knows of a tensor that depends on x."""
+
+    number: int
+    version: int
+    trainable: bool  # whether it also depends on something that the loss is differentiated in
+    node: int | None  # its autograd node, where a region without gradients wrote to it
+    alive: Any
+
+
+@dataclass(slots=True)
+class Call:
+    """A recorded call: its rule, the values that it made (None: not differentiable), and its place."""
+
+    rule: Rule
+    outputs: tuple[int | None, ...]
+    single: bool
+    receivers: tuple[Receiver, ...]
+    name: str
+    module: Any
+
+    def with_rule(
+        self, rule: Rule, outputs: tuple[int | None, ...], receivers: tuple[Receiver, ...]
+    ) -> Call:
+        """The same call by another rule."""
+        return Call(rule, outputs, self.single, receivers, self.name, self.module)
+
+
+class Tape(Fusion):
+    """A mode that runs a model and records what leads from ``x`` to the values that targets read.
+
+    ``x`` as the model must see it is :attr:`x`: a copy on write, so that the caller's batch stays as it
+    is. It requires a gradient, so that whatever a model computes from it carries an autograd graph.
+    So a tensor with a graph that no recorded call made was computed where no mode sees: an error.
+    That graph ends where a trainable parameter joins in: the backward of the loss never reaches x.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        activations: frozenset[str],
+        batch_stats: str,
+        differentiable: bool,
+    ) -> None:
+        super().__init__(activations)
+        self.model = model
+        self.batch_stats, self.differentiable = batch_stats, differentiable
+        self.recording = True
+        self.calls: list[Call] = []
+        self.shapes: list[torch.Size] = []
+        self.half = False
+        self.kept: list[tuple[Tensor, int, str]] = []
+        self._values: dict[int, Value] = {}
+        self._constants: dict[int, Any] = {}
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            self.x = torch._lazy_clone(leaf)
+        self._leaf = weakref.ref(leaf)
+        self._start = self.x.grad_fn._sequence_nr()
+        self._assign(self.x, False)
+
+    # Values.
+
+    def _assign(self, tensor: Tensor, trainable: bool) -> int:
+        number, values, key = len(self.shapes), self._values, id(tensor)
+        self.shapes.append(tensor.shape)
+        self.half = self.half or tensor.dtype == torch.float16
+        alive = weakref.ref(tensor, lambda _: values.pop(key, None))
+        values[key] = Value(number, tensor._version, trainable, None, alive)
+        return number
+
+    def fresh(self, shape: torch.Size) -> int:
+        """The number of a value that no tensor holds."""
+        self.shapes.append(shape)
+        return len(self.shapes) - 1
+
+    def value(self, tensor: Any) -> Value | None:
+        """What is known of a tensor; None: it does not depend on x."""
+        return self._values.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def number_of(self, tensor: Tensor, name: str) -> int | None:
+        """The number of a value that ``name`` reads; None where it does not depend on x."""
+        self.compute(tensor)
+        found: list[Tensor] = []
+        self._scan(name, (tensor,), found)
+        return self._values[id(tensor)].number if found else None
+
+    def trains(self, tensor: Any) -> bool:
+        """Whether the loss can be differentiated in ``tensor``."""
+        if not self.differentiable or not isinstance(tensor, Tensor) or not tensor.requires_grad:
+            return False
+        value = self._values.get(id(tensor))
+        return value is None or value.trainable
+
+    def _scan(self, name: Any, arguments: Iterable[Any], varying: list[Tensor]) -> bool:
+        """Collect the arguments that depend on x; whether anything among them all is trainable."""
+        trains = False
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                value = self._values.get(id(argument))
+                if value is not None:
+                    self._check_value(name, argument, value)
+                    varying.append(argument)
+                    trains = trains or value.trainable
+                elif argument.requires_grad:
+                    if argument.grad_fn is not None and id(argument) not in self._constants:
+                        self._check_graph(name, argument)
+                    trains = trains or self.differentiable
+            elif isinstance(argument, tuple | list):
+                if argument and not isinstance(argument[0], int):
+                    trains = self._scan(name, argument, varying) or trains
+            elif isinstance(argument, dict):
+                trains = self._scan(name, argument.values(), varying) or trains
+        return trains
+
+    def _check_value(self, name: Any, tensor: Tensor, value: Value) -> None:
+        if tensor._version != value.version:
+            raise FastjacError(
+                f"{_text(name)} reads a tensor {list(tensor.shape)} that was overwritten in place "
+                "where fastjac cannot see it (through a view of it, or in C++); use the operation "
+                "that is not in place, or strategy='autograd'"
+            )
+        if value.node is not None and value.node != _node(tensor):
+            raise self._unseen(name, tensor)
+
+    def _check_graph(self, name: Any, tensor: Tensor) -> None:
+        """Raise if a tensor's graph may lead to x; one made before the forward is a constant's."""
+        todo, seen = [tensor.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                if node.variable is self._leaf():
+                    raise self._unseen(name, tensor)
+            elif node._sequence_nr() >= self._start:
+                raise self._unseen(name, tensor)
+            todo += [following for following, _ in node.next_functions]
+        self._note_constant(tensor)
+
+    def _unseen(self, name: Any, tensor: Tensor) -> FastjacError:
+        made = tensor.grad_fn.name().removesuffix("Backward").removesuffix("Backward0")
+        advice = _ADVICE.get(made, _ADVICE["any"])
+        return FastjacError(
+            f"{_text(name)} reads a tensor {list(tensor.shape)} whose derivative fastjac has not seen: "
+            f"{made or 'something'} made it outside of PyTorch's Python functions (a custom "
+            "autograd.Function, TorchScript, another thread, a compiled region or a C++ extension); "
+            f"{advice}"
+        )
+
+    def _note_constant(self, tensor: Tensor) -> None:
+        constants, key = self._constants, id(tensor)
+        constants[key] = weakref.ref(tensor, lambda _: constants.pop(key, None))
+
+    def module_names(self) -> dict[int, str]:
+        """The names of the model's modules, by their identity."""
+        return {id(module): name for name, module in self.model.named_modules()}
+
+    # Calls.
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.recording:
+            return self.run(function, args, kwargs)
+        varying: list[Tensor] = []
+        trains = self._scan(function, args, varying)
+        if kwargs:
+            trains = self._scan(function, kwargs.values(), varying) or trains
+        if not varying:
+            return self._run_constant(function, args, kwargs)
+        if function in _CONVERSIONS:
+            raise FastjacError(
+                f"the model converts a tensor {list(varying[0].shape)} that depends on x to another "
+                "library's array, and its derivative would be lost; expected .detach() before it "
+                "where that is meant"
+            )
+        if function in _GRADIENTS:
+            raise FastjacError(
+                f"the model calls {function_name(function)} on what depends on x: a second derivative, "
+                "which fastjac does not take; strategy='autograd' does"
+            )
+        if not torch.is_grad_enabled() or function in _CONSTANTS or function in _SAMPLERS:
+            return self._run_without_gradient(function, args, kwargs, varying)
+        if function in (Tensor.detach_, torch.detach_):
+            self._values.pop(id(args[0]))
+            return self.run(function, args, kwargs)
+        return self._record(function, args, kwargs, varying, trains)
+
+    def _run_constant(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = self.run(function, args, kwargs)
+        if isinstance(out, Tensor):
+            if out.grad_fn is not None:
+                self._note_constant(out)
+        elif isinstance(out, tuple | list):
+            for tensor in tensors_in(out):
+                if tensor.grad_fn is not None:
+                    self._note_constant(tensor)
+        return out
+
+    def _run_without_gradient(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], varying: list[Tensor]
+    ) -> Any:
+        """As autograd has it: the result is a constant, and what is written to keeps its derivative."""
+        out = self.run(function, args, kwargs)
+        for tensor in varying:
+            value = self._values[id(tensor)]
+            if tensor._version != value.version:
+                self._values[id(tensor)] = value._replace(
+                    version=tensor._version, node=_node(tensor)
+                )
+        return out
+
+    def _record(
+        self,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        varying: list[Tensor],
+        trains: bool,
+    ) -> Any:
+        site = Site(self, function, trains)
+        in_place = writes_in_place(function, args, kwargs)
+        for kind in rules_for(function):
+            recorded = kind.record(site, *args, **kwargs)
+            if recorded is not NotImplemented:
+                break
+        out, rule, receivers = recorded
+        result = args[0] if out is None and in_place else out
+        if isinstance(result, Tensor):
+            value = self._values.get(id(result))
+            if value is not None and value.version == result._version:
+                return out  # one of its arguments, as it was
+        made = list(tensors_in(result))
+        if not any(_differentiable(t) for t in made):
+            return out
+        numbers = tuple(self._assign(t, trains) if _differentiable(t) else None for t in made)
+        single = isinstance(result, Tensor)
+        call = Call(rule, numbers, single, receivers, function_name(function), _calling_module())
+        self.calls.append(call)
+        return out
+
+    # Chains.
+
+    def with_slots(self, chain: Chain) -> bool:
+        return self.differentiable and self.recording and chain.training
+
+    def chain_input(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        if self.recording and not self.trains(x) and any(map(self.trains, others)):
+            return x.detach()
+        return x
+
+    def may_add(self, chain: Chain, other: Tensor) -> bool:
+        return not self.recording or id(chain.source) in self._values or self.value(other) is None
+
+    def _batch_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.recording:
+            varying: list[Tensor] = []
+            self._scan(F.batch_norm, (args, kwargs), varying)
+            u = args[0] if args else kwargs["input"]
+            if any(t is not u for t in varying):
+                return self._affine_apart(*args, **kwargs)
+        return super()._batch_norm(args, kwargs)
+
+    def _affine_apart(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """A BatchNorm whose weight or bias depends on x: they are applied by calls of their own."""
+        arguments = (input, running_mean, running_var, None, None, training, momentum, eps)
+        y = super()._batch_norm(arguments, {})
+        column = (-1, *[1] * (input.dim() - 2))
+        for function, vector in ((torch.mul, weight), (torch.add, bias)):
+            if vector is not None:
+                vector = self.__torch_function__(Tensor.view, (), (vector, column))
+                y = self.__torch_function__(function, (), (y, vector))
+        return y
+
+    def computed(self, chain: Chain, value: Tensor) -> None:
+        """Record a chain as one call."""
+        if not self.recording or not chain.grad_enabled:
+            return
+        if self.value(chain.source) is None and self.value(chain.added) is None:
+            if value.grad_fn is not None:
+                self._note_constant(value)
+            return
+        tensors = (chain.source, chain.added, chain.weight, chain.bias)
+        trains = any(map(self.trains, tensors))
+        rule, receivers = fused_rule(Site(self, F.batch_norm, trains), chain)
+        number = self._assign(value, trains)
+        call = Call(rule, (number,), True, receivers, "batch_norm", _calling_module())
+        self.calls.append(call)
+
+
+@dataclass(slots=True)
+class Site:
+    """A call as its rule sees it while it is recorded."""
+
+    tape: Tape
+    function: Any
+    trains: bool
+
+    @property
+    def batch_stats(self) -> str:
+        return self.tape.batch_stats
+
+    def number(self, tensor: Any) -> int | None:
+        """The number of a value; None for what does not depend on x."""
+        value = self.tape.value(tensor)
+        return None if value is None else value.number
+
+    def varies(self, *tensors: Any) -> bool:
+        """Whether one of these depends on x."""
+        return any(self.tape.value(t) is not None for t in tensors)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The call's result. Its graph ends where a trainable tensor joins what depends on x alone."""
+        if self.trains and not in_checkpoint():
+            in_place = writes_in_place(self.function, args, kwargs)
+            rest = tuple(map(self.joined, args[in_place:]))
+            args = args[:in_place] + rest
+            kwargs = {name: self.joined(value) for name, value in kwargs.items()}
+        return self.tape.run(self.function, args, kwargs)
+
+    def joined(self, argument: Any) -> Any:
+        """An argument without the graph of what depends on x alone, if something trainable joins in."""
+        if not self.trains:
+            return argument
+        if isinstance(argument, Tensor):
+            value = self.tape.value(argument)
+            return argument.detach() if value is not None and not value.trainable else argument
+        if type(argument) in (tuple, list) and any(isinstance(a, Tensor) for a in argument):
+            return type(argument)(map(self.joined, argument))
+        return argument
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """``tensor`` without its graph, noting its version: a later change is an error."""
+        alias = tensor.detach()
+        self.tape.kept.append((alias, alias._version, function_name(self.function)))
+        return alias
+
+    def before_writing(self, tensor: Tensor) -> Tensor | None:
+        """Where a gradient of a tensor goes that the call is about to overwrite; None: nowhere."""
+        if not self.tape.trains(tensor):
+            return None
+        if tensor._is_view() or in_checkpoint():
+            raise FastjacError(
+                f"{function_name(self.function)} writes in place to a view {list(tensor.shape)} of "
+                "another tensor, or under torch.utils.checkpoint; use the operation that is not in place"
+            )
+        return _Slot.apply(tensor)[1]
+
+    def receives(self, tensor: Any, source: int | None = None) -> tuple[Receiver, ...]:
+        """Where a gradient of ``tensor`` goes, if it is trainable.
+
+        ``source``: which of the rule's sources it is; None for a parameter.
+        """
+        return (Receiver(tensor, source),) if self.tape.trains(tensor) else ()
+
+
+class _Slot(torch.autograd.Function):
+    """A tensor as it is, and a slot whose gradient is added to its cotangent at this place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.mark_dirty(x)
+        ctx.set_materialize_grads(False)
+        return x, x.new_zeros(()).expand(x.shape).data
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None, slot: Tensor | None) -> Tensor | None:
+        if cotangent is None or slot is None:
+            return slot if cotangent is None else cotangent
+        return cotangent + slot
+
+
+def check_versions(kept: list[tuple[Tensor, int, str]]) -> None:
+    """Raise if one of these tensors was overwritten since it was kept."""
+    for tensor, version, name in kept:
+        if tensor._version != version:
+            raise FastjacError(
+                f"a value {list(tensor.shape)} that {name} needs for its derivative was overwritten in "
+                "place by a later operation; use the operation that is not in place"
+            )
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _node(tensor: Tensor) -> int:
+    return -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
+
+
+def _text(function: Any) -> str:
+    return function if isinstance(function, str) else function_name(function)
+
+
+def _calling_module() -> Any:
+    """A weak reference to the module whose forward makes the current call."""
+    frame = sys._getframe(3)
+    for _ in range(8):
+        if frame is None:
+            return None
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                return weakref.ref(owner)
+        frame = frame.f_back
+    return None
+
+
+_ADVICE = {
+    "any": "expected PyTorch operations there, or strategy='autograd'",
+    "SyncBatchNorm": "SyncBatchNorm in train mode under torch.distributed is not supported; expected "
+    "BatchNorm2d, or the module in eval mode",
+    "CheckpointFunction": "expected torch.utils.checkpoint with use_reentrant=False",
+    "Gather": "expected the module inside a DataParallel: model.module",
+}

@@ -1,0 +1,375 @@
+"""Runs a network's own code, and fuses what it calls."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastjac.fusion.chains import (
+    ACTIVATIONS,
+    ADDITIONS,
+    Chain,
+    batch_norm_chain,
+    fusable,
+    pool_of,
+    recompute_output,
+)
+from fastjac.fusion.recompute import Recompute, recompute_convolution, recomputing, version_of
+from fastjac.ops.winograd import winograd, winograd_is_faster
+
+_POOLS = {F.max_pool2d, torch.max_pool2d}
+# What asks for a tensor's description, and for none of its values.
+QUERIES = {
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.get_device),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.is_nonzero),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")
+    ),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("grad_fn", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta")
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("_version", "itemsize", "nbytes")),
+} - {torch.is_nonzero}
+_INPLACE_POSITION = {
+    **dict.fromkeys((F.relu, F.relu6, F.selu, F.silu, F.mish, F.hardswish, F.hardsigmoid), 1),
+    **dict.fromkeys((F.leaky_relu, F.elu, F.celu), 2),
+    **dict.fromkeys((F.hardtanh, F.threshold, F.dropout, F.dropout1d, F.dropout2d), 3),
+    **dict.fromkeys((F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), 3),
+    F.rrelu: 4,
+}
+
+
+def function_name(function: Any) -> str:
+    """A torch function as an error names it."""
+    return getattr(function, "__name__", None) or str(function)
+
+
+def writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call overwrites its first argument, or its ``out``."""
+    name = function_name(function)
+    if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__"):
+        return True
+    if kwargs and (kwargs.get("inplace") is True or kwargs.get("out") is not None):
+        return True
+    position = _INPLACE_POSITION.get(function)
+    return position is not None and len(args) > position and args[position] is True
+
+
+def tensors_in(*values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from tensors_in(*value)
+        elif isinstance(value, dict):
+            yield from tensors_in(*value.values())
+
+
+class _Pending(NamedTuple):
+    """A chain, and the placeholder of its value while nobody has read it."""
+
+    placeholder: weakref.ref[Tensor]
+    chain: Chain
+
+
+class Fusion(TorchFunctionMode):
+    """While it is active, this thread's BatchNorms are fused with what follows them.
+
+    ``activations``: those that a chain may have; empty: nothing is fused, as where there are no native
+    operators. Nothing outlives the mode: on exit, every placeholder that is still alive is computed.
+    """
+
+    def __init__(self, activations: frozenset[str]) -> None:
+        super().__init__()
+        self.activations = activations
+        self._pending: dict[int, _Pending] = {}
+        self._recomputable: dict[int, tuple[Any, int, Recompute]] = {}
+
+    def __enter__(self) -> Fusion:
+        self._outer = active_fusion()
+        _thread.fusion = self
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        _thread.fusion = self._outer
+        super().__exit__(kind, error, traceback)
+        if kind is None:
+            self.compute_all()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in QUERIES:
+            return function(*args, **kwargs)
+        if self._pending:
+            extended = self._extend(function, args, kwargs)
+            if extended is not None:
+                return extended
+            self._compute_read(function, args, kwargs)
+        if function is F.batch_norm:
+            return self._batch_norm(args, kwargs)
+        return self.call(function, args, kwargs)
+
+    # What a subclass may add to.
+
+    def with_slots(self, chain: Chain) -> bool:
+        """Whether the chain's node takes a curvature."""
+        return False
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any call that is no part of a chain."""
+        return self.run(function, args, kwargs)
+
+    def computed(self, chain: Chain, value: Tensor) -> None:
+        """A chain got its values."""
+
+    def may_fuse(self, u: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether a BatchNorm of ``u`` may begin a chain."""
+        return bool(self.activations) and fusable(u, weight, bias) and not in_checkpoint()
+
+    def may_add(self, chain: Chain, other: Tensor) -> bool:
+        """Whether ``other`` may become the chain's residual."""
+        return True
+
+    def chain_input(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        """``x`` as a chain reads it, beside these other inputs."""
+        return x
+
+    # Running a call.
+
+    def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call itself: convolutions by the faster algorithm, recomputable values not saved."""
+        convolution = function is torch.conv2d and not in_checkpoint()
+        known = self._recomputes(args) if self._recomputable else ()
+        if not known and not convolution:
+            return function(*args, **kwargs)
+        function = convolve if convolution else function
+        if known:
+            with recomputing(known):
+                value = function(*args, **kwargs)
+        else:
+            value = function(*args, **kwargs)
+        if convolution and self.activations and value.requires_grad:
+            self._note_convolution(value, *args, **kwargs)
+        return value
+
+    def _note_convolution(
+        self,
+        value: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        recompute = recompute_convolution(value, x, weight, bias)
+        if recompute is not None:
+            self._note_recompute(value, recompute)
+
+    def _note_recompute(self, value: Tensor, recompute: Recompute) -> None:
+        known, key = self._recomputable, id(value)
+        known[key] = (
+            weakref.ref(value, lambda _: known.pop(key, None)),
+            version_of(value),
+            recompute,
+        )
+
+    def _recomputes(self, args: Iterable[Any]) -> list[tuple[Tensor, Recompute]]:
+        """The recomputable values among a call's arguments."""
+        found = []
+        for value in args:
+            if isinstance(value, tuple | list):
+                found += self._recomputes(value)
+                continue
+            entry = self._recomputable.get(id(value))
+            if entry is not None and entry[1] == version_of(value):
+                found.append((value, entry[2]))
+        return found
+
+    # Chains.
+
+    def _batch_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        u, mean, var, weight, bias, training, momentum, eps = _bind_batch_norm(*args, **kwargs)
+        if not self.may_fuse(u, weight, bias):
+            return self.call(F.batch_norm, args, kwargs)
+        known = self._recomputes((u,))
+        recompute = known[0][1] if known else None
+        map_ = self.chain_input(u, weight, bias)
+        chain = batch_norm_chain(
+            *(map_, u, mean, var, weight, bias, training, momentum, eps, recompute)
+        )
+        return self._defer(chain)
+
+    def _defer(self, chain: Chain, onto: Tensor | None = None) -> Tensor:
+        placeholder = chain.placeholder(self.with_slots(chain), onto)
+        pending, key = self._pending, id(placeholder)
+        reference = weakref.ref(placeholder, lambda _: pending.pop(key, None))
+        pending[key] = _Pending(reference, chain)
+        return placeholder
+
+    def _extend(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """What the call gives, if it continues a chain."""
+        x = args[0] if args else kwargs.get("input")
+        entry = self._pending.get(id(x))
+        if function in ADDITIONS:
+            return self._add(function, args, kwargs)
+        if entry is None or entry.chain.grad_enabled != torch.is_grad_enabled():
+            return None
+        chain = entry.chain
+        if function in ACTIVATIONS and chain.takes_activation:
+            kind = ACTIVATIONS[function](*args, **kwargs)
+            if kind is None or kind[0] not in self.activations:
+                return None
+            if writes_in_place(function, args, kwargs):
+                chain.steps.activation, chain.steps.slope = kind
+                return x
+            return self._defer(chain.activated(*kind))
+        if function in _POOLS and chain.takes_pool:
+            pool = pool_of(*args, **({"x": kwargs.pop("input")} | kwargs if not args else kwargs))
+            longer = None if pool is None else chain.pooled(pool)
+            return None if longer is None else self._defer(longer)
+        return None
+
+    def _add(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        if len(args) != 2 or kwargs or args[0] is args[1]:
+            return None
+        in_place = writes_in_place(function, args, kwargs)
+        for x, other in (args,) if in_place else (args, args[::-1]):
+            entry = self._pending.get(id(x))
+            if entry is None or not isinstance(other, Tensor):
+                continue
+            chain = entry.chain
+            if not chain.takes_addition or chain.grad_enabled != torch.is_grad_enabled():
+                continue
+            self.compute(other)
+            if not self.may_add(chain, other):
+                continue
+            residual = self.chain_input(other, chain.u, chain.weight, chain.bias)
+            longer = chain.with_residual(residual, other)
+            if longer is not None:
+                return self._defer(longer, x if in_place else None)
+        return None
+
+    def compute(self, value: Tensor) -> None:
+        """Give a placeholder its values; any other tensor has them."""
+        entry = self._pending.pop(id(value), None)
+        if entry is None:
+            return
+        entry.chain.compute(value)
+        if entry.chain.recomputable and value.grad_fn is not None:
+            self._note_recompute(value, recompute_output(value))
+        self.computed(entry.chain, value)
+
+    def compute_all(self) -> None:
+        """Give every placeholder its values."""
+        for entry in list(self._pending.values()):
+            value = entry.placeholder()
+            if value is not None:
+                self.compute(value)
+
+    def _compute_read(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compute what a call reads, and what still has to read what the call overwrites."""
+        for value in tensors_in(args, kwargs):
+            if id(value) in self._pending:
+                self.compute(value)
+        if not self._pending or not writes_in_place(function, args, kwargs):
+            return
+        for written in tensors_in(args[:1], kwargs.get("out")):
+            storage = written.untyped_storage()._cdata
+            for entry in list(self._pending.values()):
+                value = entry.placeholder()
+                if value is not None and entry.chain.reads(storage):
+                    self.compute(value)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    **other: Any,
+) -> Tensor:
+    """``torch.conv2d``, by :func:`fastjac.ops.winograd` where that is faster."""
+    if "input" in other:
+        x = other.pop("input")
+    if weight.shape[-2:] == (3, 3) and not isinstance(padding, str):
+        geometry = tuple(
+            (v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation)
+        )
+        if winograd_is_faster(x, weight, *geometry, groups):
+            return winograd(x, weight, bias, geometry[1])
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _bind_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Any, ...]:
+    return input, running_mean, running_var, weight, bias, training, momentum, eps
+
+
+def in_checkpoint() -> bool:
+    """Whether a part of the network runs under ``torch.utils.checkpoint``.
+
+    It runs that part once more in the backward, without this mode, and must find saved the same
+    tensors: so nothing is fused there.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+_thread = threading.local()
+
+
+def active_fusion() -> Fusion | None:
+    """The mode of this thread, if one is active."""
+    return getattr(_thread, "fusion", None)
+
+
+@contextmanager
+def eager_regions() -> Iterator[None]:
+    """Run what ``torch.compile`` has wrapped as its own Python, which a mode sees."""
+    import sys
+
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def has_script(model: nn.Module) -> bool:
+    """Whether a part of the network is TorchScript, whose calls no mode sees."""
+    todo, seen = [model], set()
+    while todo:
+        module = todo.pop()
+        if isinstance(module, torch.jit.ScriptModule):
+            return True
+        if id(module) not in seen and module is not None:
+            seen.add(id(module))
+            todo += module._modules.values()
+    return False
