@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastjac import engine, reference
 from fastjac.errors import FastjacError, unknown
@@ -39,12 +42,27 @@ class JacobianOutput:
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` an eager region of a compiled loop."""
-    function._torchdynamo_disable = True
-    function._torchdynamo_disable_msg = (
-        "fastjac runs eagerly: it records the model's own Python, and its sweeps launch few, large "
-        "operators; expected torch.compile without fullgraph=True"
-    )
-    return function
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if (
+            "torch._dynamo" not in sys.modules
+        ):  # nothing is compiled, and importing it takes a second
+            return function(*args, **kwargs)
+        if run.disabled is None:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=_EAGER)
+            run.disabled = torch.compiler.disable(function, reason=_EAGER)
+        return run.disabled(*args, **kwargs)
+
+    run.disabled = None
+    return run
+
+
+_EAGER = (
+    "fastjac runs eagerly: it records the model's own Python, and its sweeps launch few, large "
+    "operators; expected torch.compile without fullgraph=True"
+)
 
 
 @eager
@@ -98,7 +116,7 @@ def with_jacobian(
     targets = check_targets(target)
     check_options(batch_stats, strategy)
     _check_input(x, model, args, kwargs)
-    with ordinary_tensors((x, y, args, kwargs)) as (x, y, args, kwargs):
+    with ordinary_tensors((x, y, args, kwargs), model) as (x, y, args, kwargs):
         if strategy == "autograd":
             result, features, jacobians = reference.forward_and_jacobian(
                 *(model, x, targets, y),
@@ -369,7 +387,7 @@ def check_input(x: Any, model: nn.Module, name: str) -> None:
         raise FastjacError(
             "x requires grad; fastjac differentiates in the parameters alone: pass x.detach()"
         )
-    parameter = next((p for p in model.parameters() if not nn.parameter.is_lazy(p)), None)
+    parameter = _first_parameter(model)
     if parameter is None:
         return
     if parameter.device != x.device:
@@ -379,17 +397,29 @@ def check_input(x: Any, model: nn.Module, name: str) -> None:
         raise FastjacError(f"x is {x.dtype}; the {name} is {parameter.dtype}")
 
 
-class ordinary_tensors:  # noqa: N801  used as a function
-    """Outside of inference mode, whose tensors have no derivative: copies of what is one of them."""
+def _first_parameter(model: nn.Module) -> Tensor | None:
+    return next((p for p in model.parameters() if not is_lazy(p)), None)
 
-    def __init__(self, values: Any) -> None:
-        self.values, self.stack = values, ExitStack()
+
+class ordinary_tensors:  # noqa: N801  used as a function
+    """Outside of inference mode, whose tensors have no derivative: copies of what is one of them.
+
+    ``models`` that were built in inference mode run on aliases of their parameters and buffers.
+    """
+
+    def __init__(self, values: Any, *models: nn.Module) -> None:
+        self.values, self.models, self.stack = values, models, ExitStack()
 
     def __enter__(self) -> Any:
-        if torch.is_inference_mode_enabled():
+        inference = torch.is_inference_mode_enabled()
+        if inference:
             self.stack.enter_context(torch.inference_mode(False))
             self.stack.enter_context(torch.no_grad())
-        elif not self.values[0].is_inference():
+        for model in self.models:
+            first = _first_parameter(model)
+            if first is not None and first.is_inference():
+                self.stack.callback(_use_aliases(model))
+        if not inference and not self.values[0].is_inference():
             return self.values
         return reference.map_structure(_ordinary, self.values)
 
@@ -399,3 +429,22 @@ class ordinary_tensors:  # noqa: N801  used as a function
 
 def _ordinary(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _use_aliases(model: nn.Module) -> Callable[[], None]:
+    """Put ordinary tensors on the same memory in the place of inference tensors; gives the undoing."""
+    replaced = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and not is_lazy(tensor) and tensor.is_inference():
+                    geometry = (tensor.storage_offset(), tensor.shape, tensor.stride())
+                    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    tensors[name] = alias.set_(tensor.untyped_storage(), *geometry)
+                    replaced.append((tensors, name, tensor))
+
+    def undo() -> None:
+        for tensors, name, tensor in replaced:
+            tensors[name] = tensor
+
+    return undo

@@ -136,7 +136,7 @@ class JacobianMatching(nn.Module):
     def forward(self, x: Tensor, y: Any = None) -> MatchingOutput:
         check_input(x, self.student, "student")
         check_input(x, self.teacher, "teacher")
-        with ordinary_tensors((x, y)) as (x, y):
+        with ordinary_tensors((x, y), self.student, self.teacher) as (x, y):
             target = self.target.drawn()
             teacher = self._teacher_jacobian(x, y, target.for_teacher())
             paired = target.paired(teacher.target, teacher.features, y)

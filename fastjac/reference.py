@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from fastjac.errors import FastjacError
 from fastjac.features import capture
+from fastjac.fusion.mode import unfused
 from fastjac.targets import Target, check_targets
 
 
@@ -207,7 +208,7 @@ def forward_and_jacobian(
         }
         args_again, kwargs_again = tree_map_only(Tensor, torch.clone, (args, kwargs))
     attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-    with torch.enable_grad(), attention:
+    with torch.enable_grad(), attention, unfused():
         leaf = x.detach().requires_grad_(not twice)
         # A clone: the model may change its input in place.
         with statistics if frozen else nullcontext():

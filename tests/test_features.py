@@ -1,11 +1,14 @@
 """A layer's output on the way: the right one, once, as the model made it."""
 
+import doctest
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjac import FastjacError
-from fastjac.features import check_logits, find_layer, forward_with_features
+from fastjac import features as features_module
+from fastjac.errors import FastjacError
+from fastjac.features import capture, check_logits, find_layer, forward_with_features
 
 
 class Network(nn.Module):
@@ -50,11 +53,36 @@ def test_no_layer_no_features():
     assert torch.equal(logits, model(X))
 
 
+def test_several_layers_of_one_forward():
+    model = Network()
+    calls = []
+    model.stem.register_forward_hook(lambda *_: calls.append("stem"))
+    with capture(model, ["head", "stem.0", None, "stem", "stem"]) as features:
+        output = model(X)
+    assert calls == ["stem"]
+    assert set(features) == {"head", "stem.0", "stem"}
+    assert features["head"] is output  # of any shape, and the very tensor
+    assert torch.equal(features["stem"], features["stem.0"].tanh())
+    assert torch.autograd.grad(output.sum(), features["stem.0"])[0].norm() > 0
+
+
+def test_a_models_own_hooks_come_first():
+    model = Network()
+    model.stem.register_forward_hook(lambda module, args, output: output * 2)
+    with capture(model, ["stem"]) as features:
+        model(X)
+    assert torch.equal(features["stem"], model.stem[1](model.stem[0](X)) * 2)
+
+
 def test_the_model_is_left_as_it_was():
     model = Network()
     forward_with_features(model, X, "stem")
     with pytest.raises(FastjacError):
         forward_with_features(model, X, "twice")
+    with pytest.raises(FastjacError), capture(model, ["stem", "steam"]):
+        model(X)
+    with pytest.raises(ZeroDivisionError), capture(model, ["stem", "unused"]):
+        raise ZeroDivisionError  # and not that no layer ran
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -73,6 +101,9 @@ def test_the_model_is_left_as_it_was():
 def test_errors(layer, message, context):
     with context(), pytest.raises(FastjacError, match=message):
         forward_with_features(Network(), X, layer)
+    model = Network()
+    with context(), pytest.raises(FastjacError, match=message), capture(model, ["stem", layer]):
+        model(X)
 
 
 class InPlace(nn.Module):
@@ -108,3 +139,9 @@ def test_logits_are_one_tensor():
     assert check_logits(X, Network()) is X
     with pytest.raises(FastjacError, match="Pair must return one tensor of logits; got tuple"):
         forward_with_features(Pair(), X, None)
+
+
+def test_the_examples_run():
+    result = doctest.testmod(features_module)
+    assert result.attempted > 0
+    assert result.failed == 0

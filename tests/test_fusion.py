@@ -7,17 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjac import (
     AttentionWindow,
     FastjacError,
-    FusedModel,
     JacobianMatching,
     LabelLogit,
     fuse,
     input_jacobian,
 )
-from fastjac.chains import Chain
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 C = 4
@@ -125,11 +124,38 @@ class Enlarged(nn.Module):
         return F.relu(x + self.norm(x.mean((2, 3), keepdim=True)))
 
 
+class Branching(nn.Module):
+    """Its forward reads a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) if x.mean() < 0 else self.norm(-x)
+
+
+class Pair(nn.Module):
+    """Returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.relu(self.norm(x)), x
+
+
+class Product(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] * pair[1]
+
+
 def chain(*layers: nn.Module, **norm) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(C, **norm), *layers)
 
 
-# The middle of a network; for each of its fused nodes activation, pool, and whether it adds.
+# The middle of a network; activation, pool, and whether it adds, of each fused operator, as they run.
 MIDDLES = {
     "relu": (lambda: chain(nn.ReLU()), ["relu none"]),
     "relu in place": (lambda: chain(nn.ReLU(inplace=True)), ["relu none"]),
@@ -141,29 +167,38 @@ MIDDLES = {
     "3x3 unpadded": (lambda: chain(nn.SiLU(), nn.MaxPool2d(3, 2)), ["silu 3x3-unpadded"]),
     "no activation": (lambda: chain(nn.MaxPool2d(2)), ["none 2x2"]),
     "pool, then relu": (lambda: chain(nn.MaxPool2d(2), nn.ReLU()), ["none 2x2"]),
-    "residual": (lambda: Residual(), ["relu none", "relu none +"]),
-    "residual, out of place": (lambda: Residual(inplace=False), ["relu none", "relu none +"]),
-    "residual, no activation": (lambda: Residual(activate=False), ["none none +"]),
-    "functional": (Functional, ["relu none"]),
+    "residual": (lambda: Residual(), ["relu none", "none none", "relu none +"]),
+    "residual, out of place": (
+        lambda: Residual(inplace=False),
+        ["relu none", "none none", "relu none +"],
+    ),
+    "residual, no activation": (
+        lambda: Residual(activate=False),
+        ["none none", "none none", "none none +"],
+    ),
+    "functional": (Functional, ["relu 2x2"]),
     "two": (lambda: nn.Sequential(chain(nn.ReLU()), chain(nn.SiLU())), ["relu none", "silu none"]),
     "no affine": (lambda: chain(nn.ReLU(), affine=False), ["relu none"]),
     "no running": (lambda: chain(nn.ReLU(), track_running_stats=False), ["relu none"]),
     "averaging": (lambda: chain(nn.ReLU(), momentum=None), ["relu none"]),
-    "identity in between": (lambda: chain(nn.Identity(), nn.ReLU()), []),
+    "identity in between": (lambda: chain(nn.Identity(), nn.ReLU()), ["relu none"]),
     "ceiling": (lambda: chain(nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)), ["relu none"]),
     "overlap": (lambda: chain(nn.ReLU(), nn.MaxPool2d(3, 1)), ["relu none"]),
     "dilated": (lambda: chain(nn.ReLU(), nn.MaxPool2d(2, 2, dilation=2)), ["relu none"]),
-    "rising leaky": (lambda: chain(nn.LeakyReLU(-0.3)), []),
-    "gelu": (lambda: chain(nn.GELU()), []),
-    "norm read twice": (lambda: Read("norm"), []),
-    "relu read twice": (lambda: Read("relu"), ["relu none"]),
-    "added to itself": (lambda: Read("self"), []),
+    "rising leaky": (lambda: chain(nn.LeakyReLU(-0.3)), ["none none"]),
+    "gelu": (lambda: chain(nn.GELU()), ["none none"]),
+    "norm read twice": (lambda: Read("norm"), ["none none", "relu 2x2"]),
+    "relu read twice": (lambda: Read("relu"), ["relu none", "relu 2x2"]),
+    "added to itself": (lambda: Read("self"), ["none none"]),
     "instance norm": (lambda: nn.Sequential(nn.InstanceNorm2d(C, affine=True), nn.ReLU()), []),
-    "by keyword": (ByKeyword, ["relu none"]),
+    "by keyword": (ByKeyword, ["none none", "relu none"]),
     "another dtype added": (Single, ["relu none +"]),
     "a parameter added": (lambda: Broadcast(of_x=False), ["relu none +"]),
     "a vector added": (lambda: Broadcast(of_x=True), ["relu none +"]),
     "vectors": (Flat, ["relu none"]),
+    "a sum larger than the map": (Enlarged, ["none none"]),
+    "branching": (Branching, ["relu none"]),
+    "a pair": (lambda: nn.Sequential(Pair(), Product()), ["relu none"]),
 }
 EVERY = pytest.mark.parametrize("middle", MIDDLES)
 SOME = pytest.mark.parametrize("middle", ["2x2", "residual", "functional"])
@@ -184,10 +219,25 @@ def images(seed: int = 0) -> Tensor:
     return 4 * torch.rand(3, 3, 13, 16, generator=make, dtype=torch.float64)
 
 
-def fused_nodes(fused: FusedModel) -> list[str]:
-    nodes = fused.network.program().graph.nodes
-    chains = [(n.target, n.args[0] is not None) for n in nodes if isinstance(n.target, Chain)]
-    return [f"{c.activation} {c.pool}" + " +" * added for c, added in chains]
+class FusedCalls(TorchDispatchMode):
+    """Notes activation, pool, and whether it adds, of each fused operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket is torch.ops.fastjac.norm_act_pool:
+            _, residual, *_, activation, _, pool = args
+            self.found.append(f"{activation} {pool}" + " +" * (residual is not None))
+        return func(*args, **kwargs or {})
+
+
+def fused_calls(model: nn.Module, x: Tensor | None = None) -> list[str]:
+    """Those of one forward."""
+    with FusedCalls() as calls:
+        model(images() if x is None else x)
+    return calls.found
 
 
 def step(model: nn.Module, x: Tensor) -> tuple:
@@ -201,8 +251,22 @@ def step(model: nn.Module, x: Tensor) -> tuple:
 
 
 @EVERY
-def test_what_is_fused(middle):
-    assert fused_nodes(fuse(network(middle))) == MIDDLES[middle][1]
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_what_is_fused(middle, training):
+    model, expected = network(middle).train(training), MIDDLES[middle][1]
+    assert fused_calls(model) == []
+    assert fused_calls(fuse(model)) == expected
+    with torch.no_grad():
+        assert fused_calls(fuse(model)) == expected
+
+
+@EVERY
+def test_a_norm_takes_its_statistics_once(middle):
+    """However often its output is computed."""
+    model = fuse(network(middle))
+    statistics = {n: b for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
+    model(images())
+    assert all(count <= 1 for count in statistics.values())
 
 
 @EVERY
@@ -275,10 +339,10 @@ def test_a_module_assigned_to_one_is_the_others():
     step(fused, images())
     setattr(fused, "1", chain(nn.SiLU()).double())
     assert model[1] is getattr(fused, "1")
-    assert fused_nodes(fused) == ["silu none"]
+    assert fused_calls(fused) == ["silu none"]
     torch.testing.assert_close(fused.eval()(images()), copy.deepcopy(model)(images()), **EXACT)
     model[1][1] = nn.GELU()
-    assert fused_nodes(fused) == []
+    assert fused_calls(fused) == ["none none"]
     torch.testing.assert_close(fused(images()), copy.deepcopy(model)(images()), **EXACT)
 
 
@@ -306,7 +370,7 @@ def test_copies(middle, duplicate):
         p.data.zero_()
     assert fused(images()).norm() > 0
     assert other(images()).norm() == other.unfuse()(images()).norm() == 0
-    assert fused_nodes(other) == MIDDLES[middle][1]
+    assert fused_calls(other) == MIDDLES[middle][1]
     ours = {id(p) for p in other.parameters()}
     assert ours == {id(p) for p in other.unfuse().parameters()}
     assert ours.isdisjoint(id(p) for p in fused.parameters())
@@ -314,27 +378,49 @@ def test_copies(middle, duplicate):
 
 def test_hooks():
     model, calls = network("2x2"), []
-    fused = fuse(model)
+    fused, plain = fuse(model), network("2x2")
     handle = model[1][1].register_forward_hook(lambda m, args, y: calls.append(y.shape))
-    assert fused_nodes(fused) == []
-    fused(images())
+    assert fused_calls(fused) == ["relu 2x2"]  # it reads no values
     assert calls == [(3, C, 11, 14)]
     handle.remove()
-    assert fused_nodes(fused) == ["relu 2x2"]
+    handle = model[1][1].register_forward_hook(lambda m, args, y: calls.append(y.clone()))
+    assert fused_calls(fused) == ["relu none"]
+    plain(images())
+    torch.testing.assert_close(calls[1], plain[1][:2](plain[0](images())), **EXACT)
+    handle.remove()
+    assert fused_calls(fused) == ["relu 2x2"]
     model[1][2].register_forward_hook(lambda m, args, y: 2 * y)
-    assert fused_nodes(fused) == ["relu none"]
+    assert fused_calls(fused) == ["relu 2x2"]
     torch.testing.assert_close(fused.eval()(images()), model(images()), **EXACT)
     fused.register_forward_hook(lambda m, args, y: calls.append(y.shape))
     fused(images())
-    assert calls[1:] == [(3, 5)]
+    assert calls[2:] == [(3, 5)]
 
 
-def test_hooks_on_a_container_are_an_error():
-    fused = fuse(network("2x2"))
-    getattr(fused, "1").register_forward_hook(lambda m, args, y: None)
-    with pytest.raises(FastjacError, match=r"module '1' has a hook.*not fused, runs it"):
-        fused(images())
-    fused.unfuse()(images())
+HOOKS = {
+    "output": lambda m, note: m.register_forward_hook(lambda m, args, y: (note(y), y.sigmoid())[1]),
+    "input": lambda m, note: m.register_forward_pre_hook(
+        lambda m, args: (note(args[0]), args[0] * 2)[1]
+    ),
+    "backward": lambda m, note: m.register_full_backward_hook(lambda m, gx, gy: note(gx[0])),
+    "gradient": lambda m, note: m.register_full_backward_hook(lambda m, gx, gy: (2 * gx[0],)),
+}
+
+
+@pytest.mark.parametrize("place", ["1", "1.0", "1.1", "1.2", "2", ""])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_see_and_replace_what_they_do_in_pytorch(hook, place):
+    """On leaves, containers and the network itself."""
+    found = []
+    for wrap in (fuse, lambda model: model):
+        model, seen = network("2x2"), []
+        wrapped = wrap(model)
+        HOOKS[hook](
+            wrapped.get_submodule(place), lambda t, seen=seen: seen.append(t.detach().clone())
+        )
+        found.append((step(wrapped, images()), seen))
+    assert (hook == "gradient") == (not found[0][1])
+    torch.testing.assert_close(*found, **EXACT)
 
 
 def test_frozen_parameters():
@@ -355,9 +441,40 @@ def test_what_a_later_operation_overwrites_is_kept():
     layers = (nn.BatchNorm2d(C), Overwrites(), nn.Conv2d(C, C, 3), nn.AdaptiveAvgPool2d(1))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, C, 3), *layers, nn.Flatten()).double()
-    assert fused_nodes(fuse(model)) == ["silu none"]
+    assert fused_calls(fuse(model)) == ["silu none"]
     expected = step(copy.deepcopy(model), images())
     torch.testing.assert_close(step(fuse(model), images()), expected, **EXACT)
+
+
+# What a branch, an attribute or a patched forward does in this step is what happens
+
+
+def test_control_flow_follows_each_batch():
+    fused, plain = fuse(network("branching")), network("branching")
+    for seed, sign in enumerate((1, -1, 1)):
+        x = sign * images(seed)
+        torch.testing.assert_close(step(fused, x), step(plain, x), **EXACT)
+
+
+def test_an_attribute_and_a_forward_that_change_between_steps():
+    fused, plain = fuse(network("leaky")), network("leaky")
+    for slope in (0.1, 0.6):
+        for model in (fused, plain):
+            model.get_submodule("1.1").negative_slope = slope
+        torch.testing.assert_close(step(fused, images()), step(plain, images()), **EXACT)
+    for model in (fused, plain):
+        norm = model.get_submodule("1.0")
+        norm.forward = lambda x, forward=norm.forward: forward(2 * x) + 1
+    torch.testing.assert_close(step(fused, images()), step(plain, images()), **EXACT)
+
+
+def test_structures_are_returned_as_they_are():
+    fused, plain = fuse(Pair().double()), Pair().double()
+    x = images().mean(1, True).expand(-1, C, -1, -1)
+    got = fused(x)
+    assert type(got) is tuple
+    assert got[1] is x
+    torch.testing.assert_close(got, plain(x), **EXACT)
 
 
 # Errors
@@ -368,39 +485,11 @@ def test_fused_twice_is_an_error():
         fuse(fuse(network("relu")))
 
 
-class Untraceable(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
-
-
-class Pair(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
-
-
-def test_a_network_that_cannot_be_fused_is_an_error():
-    with pytest.raises(FastjacError, match="cannot trace Untraceable"):
-        fuse(Untraceable())
-    with pytest.raises(FastjacError, match="Pair must return one tensor of logits; got tuple"):
-        fuse(Pair())
-
-
-@pytest.mark.parametrize("strategy", ["auto", "autograd"])
-def test_matching_takes_the_model_itself(strategy):
+def test_student_and_teacher_may_not_be_one_network_fused():
     model = network("2x2")
-    with pytest.raises(FastjacError, match=r"the student is fused; expected .*model.unfuse\(\)"):
-        JacobianMatching(fuse(model), model, strategy=strategy)
-    with pytest.raises(FastjacError, match="the teacher is fused"):
-        JacobianMatching(model, fuse(model), strategy=strategy)
-    with pytest.raises(FastjacError, match="the model is fused"):
-        input_jacobian(fuse(model), images(), AttentionWindow("1"), strategy=strategy)
-
-
-def test_a_sum_larger_than_the_map_is_an_error():
-    model = nn.Sequential(Enlarged(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    x, message = torch.rand(2, C, 5, 5), r"adding \[2, 4, 5, 5\] enlarges .*output, \[2, 4, 1, 1\]"
-    with pytest.raises(FastjacError, match=message):
-        fuse(model)(x)
+    for student, teacher in ((fuse(model), model), (model, fuse(model))):
+        with pytest.raises(FastjacError, match="student and teacher share a module: '0' is '0'"):
+            JacobianMatching(student, teacher)
 
 
 def test_one_value_per_channel_is_an_error():
@@ -421,17 +510,34 @@ def test_a_second_derivative_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "middle", ["a parameter added", "a vector added", "another dtype added", "vectors", "2x2"]
+    "middle",
+    [
+        *("a parameter added", "a vector added", "another dtype added", "vectors", "2x2"),
+        *("a sum larger than the map", "branching", "norm read twice", "residual"),
+    ],
 )
+@pytest.mark.parametrize("fused", [False, True], ids=["model", "fused model"])
 @pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
 @pytest.mark.parametrize("target", [AttentionWindow("1"), LabelLogit()], ids=["window", "logit"])
-def test_the_engine_runs_the_same_chains(middle, target, batch_stats):
+def test_the_engine_runs_the_same_chains(middle, target, batch_stats, fused):
     y, results = torch.tensor([0, 1, 4]), []
     for strategy in ("auto", "autograd"):
         student = network(middle)
-        matcher = JacobianMatching(student, network(middle, 1), target, None, batch_stats, strategy)
+        teacher = network(middle, 1)
+        if fused:
+            student, teacher = fuse(student), fuse(teacher)
+        matcher = JacobianMatching(student, teacher, target, None, batch_stats, strategy)
         out = matcher(images(), y)
         (out.jacobian_loss + out.student_logits.square().mean()).backward()
         results.append((out.jacobian_loss.detach(), [p.grad for p in student.parameters()]))
     rounding = 1e-5 if "dtype" in middle else 1e-9
     torch.testing.assert_close(*results, rtol=rounding, atol=1e-3 * rounding)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autograd"])
+def test_a_fused_model_has_the_jacobian_of_the_model(strategy):
+    target = AttentionWindow("1")
+    got = input_jacobian(fuse(network("2x2")), images(), target, strategy=strategy)
+    expected = input_jacobian(network("2x2"), images(), target, strategy="autograd")
+    assert expected.norm() > 0
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)

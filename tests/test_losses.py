@@ -1,18 +1,37 @@
 """The loss terms against their equations, one sample and one number at a time."""
 
+import doctest
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastjac import (
-    FastjacError,
+from fastjac import losses, reference
+from fastjac.errors import FastjacError
+from fastjac.losses import (
     activation_match_loss,
     attention_match_loss,
+    gradient_penalty,
+    jacobian_cosine_loss,
     jacobian_match_loss,
-    reference,
+    jacobian_norm_penalty,
+    masked_jacobian_penalty,
 )
+
+MASK = torch.arange(30).view(1, 1, 5, 6) % 3 == 0
+# Losses of one Jacobian [4, 3, 5, 6], with the equation for one sample's numbers.
+OF_ONE = {
+    "norm": (jacobian_norm_penalty, lambda j: sum(v * v for v in j)),
+    "wgan-gp": (gradient_penalty, lambda j: (length(j) - 1) ** 2),
+    "norm 5": (lambda j: gradient_penalty(j, 5), lambda j: (length(j) - 5) ** 2),
+    "norm 0": (lambda j: gradient_penalty(j, 0.0), lambda j: length(j) ** 2),
+    "masked": (
+        lambda j: masked_jacobian_penalty(j, MASK),
+        lambda j: sum(v * v for k, v in enumerate(j) if k % 30 % 3 == 0),
+    ),
+}
+of_one = pytest.mark.parametrize(("loss", "equation"), OF_ONE.values(), ids=OF_ONE)
 
 
 def pair(*shape: int, teacher: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
@@ -20,9 +39,12 @@ def pair(*shape: int, teacher: tuple[int, ...] | None = None) -> tuple[Tensor, T
     return tuple(torch.randn(s, generator=make).double() for s in (shape, teacher or shape))
 
 
+def length(values: list[float]) -> float:
+    return math.sqrt(sum(v * v for v in values))
+
+
 def unit(values: list[float]) -> list[float]:
-    length = math.sqrt(sum(v * v for v in values))
-    return [v / length for v in values]
+    return [v / length(values) for v in values]
 
 
 def squared_distance(a: list[float], b: list[float]) -> float:
@@ -57,6 +79,93 @@ def test_jacobian_matchs_gradient(normalize):
         for f in (jacobian_match_loss, reference.jacobian_match_loss)
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@of_one
+def test_losses_of_one_jacobian(loss, equation):
+    j, _ = pair(4, 3, 5, 6)
+    expected = sum(map(equation, j.flatten(1).tolist())) / 4
+    assert loss(j).item() == pytest.approx(expected, rel=1e-13)
+    rows = j.unflatten(1, (3, 1))  # [B, K, ...]: K counts to the norm
+    if loss is not OF_ONE["masked"][0]:
+        assert loss(rows).item() == pytest.approx(expected, rel=1e-13)
+
+
+@of_one
+def test_their_derivatives(loss, equation):
+    j = pair(4, 3, 5, 6)[0].requires_grad_()
+    assert torch.autograd.gradcheck(loss, j)
+    assert torch.autograd.gradgradcheck(loss, j)
+
+
+@of_one
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_computed_in_float32(loss, equation, dtype):
+    j = (300 * pair(4, 3, 5, 6)[0]).to(dtype).requires_grad_()  # squares overflow float16
+    got, expected = loss(j), loss(j.detach().float())
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+    (grad,) = torch.autograd.grad(got, j)
+    assert grad.dtype == dtype
+    assert grad.isfinite().all()
+
+
+@of_one
+def test_a_zero_jacobian_has_a_finite_gradient(loss, equation):
+    j, _ = pair(4, 3, 5, 6)
+    j[0] = 0
+    value = loss(j.requires_grad_())
+    (grad,) = torch.autograd.grad(value, j)
+    assert value.isfinite()
+    assert grad[0].count_nonzero() == 0
+    assert grad.isfinite().all()
+    assert (grad[1:].flatten(1).norm(dim=1) > 0).all()
+
+
+def test_jacobian_cosine():
+    js, jt = pair(4, 3, 5, 6)
+    samples = zip(js.flatten(1).tolist(), jt.flatten(1).tolist(), strict=True)
+    cosines = [sum(a * b for a, b in zip(unit(s), unit(t), strict=True)) for s, t in samples]
+    expected = sum(1 - c for c in cosines) / 4
+    assert jacobian_cosine_loss(js, jt).item() == pytest.approx(expected, rel=1e-13)
+    assert jacobian_cosine_loss(9 * js, jt / 7).item() == pytest.approx(expected, rel=1e-13)
+    assert jacobian_cosine_loss(js, -js).item() == pytest.approx(2, rel=1e-13)
+    assert torch.autograd.gradcheck(jacobian_cosine_loss, (js.requires_grad_(), jt))
+    assert torch.autograd.gradcheck(jacobian_cosine_loss, (js, jt.requires_grad_()))
+
+
+def test_the_cosine_does_not_cancel():
+    js = pair(4, 300)[0].float()
+    jt = js * (1 + 1e-4 * pair(300, 4)[1].float().view(4, 300))
+    exact = jacobian_cosine_loss(js.double(), jt.double()).item()
+    assert 0 < exact < 1e-7
+    assert jacobian_cosine_loss(js, jt).item() == pytest.approx(exact, rel=1e-3)
+    assert jacobian_cosine_loss(js, js) == 0
+
+
+def test_the_cosine_of_zeros_and_of_low_precision():
+    js, jt = pair(3, 4, 5)
+    js[0], js[1], jt[1] = 0, 0, 0
+    value = jacobian_cosine_loss(js.requires_grad_(), jt)
+    expected = jacobian_cosine_loss(js[2:], jt[2:])
+    assert value.item() == pytest.approx((0.5 + 0 + expected.item()) / 3)
+    (grad,) = torch.autograd.grad(value, js)
+    assert grad[:2].count_nonzero() == 0
+    assert grad[2].norm() > 0
+    low = (300 * js.detach()).half(), (300 * jt).half()
+    assert jacobian_cosine_loss(*low).dtype == torch.float32
+    assert jacobian_cosine_loss(*low).item() == pytest.approx(value.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (4, 1, 5, 6), (1, 3, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_masks_are_numbers_too(shape):
+    j, weight = pair(4, 3, 5, 6, teacher=shape)
+    expected = (j * weight).square().flatten(1).sum(1).mean()
+    torch.testing.assert_close(masked_jacobian_penalty(j, weight), expected)
+    on = weight > 0
+    expected = torch.where(on, j, 0.0).square().flatten(1).sum(1).mean()
+    for mask in (on, on.long(), on.half()):
+        torch.testing.assert_close(masked_jacobian_penalty(j, mask), expected)
 
 
 def test_activation_match():
@@ -125,8 +234,36 @@ def test_dead_features_give_a_finite_loss_and_gradient():
             ((2, 3), (2, 4)),
             r"differ in shape: \[2, 3\] and \[2, 4\]",
         ),
+        (
+            jacobian_cosine_loss,
+            ((2, 3), (1, 3)),
+            r"^jacobian_cosine_loss: jt must have js's shape, \[2, 3\], got \[1, 3\]$",
+        ),
+        (jacobian_cosine_loss, ((2,), (2,)), r"js must be floating-point \[B, ...\]; .*\[2\]$"),
+        (jacobian_norm_penalty, ((2,),), r"^jacobian_norm_penalty: j must be .*float32 \[2\]$"),
+        (gradient_penalty, ((),), r"^gradient_penalty: j must be .*float32 \[\]$"),
+        (
+            masked_jacobian_penalty,
+            ((2, 3, 4, 4), (2, 3, 4, 3)),
+            r"mask must have 4 dimensions, each of size 1 or j's, \[2, 3, 4, 4\]; got \[2, 3, 4, 3\]",
+        ),
+        (masked_jacobian_penalty, ((3, 3, 4, 4), (3, 4, 4)), r"4 dimensions, .* got \[3, 4, 4\]$"),
     ],
 )
 def test_shapes(loss, shapes, message):
     with pytest.raises(FastjacError, match=message):
         loss(*map(torch.zeros, shapes))
+
+
+def test_bad_values():
+    with pytest.raises(FastjacError, match=r"must be floating-point .*int64 \[2, 3\]$"):
+        jacobian_norm_penalty(torch.zeros(2, 3).long())
+    for wrong in (-1, math.nan, math.inf, "1", torch.ones(())):
+        with pytest.raises(FastjacError, match=r"^gradient_penalty: norm must be a number from 0"):
+            gradient_penalty(torch.zeros(2, 3), wrong)
+
+
+def test_the_examples_run():
+    result = doctest.testmod(losses)
+    assert result.attempted >= 14
+    assert result.failed == 0

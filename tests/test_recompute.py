@@ -1,4 +1,4 @@
-"""What a fused network keeps for its backward, and what it makes again instead."""
+"""What a fused network saves for its backward, and what it recomputes instead."""
 
 import copy
 
@@ -42,7 +42,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 def test_bytes_kept_for_the_backward(pool, plain, fused):
     """Of each float32 element of u. The convolution that follows keeps its input too, if not fused."""
     pools = {"2x2": [nn.MaxPool2d(2)], "3x3": [nn.MaxPool2d(3, 2, 1)], "": []}[pool]
-    first = nn.Conv2d(24, 8, 3, padding=1)  # of more products than are worth making u again
+    first = nn.Conv2d(24, 8, 3, padding=1)  # of more products than are worth recomputing u
     model = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), *pools, nn.Conv2d(8, 1, 1))
     x = torch.rand(2, 24, 64, 64)
     elements = first(x).numel()
@@ -66,7 +66,7 @@ class Branches(nn.Module):
         return self.a(x) * self.b(x) + x
 
 
-def test_an_activation_is_not_kept_but_made_again():
+def test_an_activation_is_not_kept_but_recomputed():
     model, alive = unpooled(), []
     model[3].a.register_forward_pre_hook(
         lambda module, args: alive.append(StorageWeakRef(args[0].untyped_storage()))
@@ -89,7 +89,7 @@ def check_gradients(y: Tensor, model: nn.Module, x: Tensor) -> None:
         torch.autograd.grad(loss, model.parameters())
 
 
-def test_an_activation_is_made_again_beside_hooks_of_the_callers():
+def test_an_activation_is_recomputed_beside_hooks_of_the_callers():
     model, x, seen = unpooled(), images(), []
 
     def pack(t: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def test_an_activation_is_made_again_beside_hooks_of_the_callers():
     assert seen
 
 
-def test_what_an_activation_is_made_from_must_not_be_overwritten():
+def test_what_an_activation_is_recomputed_from_must_not_be_overwritten():
     model = unpooled()
     loss = fuse(model)(images()).square().sum()
     with torch.no_grad():
@@ -134,24 +134,20 @@ def with_first(first: nn.Conv2d, *pool: nn.Module) -> nn.Sequential:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("pool", ["none", "2x2", "3x3"])
 @pytest.mark.parametrize("first", FIRST)
-def test_a_first_convolution_is_not_kept_but_made_again(first, pool, memory_format):
+def test_a_first_convolution_is_not_kept_but_recomputed(first, pool, memory_format):
     pools = {"none": [], "2x2": [nn.MaxPool2d(2)], "3x3": [nn.MaxPool2d(3, 2, 1)]}[pool]
     model, alive = with_first(FIRST[first](), *pools).to(memory_format=memory_format), []
-    program = fuse(model).network.program()
-
-    def call(node, args, kwargs, values):
-        value = program.callable(node)[1](*args, **kwargs)
-        if node.target == "0":
-            alive.append(StorageWeakRef(value.untyped_storage()))
-        return value
-
+    handle = model[0].register_forward_hook(
+        lambda module, args, value: alive.append(StorageWeakRef(value.untyped_storage()))
+    )
     x = images().contiguous(memory_format=memory_format)
-    y = program.run(x, call)
+    y = fuse(model)(x)
+    handle.remove()
     assert [ref.expired() for ref in alive] == [True]
     check_gradients(y, model, x)
 
 
-def test_what_a_first_convolution_is_made_from():
+def test_what_a_first_convolution_is_recomputed_from():
     """Its weight and input must be as they were; of its bias a copy is kept, as PyTorch needs none."""
     model = with_first(FIRST["bias"]())
     x = images()
@@ -171,7 +167,7 @@ def test_what_a_first_convolution_is_made_from():
             loss.backward()
 
 
-def test_a_first_convolution_is_made_again_as_autocast_made_it():
+def test_a_first_convolution_is_recomputed_as_autocast_made_it():
     x, gradients = images().float(), []
     for wrap in (fuse, lambda model: model):
         model = with_first(FIRST["bias"](), nn.MaxPool2d(2)).float()
@@ -185,7 +181,7 @@ def test_a_first_convolution_is_made_again_as_autocast_made_it():
 
 @pytest.mark.parametrize("strategy", ["local", "dense"])
 @pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
-def test_the_engine_makes_a_first_convolution_again(strategy, batch_stats):
+def test_the_engine_recomputes_a_first_convolution(strategy, batch_stats):
     if strategy == "local" and batch_stats == "batch":
         pytest.skip("batch statistics are not local")
     gradients = []
@@ -201,7 +197,7 @@ def test_the_engine_makes_a_first_convolution_again(strategy, batch_stats):
 
 
 def test_torch_compile_trains_a_fused_network():
-    """It makes graphs of its own, whose results have nothing that a chain could be made again from."""
+    """Compiled, the model runs as it is: the compiler fuses."""
     model = with_first(FIRST["bias"]())
     fused = fuse(model)
     gradients = []

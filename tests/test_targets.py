@@ -1,12 +1,24 @@
 """Which scalar is differentiated: the definitions as loops, and where a window stands."""
 
+import doctest
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastjac import AttentionWindow, FastjacError, LabelLogit
+from fastjac import targets
+from fastjac.errors import FastjacError
+from fastjac.ops.window_crop import window_crop_adjoint
+from fastjac.targets import (
+    AttentionWindow,
+    LabelLogit,
+    Logits,
+    Projection,
+    Scalar,
+    Target,
+    check_targets,
+)
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 POWERS = pytest.mark.parametrize("power", [1, 2, 2.5, 3, 4])
@@ -51,9 +63,10 @@ def test_the_attention_windows_definition(window, power):
         brightest = max(places, key=lambda p: pooled[b][p[0]][p[1]])
         assert tuple(target.position(z)[b].tolist()) == brightest
         for i, j in (brightest, places[0], places[-1], (0, 8 - k), (6 - k, 0)):
-            phi = target.scalar(z, torch.tensor([[i, j]] * 2))[b]
+            phi = target.at(torch.tensor([[i, j]] * 2)).scalar(None, z, None)[b]
             assert phi.item() == pytest.approx(pooled[b][i][j], rel=1e-12)
-        assert target.position(z).dtype == torch.int64
+    assert target.position(z).dtype == torch.int64
+    assert torch.equal(target.scalar(None, z, None), target.pooled(z).flatten(1).amax(1))
 
 
 def test_the_side_is_a_share_of_the_height():
@@ -78,22 +91,108 @@ def test_the_position_is_no_function_to_differentiate():
 
 @POWERS
 def test_the_scalars_derivatives(power):
-    target, z = AttentionWindow("z", 1 / 2, power), features(2, 2, 4, 4).requires_grad_()
-    position = torch.tensor([[0, 1], [2, 2]])
-    assert torch.autograd.gradcheck(lambda z: target.scalar(z, position), z)
-    assert torch.autograd.gradgradcheck(lambda z: target.scalar(z, position), z)
+    target = AttentionWindow("z", 1 / 2, power).at(torch.tensor([[0, 1], [2, 2]]))
+    z = features(2, 2, 4, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: target.scalar(None, z, None), z)
+    assert torch.autograd.gradgradcheck(lambda z: target.scalar(None, z, None), z)
 
 
 @POWERS
 def test_dead_features_have_finite_derivatives(power):
-    target, z = AttentionWindow("z", 1 / 2, power), torch.zeros(1, 2, 4, 4).double()
-    phi = target.scalar(z.requires_grad_(), torch.tensor([[0, 1]]))
+    target = AttentionWindow("z", 1 / 2, power).at(torch.tensor([[0, 1]]))
+    z = torch.zeros(1, 2, 4, 4).double().requires_grad_()
+    phi = target.scalar(None, z, None)
     (slope,) = torch.autograd.grad(phi.sum(), z, create_graph=True)
     assert phi == slope.count_nonzero() == 0
     if power >= 2:
         (bend,) = torch.autograd.grad(slope.sum(), z)
         assert bend.isfinite().all()
         assert bend.count_nonzero() == (8 if power == 2 else 0)
+
+
+@POWERS
+def test_the_windows_head_is_the_scalars_derivatives(power):
+    target, z = AttentionWindow("z", 1 / 2, power), features(2, 3, 6, 5).requires_grad_()
+    tangent = features(2, 3, 3, 3, seed=1)
+    for each in (target, target.at(torch.tensor([[0, 1], [3, 2]]))):
+        head = each.head(None, z, None)
+        assert (head.reads, head.side) == ("features", 3)
+        assert torch.equal(head.position, each.start(z))
+        phi = each.scalar(None, z, None)
+        (grad,) = torch.autograd.grad(phi.sum(), z, create_graph=True)
+        full = [window_crop_adjoint(t, head.position, z.shape[2:]) for t in (head.grad, tangent)]
+        torch.testing.assert_close(full[0], grad.detach(), **EXACT)
+        assert (head.hvp is None) == (power == 1)
+        if head.hvp is not None:
+            (curvature,) = torch.autograd.grad(grad, z, full[1])
+            got = window_crop_adjoint(head.hvp(tangent), head.position, z.shape[2:])
+            torch.testing.assert_close(got, curvature, **EXACT)
+
+
+# Where the window stands
+
+
+def test_a_given_position():
+    z, position = features(3, 2, 10, 10), torch.tensor([[0, 8], [4, 4], [1, 0]])
+    target = AttentionWindow("z").at(position)
+    assert target.start(z) is position
+    assert target.placed(z).start(z) is position
+    with pytest.raises(FastjacError, match=r"^position: expected int64 \[3, 2\], got torch.int32"):
+        AttentionWindow("z").at(position.int()).scalar(None, z, None)
+    with pytest.raises(
+        FastjacError, match=r"^position: expected int64 \[3, 2\], got torch.int64 \[2, 2\]$"
+    ):
+        AttentionWindow("z").at(position[:2]).head(None, z, None)
+    with pytest.raises(FastjacError, match=r"^position: expected int64 \[3, 2\], got list$"):
+        AttentionWindow("z").at([[0, 0]]).start(z)
+    for wrong in ([9, 0], [0, 9], [-1, 3]):
+        with pytest.raises(FastjacError, match=r"^position: expected 0 to \[8, 8\], got \["):
+            AttentionWindow("z").at(torch.tensor([wrong] * 3)).placed(z)
+    nothing = AttentionWindow("z").at(position[:0]).scalar(None, z[:0], None)
+    assert nothing.shape == (0,)
+
+
+def test_placed_fixes_the_argmax():
+    z, later = features(3, 2, 10, 10), features(3, 2, 10, 10, seed=1)
+    target = AttentionWindow("z")
+    placed = target.placed(z)
+    assert torch.equal(placed.start(later), target.position(z))
+    assert placed.start(later) is placed.placed(later).start(z)
+    assert not torch.equal(target.start(later), target.start(z))
+
+
+@pytest.mark.parametrize("size", [(10, 10), (21, 13)], ids=str)
+def test_the_student_is_paired_with_the_teachers_window(size):
+    z_t, z_s = features(3, 2, 10, 10), features(3, 4, *size, seed=1)
+    for anchor in ("teacher", "own"):
+        target = AttentionWindow("s", anchor=anchor, teacher_layer="t")
+        teacher = target.for_teacher().placed(z_t)
+        student = target.paired(teacher, z_t, None)
+        position = teacher.position(z_t)
+        expected = target.position(z_s)
+        if anchor == "teacher":
+            expected = target.transfer(position, z_t, z_s)
+        assert student.layer == "s"
+        assert torch.equal(student.start(z_s), expected)
+        assert torch.equal(student.placed(z_s).start(z_s), expected)
+        assert torch.equal(
+            student.scalar(None, z_s, None), target.at(expected).scalar(None, z_s, None)
+        )
+        if size == (10, 10) and anchor == "teacher":  # engines compare positions by identity
+            assert student.start(z_s) is teacher.start(z_t)
+
+
+def test_a_given_position_is_the_teachers():
+    z_t, z_s = features(3, 2, 10, 10), features(3, 4, 20, 20, seed=1)
+    target = AttentionWindow("s").at(torch.tensor([[8, 8], [0, 0], [3, 4]]))
+    teacher = target.for_teacher().placed(z_t)
+    student = target.paired(teacher, z_t, None)
+    assert teacher.start(z_t).tolist() == [[8, 8], [0, 0], [3, 4]]
+    assert student.start(z_s).tolist() == [[16, 16], [0, 0], [6, 8]]
+    with pytest.raises(
+        FastjacError, match="needs an AttentionWindow for the teacher; got LabelLog"
+    ):
+        target.paired(LabelLogit(), z_t, None)
 
 
 # From one map to another
@@ -145,21 +244,156 @@ def test_there_and_back_on_a_map_of_twice_the_size():
         assert transfer(there, (20, 20), (10, 10)) == [r, r]
 
 
-# The label's logit, and what both have
+# The label's logit
 
 
 def test_the_label_logits_definition():
-    logits, y = features(5, 7), torch.tensor([6, 0, 3, 3, 1])
-    phi = LabelLogit().scalar(logits, y)
+    logits, y = features(5, 7).requires_grad_(), torch.tensor([6, 0, 3, 3, 1])
+    phi = LabelLogit().scalar(logits, None, y)
     assert phi.tolist() == [logits[i, y[i]].item() for i in range(5)]
+    head = LabelLogit().head(logits, None, y)
+    assert (head.reads, head.hvp, head.position, head.side) == ("output", None, None, None)
+    assert torch.equal(head.grad, torch.autograd.grad(phi.sum(), logits)[0])
 
 
-def test_defaults_of_the_paper():
+@pytest.mark.parametrize("method", ["scalar", "head"])
+@pytest.mark.parametrize(
+    ("logits", "y", "message"),
+    [
+        (torch.empty(2, 3), None, "^LabelLogit needs the labels y; got None$"),
+        (torch.empty(2, 3), [0, 1], r"^labels y: expected int64 \[2\], got list$"),
+        (torch.empty(2, 3), torch.ones(2), r"^labels y: expected int64 \[2\], got float32 \[2\]$"),
+        (torch.empty(2, 3), torch.ones(3).long(), r"expected int64 \[2\], got int64 \[3\]$"),
+        (torch.empty(2, 3), torch.tensor([0, 3]), "^labels y: expected 0 to 2, got 0 to 3$"),
+        (torch.empty(2, 3), torch.tensor([0, -100]), "^labels y: expected 0 to 2, got -100 to 0$"),
+        (torch.empty(2, 3, 1), torch.tensor([0, 1]), r"the model gave \[2, 3, 1\]$"),
+        ({}, torch.tensor([0, 1]), "the model gave dict: name its logits with output=$"),
+    ],
+)
+def test_label_logit_errors(logits, y, message, method):
+    with pytest.raises(FastjacError, match=message):
+        getattr(LabelLogit(), method)(logits, None, y)
+
+
+# Functions, rows of logits, random projections
+
+
+def test_scalar_takes_the_output_or_a_layers_features():
+    output, z, y = features(3, 4), features(3, 2, 5, 5, seed=1), torch.tensor([1.0, 2.0, 3.0])
+    calls = []
+
+    def function(tensor: Tensor, y: Tensor) -> Tensor:
+        calls.append((tensor, y))
+        return tensor.flatten(1).sum(1) * y
+
+    assert torch.equal(Scalar(function).scalar(output, None, y), output.sum(1) * y)
+    assert torch.equal(Scalar(function, "z").scalar(output, z, y), z.flatten(1).sum(1) * y)
+    assert calls[0][0] is output
+    assert calls[1][0] is z
+    assert calls[1][1] is y
+    assert (Scalar(function).layer, Scalar(function, "z").layer) == (None, "z")
+    assert Scalar(function).head(output, None, y) is None
+    with pytest.raises(FastjacError, match=r"function must be callable .*; got str"):
+        Scalar("z")
+
+
+@pytest.mark.parametrize("indices", [None, (3, 0), [2], range(3), torch.tensor([1, 1])], ids=str)
+def test_logits_are_the_chosen_columns(indices):
+    output = features(3, 4).requires_grad_()
+    phi = Logits(indices).scalar(output, None, None)
+    chosen = range(4) if indices is None else [int(k) for k in indices]
+    assert phi.tolist() == [[output[i, k].item() for k in chosen] for i in range(3)]
+    weight = features(*phi.shape, seed=1)
+    (got,) = torch.autograd.grad((phi * weight).sum(), output)
+    expected = torch.zeros(3, 4).double()
+    for column, k in enumerate(chosen):
+        expected[:, k] += weight[:, column]
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+def test_logits_errors():
+    for wrong in ([], [-1], [0.5], "ab", 3, {0}):
+        with pytest.raises(FastjacError, match=r"^Logits: indices must be ints from 0"):
+            Logits(wrong)
+    with pytest.raises(FastjacError, match=r"^Logits: expected indices from 0 to 2, got 3$"):
+        Logits([0, 3]).scalar(torch.empty(2, 3), None, None)
+    with pytest.raises(FastjacError, match=r"^Logits needs logits .*gave \[2, 3, 1\]$"):
+        Logits().scalar(torch.empty(2, 3, 1), None, None)
+
+
+def test_projections_are_of_their_rows():
+    output, target = features(3, 2, 4), Projection(5, torch.Generator().manual_seed(0)).drawn()
+    rows = target.rows(output.flatten(1))
+    assert rows.shape == (3, 5, 8)
+    expected = torch.einsum("bnd,bd->bn", rows, output.flatten(1))
+    torch.testing.assert_close(target.scalar(output, None, None), expected, **EXACT)
+    assert len(set(rows.flatten().tolist())) == rows.numel()  # each sample, each row its own
+
+
+def test_projections_keep_the_squared_norm_on_average():
+    """w w^T, summed over the rows, is the identity on average: so is J^T w w^T J's trace ||J||^2."""
+    target, flat = Projection(2, torch.Generator().manual_seed(0)), torch.empty(4000, 3)
+    rows = target.rows(flat).double()
+    mean = torch.einsum("bnd,bne->de", rows, rows) / len(rows)
+    assert (mean - torch.eye(3)).abs().max() < 5 * math.sqrt(2 / 2 / 4000)
+
+
+def test_projections_are_drawn_anew_unless_fixed():
+    output = features(3, 4)
+    target = Projection(2, torch.Generator().manual_seed(0))
+    first, second = (target.scalar(output, None, None) for _ in range(2))
+    assert not torch.equal(first, second)
+    fixed = target.drawn()
+    assert fixed.drawn() is fixed
+    assert target.drawn().rows(output).ne(fixed.rows(output)).any()
+    again = Projection(2, torch.Generator().manual_seed(0))
+    assert torch.equal(again.scalar(output, None, None), first)
+    for dtype in (torch.float32, torch.bfloat16):  # two networks of two dtypes share the rows
+        assert torch.equal(fixed.rows(output.to(dtype)), fixed.rows(output).to(dtype))
+    torch.manual_seed(3)
+    default = Projection(2).scalar(output, None, None)
+    torch.manual_seed(3)
+    assert torch.equal(Projection(2).drawn().scalar(output, None, None), default)
+
+
+def test_projection_errors():
+    for wrong in (0, -1, 1.5, None):
+        with pytest.raises(FastjacError, match=r"^Projection: n must be a positive int"):
+            Projection(wrong)
+    with pytest.raises(FastjacError, match=r"needs an output \[B, ...\]; the model gave \[3\]"):
+        Projection(2).scalar(torch.empty(3), None, None)
+    with pytest.raises(FastjacError, match="the model gave tuple"):
+        Projection(2).scalar((), None, None)
+
+
+# What all have
+
+
+class Norm(Target):
+    def scalar(self, output, features, y):
+        return output.norm(dim=1)
+
+
+def test_a_users_target_needs_a_scalar_alone():
+    target, z = Norm(), features(2, 3)
+    assert (target.layer, target.normalize) == (None, False)
+    assert target.head(z, None, None) is None
+    same = (target.for_teacher(), target.placed(z), target.paired(target, z, None), target.drawn())
+    assert all(each is target for each in same)
+    with pytest.raises(FastjacError, match=r"^Target must define scalar\(output, features, y\)$"):
+        Target().scalar(z, None, None)
+
+
+def test_defaults():
     assert AttentionWindow("z").normalize is True
-    assert LabelLogit().normalize is False
+    assert LabelLogit().normalize is Scalar(len).normalize is Logits().normalize is False
     assert (AttentionWindow("z").window, AttentionWindow("z").power) == (1 / 5, 2)
     assert AttentionWindow("z").anchor == "teacher"
-    assert LabelLogit().layer is None
+    assert LabelLogit().layer is Logits().layer is Projection(1).layer is None
+    with pytest.raises(TypeError, match="layer"):
+        AttentionWindow()
+    with pytest.raises(FastjacError, match="layer is a name of named_modules"):
+        AttentionWindow(None)
 
 
 def test_the_teachers_target():
@@ -169,12 +403,64 @@ def test_the_teachers_target():
     assert LabelLogit().for_teacher() == LabelLogit()
 
 
-def test_errors():
-    with pytest.raises(FastjacError, match=r"layer 'z' is not a feature map: .*got \[2, 3\]"):
-        AttentionWindow("z").pooled(torch.empty(2, 3))
+@pytest.mark.parametrize(
+    ("phi", "message"),
+    [
+        (
+            torch.empty(4, 2, 3),
+            r"^Norm: scalar must be \[B\] or \[B, K\] with B = 4; got \[4, 2, 3\]$",
+        ),
+        (torch.empty(()), r"with B = 4; got \[\]$"),
+        (torch.empty(3), r"with B = 4; got \[3\]$"),
+        (torch.empty(1, 4), r"with B = 4; got \[1, 4\]$"),
+        (2.5, "with B = 4; got float$"),
+        (torch.ones(4).long(), "^Norm: scalar must be floating-point; got int64$"),
+    ],
+)
+def test_the_shape_of_phi(phi, message):
+    with pytest.raises(FastjacError, match=message):
+        Norm().check_scalar(phi, 4)
+
+
+def test_phis_of_the_right_shape():
+    for shape in ((4,), (4, 1), (4, 7), (4, 0)):
+        phi = torch.empty(shape)
+        assert Norm().check_scalar(phi, 4) is phi
+
+
+def test_check_targets():
+    both = (LabelLogit(), Norm())
+    assert check_targets(both) is both
+    for wrong, name in (("logit", "str"), (None, "NoneType"), (LabelLogit, "LabelLogit itself")):
+        with pytest.raises(FastjacError, match=rf"^target: expected a Target .*; got {name}$"):
+            check_targets(wrong)
+        with pytest.raises(FastjacError, match=rf"; got {name}$"):
+            check_targets((LabelLogit(), wrong))
+    with pytest.raises(FastjacError, match="got an empty tuple"):
+        check_targets(())
+
+
+def test_window_errors():
+    for method in ("scalar", "head"):
+        with pytest.raises(
+            FastjacError,
+            match=r"^layer 'z' is not a feature map: expected \[B, C, h, w\], got \[2, 3\]$",
+        ):
+            getattr(AttentionWindow("z"), method)(None, torch.empty(2, 3), None)
     with pytest.raises(
         FastjacError, match=r"a 2x2 window \(0.2 of the height\) is larger .* 10x1 map"
     ):
         AttentionWindow("z").pooled(torch.empty(1, 2, 10, 1))
-    with pytest.raises(FastjacError, match="LabelLogit needs the labels y"):
-        LabelLogit().scalar(torch.empty(2, 3), None)
+    for wrong, message in (
+        ({"window": 0}, r"window is a share of the map's height, in \(0, 1\]; got 0"),
+        ({"power": 1.5}, "power must be 1 or at least 2; got 1.5"),
+        ({"anchor": "student"}, "anchor is 'teacher' or 'own'; got 'student'"),
+    ):
+        with pytest.raises(FastjacError, match=message):
+            AttentionWindow("z", **wrong)
+
+
+def test_the_examples_run():
+    result = doctest.testmod(targets)
+    assert result.attempted > 20
+    assert result.failed == 0

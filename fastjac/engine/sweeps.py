@@ -189,8 +189,12 @@ class _InputJacobian(torch.autograd.Function):
         return torch.stack(found, 1) if stacked else found[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise FastjacError(
+                "fastjac.with_jacobian differentiates once; got a backward with create_graph=True. "
+                "strategy='autograd' differentiates the model's outputs further"
+            )
         ctx.saved_tensors  # noqa: B018  PyTorch's error, where they are freed
         release = not torch._C._autograd._get_current_graph_task_keep_graph()
         rows = ctx.rows
@@ -256,6 +260,9 @@ def input_jacobian(rows: list[Linearization], stacked: bool, whole: bool = True)
         row.calls = [c.with_rule(c.rule, c.outputs, _placeless(c.receivers)) for c in row.calls]
         row.head = None if row.head is None else Receiver(None, row.head.source)
     values = _InputJacobian.apply(rows, whole, stacked, *receivers)
+    if not values.requires_grad:
+        for row in rows:
+            row.calls, row.kept, row.hvp = [], [], None  # what the forward left to a backward
     return InputJacobian(values, rows[0], whole)
 
 

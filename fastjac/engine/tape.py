@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import BackwardHook
 
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.base import Receiver, Rule
@@ -41,6 +42,8 @@ _CONSTANTS |= {
     Tensor.new_full,
 }
 _SAMPLERS = {torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial}
+_REQUIRES_GRAD = Tensor.requires_grad.__get__
+_SET_UP_HOOK = BackwardHook._apply_on_tensors.__code__
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
@@ -109,12 +112,16 @@ class Tape(Fusion):
     # Values.
 
     def _assign(self, tensor: Tensor, trainable: bool) -> int:
-        number, values, key = len(self.shapes), self._values, id(tensor)
+        number = len(self.shapes)
         self.shapes.append(tensor.shape)
         self.half = self.half or tensor.dtype == torch.float16
-        alive = weakref.ref(tensor, lambda _: values.pop(key, None))
-        values[key] = Value(number, tensor._version, trainable, None, alive)
+        self._hold(tensor, Value(number, tensor._version, trainable, None, None))
         return number
+
+    def _hold(self, tensor: Tensor, value: Value) -> None:
+        values, key = self._values, id(tensor)
+        alive = weakref.ref(tensor, lambda _: values.pop(key, None))
+        values[key] = value._replace(alive=alive)
 
     def fresh(self, shape: torch.Size) -> int:
         """The number of a value that no tensor holds."""
@@ -206,9 +213,17 @@ class Tape(Fusion):
 
     # Calls.
 
+    def query(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Backward hooks fire as they do where x requires no gradient.
+        if function == _REQUIRES_GRAD and self.recording and _in_backward_hook():
+            return self.trains(args[0])
+        return function(*args, **kwargs)
+
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.recording:
             return self.run(function, args, kwargs)
+        if function is Tensor.view_as and _in_backward_hook():
+            return self._hooked(args[0])
         varying: list[Tensor] = []
         trains = self._scan(function, args, varying)
         if kwargs:
@@ -242,6 +257,16 @@ class Tape(Fusion):
             for tensor in tensors_in(out):
                 if tensor.grad_fn is not None:
                     self._note_constant(tensor)
+        return out
+
+    def _hooked(self, tensor: Tensor) -> Tensor:
+        """The same value with the node of a module's backward hook, which autograd is about to set."""
+        self._scan(Tensor.view_as, (tensor,), [])
+        out, value = tensor.view_as(tensor), self._values.get(id(tensor))
+        if value is None:
+            self._note_constant(out)
+        else:
+            self._hold(out, value._replace(version=out._version))
         return out
 
     def _run_without_gradient(
@@ -297,6 +322,8 @@ class Tape(Fusion):
         return x
 
     def may_add(self, chain: Chain, other: Tensor) -> bool:
+        if self.recording:
+            self._scan(torch.add, (other,), [])
         return not self.recording or id(chain.source) in self._values or self.value(other) is None
 
     def _batch_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -306,7 +333,10 @@ class Tape(Fusion):
             u = args[0] if args else kwargs["input"]
             if any(t is not u for t in varying):
                 return self._affine_apart(*args, **kwargs)
-        return super()._batch_norm(args, kwargs)
+        y = super()._batch_norm(args, kwargs)
+        if self.recording and (pending := self._pending.get(id(y))) is not None:
+            pending.chain.module = _calling_module()
+        return y
 
     def _affine_apart(
         self,
@@ -341,7 +371,7 @@ class Tape(Fusion):
         trains = any(map(self.trains, tensors))
         rule, receivers = fused_rule(Site(self, F.batch_norm, trains), chain)
         number = self._assign(value, trains)
-        call = Call(rule, (number,), True, receivers, "batch_norm", _calling_module())
+        call = Call(rule, (number,), True, receivers, "batch_norm", chain.module)
         self.calls.append(call)
 
 
@@ -392,16 +422,19 @@ class Site:
         self.tape.kept.append((alias, alias._version, function_name(self.function)))
         return alias
 
-    def before_writing(self, tensor: Tensor) -> Tensor | None:
-        """Where a gradient of a tensor goes that the call is about to overwrite; None: nowhere."""
+    def before_writing(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a call is to overwrite, and where a gradient of its old value goes; None: nowhere.
+
+        It is ``tensor``, or a copy of a view, whose result is then to be copied back.
+        """
         if not self.tape.trains(tensor):
-            return None
-        if tensor._is_view() or in_checkpoint():
+            return tensor, None
+        if in_checkpoint():
             raise FastjacError(
-                f"{function_name(self.function)} writes in place to a view {list(tensor.shape)} of "
-                "another tensor, or under torch.utils.checkpoint; use the operation that is not in place"
+                f"{function_name(self.function)} writes in place under torch.utils.checkpoint to a "
+                f"tensor {list(tensor.shape)}; use the operation that is not in place"
             )
-        return _Slot.apply(tensor)[1]
+        return _Slot.apply(tensor.clone() if tensor._is_view() else tensor)
 
     def receives(self, tensor: Any, source: int | None = None) -> tuple[Receiver, ...]:
         """Where a gradient of ``tensor`` goes, if it is trainable.
@@ -435,6 +468,11 @@ def check_versions(kept: list[tuple[Tensor, int, str]]) -> None:
                 f"a value {list(tensor.shape)} that {name} needs for its derivative was overwritten in "
                 "place by a later operation; use the operation that is not in place"
             )
+
+
+def _in_backward_hook() -> bool:
+    """Whether the current call comes from the hooks of ``register_full_backward_hook``."""
+    return sys._getframe(3).f_code is _SET_UP_HOOK
 
 
 def _differentiable(tensor: Tensor) -> bool:

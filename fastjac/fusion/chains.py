@@ -51,6 +51,7 @@ class Chain:
 
     ``u`` and ``residual`` are maps ``[B, C, H, W]``; ``shape`` is what the chain's reader sees.
     ``source`` and ``added`` are the tensors that the model passed in, of which those maps were made.
+    ``module``: a weak reference to the module that made the BatchNorm, where a tape records.
     """
 
     u: Tensor
@@ -69,6 +70,7 @@ class Chain:
     steps: Steps = field(default_factory=Steps)
     slots: tuple[Tensor, Tensor] | None = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    module: Any = None
 
     @property
     def takes_addition(self) -> bool:
@@ -204,9 +206,15 @@ class _LazyNormActPool(torch.autograd.Function):
         coefficient: Tensor | None = None,
         curvature: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise FastjacError(
+                "fastjac's fused BatchNorm differentiates once; got a backward with create_graph=True. "
+                "A model that is not fused, or strategy='autograd', can be differentiated further"
+            )
         if gy is None and coefficient is None and curvature is None:  # its value was overwritten
             return (None,) * 7
         ctx.options = ctx.steps.options
+        gy = None if gy is None else as_map(gy)
         return *norm_act_pool_cotangents(ctx, gy, coefficient, curvature), None, None, None
 
 
@@ -235,7 +243,7 @@ def recompute_output(value: Tensor) -> Recompute:
 
 def as_map(x: Tensor) -> Tensor:
     """``[B, C, ...]`` as ``[B, C, H, W]``."""
-    return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
+    return x if x.dim() == 4 else x.reshape(*x.shape[:2], x.shape[2:].numel(), 1)
 
 
 def batch_norm_chain(

@@ -113,7 +113,7 @@ class Fusion(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function in QUERIES:
-            return function(*args, **kwargs)
+            return self.query(function, args, kwargs)
         if self._pending:
             extended = self._extend(function, args, kwargs)
             if extended is not None:
@@ -128,6 +128,10 @@ class Fusion(TorchFunctionMode):
     def with_slots(self, chain: Chain) -> bool:
         """Whether the chain's node takes a curvature."""
         return False
+
+    def query(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that reads no values."""
+        return function(*args, **kwargs)
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any call that is no part of a chain."""
@@ -348,6 +352,16 @@ _thread = threading.local()
 def active_fusion() -> Fusion | None:
     """The mode of this thread, if one is active."""
     return getattr(_thread, "fusion", None)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Run the fused models of this thread as they are."""
+    outer, _thread.fusion = active_fusion(), Fusion(frozenset())
+    try:
+        yield
+    finally:
+        _thread.fusion = outer
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit
+from fastjac import AttentionWindow, JacobianMatching, LabelLogit
 
 RANKS = 2
 CASES = {
@@ -76,7 +76,7 @@ def work(rank: int, folder: Path) -> None:
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(network(0, "train"))
     try:
         JacobianMatching(converted, network(7, "none"))(x, y)
-    except FastjacError as err:
+    except ValueError as err:
         results["synchronised"] = str(err)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -127,9 +127,9 @@ def test_gradients_are_those_of_one_process_on_the_whole_batch(ranks, case):
 
 
 def test_synchronised_batch_norm_is_an_error(ranks):
+    """PyTorch's own, here on a CPU; test_unseen has the one of a device that it runs on."""
     for found in ranks:
-        assert "SyncBatchNorm in train mode under torch.distributed" in found["synchronised"]
-        assert "expected BatchNorm2d" in found["synchronised"]
+        assert "SyncBatchNorm expected input tensor to be on GPU" in found["synchronised"]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import copy
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from comparison import assert_exact, relative_error, step
 from torch import nn
 
@@ -117,6 +118,26 @@ def test_batch_norm_without_parameters(batch_stats):
     assert_exact(student, teacher, *batch(3), LabelLogit(), batch_stats=batch_stats)
 
 
+class InPlaceOnView(nn.Module):
+    """As a classifier's Dropout(inplace=True) on what was flattened."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (2 * x).flatten(1)
+        self.function(y)
+        return y.view_as(x)
+
+
+VIEWS = {
+    "dropout of a view": lambda y: F.dropout(y, 0.3, inplace=True),
+    "ELU of a view": lambda y: F.elu(y, inplace=True),
+    "ReLU of a view": lambda y: F.relu(y, inplace=True),
+    "product into a view": lambda y: y.mul_((3 * y).sigmoid()),
+    "sum into a view": lambda y: y.add_((3 * y).sigmoid()),
+}
 CASES = {
     "branches": (networks.Branches, 4),
     "squeeze-excite": (networks.SqueezeExcite, 4),
@@ -128,6 +149,11 @@ CASES = {
     "instance norm": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), 4),
     "local response": (lambda: nn.LocalResponseNorm(3, alpha=0.5), 4),
     "dropout": (lambda: nn.Sequential(nn.Dropout(0.3), nn.Conv2d(4, 4, 3)), 4),
+    "dropout in place": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout(0.3, True)), 4),
+    **{
+        name: (lambda f=f: nn.Sequential(InPlaceOnView(f), nn.Conv2d(4, 4, 3)), 4)
+        for name, f in VIEWS.items()
+    },
     "channel dropout": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout2d(0.3)), 4),
     "alpha dropout": (lambda: nn.AlphaDropout(0.3), 4),
     "average pool": (lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True), 4),
@@ -156,7 +182,7 @@ CASES = {
 GLOBAL = {"squeeze-excite", "layer norm", "split and shuffle", "attention", "group norm"}
 GLOBAL |= {"instance norm", "local response", "same padding", "reflected padding", "transposed"}
 GLOBAL |= {"bilinear", "pixel shuffle", "PReLU", "GLU", "alpha dropout", "leaky, rising both ways"}
-GLOBAL |= {"branches"}
+GLOBAL |= {"branches", *VIEWS}
 
 
 @pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
@@ -201,7 +227,7 @@ def test_channels_last():
 def test_float32(target, batch_stats, native, monkeypatch):
     """The error against float64 is at most twice that of the double backward in float32."""
     if not native:
-        monkeypatch.setattr("fastjac.matching.CHAINS", frozenset())
+        monkeypatch.setattr("fastjac.jacobian.native", lambda device: False)
     student, teacher = pair(networks.vgg, width=16)
     x, y = batch(4, 32, 32)
     options = {"batch_stats": batch_stats}
@@ -220,6 +246,23 @@ def test_float32(target, batch_stats, native, monkeypatch):
 
     assert error(naive) > 0
     assert error(ours) <= 2 * error(naive)
+
+
+@pytest.mark.parametrize("strategy", ["dense", "local"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
+@pytest.mark.parametrize(("network", "layer"), [(networks.vgg, "7"), (networks.Residual, "last")])
+def test_without_native_operators(network, layer, mode, batch_stats, strategy, monkeypatch):
+    """Every BatchNorm, addition, activation and pool is then a call of its own."""
+    monkeypatch.setattr("fastjac.jacobian.native", lambda device: False)
+    student, teacher = pair(network)
+    MODES[mode](student)
+    options = {"batch_stats": batch_stats, "strategy": strategy}
+    if batch_stats == "frozen" or mode == "eval":
+        target = AttentionWindow(layer, window=0.4)
+        assert_exact(student, teacher, *batch(), target, **options)
+    if strategy == "dense":
+        assert_exact(student, teacher, *batch(3), LabelLogit(), **options)
 
 
 def test_hardsigmoid():

@@ -72,7 +72,7 @@ def test_timm(name, layer, size):
 
 
 def test_timm_vgg():
-    """Its head chooses by the map's size, which no trace can follow: that module is one node."""
+    """Its head chooses its operations by the map's size."""
     vgg = pytest.importorskip("timm.models.vgg")
     plan = [8, "M", 12, 12, "M"]
     check(

@@ -7,16 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastjac import AttentionWindow, engine, input_jacobian
-from fastjac.graph import Network
-from fastjac.support import Interval, Region, Window
+from fastjac import AttentionWindow, input_jacobian
+from fastjac.engine import InputJacobian
+from fastjac.engine.receptive_field import Interval, KernelGeometry, Region
+from fastjac.jacobian import Forward
 
 KERNELS = [(k, p) for k in (1, 2, 3, 5) for p in (0, 1, 2) if p < k]
-WINDOWS = [Window(k, s, p, d) for (k, p), s, d in itertools.product(KERNELS, (1, 2, 3), (1, 2))]
+GEOMETRIES = [
+    KernelGeometry(k, s, p, d) for (k, p), s, d in itertools.product(KERNELS, (1, 2, 3), (1, 2))
+]
 LENGTH = 49
 
 
-def moved(length: int, *windows: Window) -> torch.Tensor:
+def moved(length: int, *windows: KernelGeometry) -> torch.Tensor:
     """Whether output j moves with input i, ``[length, outputs]``: all weights are positive."""
     y = torch.eye(length, dtype=torch.float64)[:, None]
     for w in windows:
@@ -54,26 +57,26 @@ def check_seen(reach: torch.Tensor, interval: Interval, n: int, inner: list) -> 
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("window", GEOMETRIES, ids=str)
 def test_one_layer(window, n):
     reach, interval = moved(LENGTH, window), Interval(1, 0, n).through(window)
     assert check_seen(reach, interval, n, [(interval, LENGTH)]) > 0
 
 
-@pytest.mark.parametrize("first", WINDOWS, ids=str)
+@pytest.mark.parametrize("first", GEOMETRIES, ids=str)
 def test_two_layers(first):
     n, tight = 2, 0
-    for second in WINDOWS:
+    for second in GEOMETRIES:
         reach = moved(LENGTH, first, second)
         middle = Interval(1, 0, n).through(second)
         inner = [(middle, moved(LENGTH, first).shape[1]), (middle.through(first), LENGTH)]
         tight += check_seen(reach, inner[1][0], n, inner)
-    assert tight > len(WINDOWS)
+    assert tight > len(GEOMETRIES)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_branches_that_meet(stride):
-    windows, n, tight = [w for w in WINDOWS if w.stride == stride], 2, 0
+    windows, n, tight = [w for w in GEOMETRIES if w.stride == stride], 2, 0
     for a, b in itertools.combinations(windows, 2):
         reaches = [moved(LENGTH, w) for w in (a, b)]
         outputs = min(r.shape[1] for r in reaches)
@@ -85,31 +88,32 @@ def test_branches_that_meet(stride):
     assert tight > len(windows)
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_leaves(window):
-    # The padding as pixels of the map: whatever moves with one of them leaves it.
+@pytest.mark.parametrize("window", GEOMETRIES, ids=str)
+def test_exceeds(window):
+    # The padding as pixels of the map: an output that moves with one of them exceeds it.
     reach = moved(
-        LENGTH + 2 * window.padding, Window(window.kernel, window.stride, 0, window.dilation)
+        LENGTH + 2 * window.padding,
+        KernelGeometry(window.kernel, window.stride, 0, window.dilation),
     )
     interval, answers = Interval(1, 0, 2).through(window), set()
     for positions in range(1, reach.shape[1]):
         first, last = (s[:positions] - window.padding for s in seen(reach, 2)[1:])
         outside = bool((first < 0).any() or (last >= LENGTH).any())
         answers.add(outside)
-        assert interval.leaves(LENGTH, positions) == outside
+        assert interval.exceeds(LENGTH, positions) == outside
     assert (True in answers) == (window.padding > 0)
 
 
-def test_a_region_leaves_by_either_axis():
+def test_a_region_exceeds_a_map_by_either_axis():
     interval, longer = Interval(1, 0, 3), Interval(1, 0, 4)
-    assert not Region(interval, longer).leaves((5, 6), (3, 3))
-    assert Region(longer, longer).leaves((5, 6), (3, 3))
-    assert Region(interval, longer).leaves((5, 6), (3, 4))
-    assert Region(interval, longer).leaves((5, 5), (3, 3))
+    assert not Region(interval, longer).exceeds((5, 6), (3, 3))
+    assert Region(longer, longer).exceeds((5, 6), (3, 3))
+    assert Region(interval, longer).exceeds((5, 6), (3, 4))
+    assert Region(interval, longer).exceeds((5, 5), (3, 3))
 
 
 def test_branches_at_different_scales_do_not_meet():
-    halved, same = (Interval(1, 0, 2).through(Window(3, s)) for s in (2, 1))
+    halved, same = (Interval(1, 0, 2).through(KernelGeometry(3, s)) for s in (2, 1))
     with pytest.raises(ValueError, match="intervals move at different scales: 2 and 1"):
         halved.hull(same)
     with pytest.raises(ValueError, match="different scales: 1 and 2"):
@@ -117,7 +121,7 @@ def test_branches_at_different_scales_do_not_meet():
 
 
 def test_a_region_is_an_interval_on_each_axis():
-    tall, wide = Window(5, 3, 2), Window(2, 1, 1, 2)
+    tall, wide = KernelGeometry(5, 3, 2), KernelGeometry(2, 1, 1, 2)
     region = Region.window(4).through((tall, wide))
     assert region.rows == Interval(1, 0, 4).through(tall)
     assert region.cols == Interval(1, 0, 4).through(wide)
@@ -125,11 +129,11 @@ def test_a_region_is_an_interval_on_each_axis():
     assert Region.window(4) != region
 
 
-@pytest.mark.parametrize("first", WINDOWS[::5], ids=str)
-@pytest.mark.parametrize("second", WINDOWS[::7], ids=str)
+@pytest.mark.parametrize("first", GEOMETRIES[::5], ids=str)
+@pytest.mark.parametrize("second", GEOMETRIES[::7], ids=str)
 def test_within_is_where_the_pixels_are(first, second):
     inner = Region.window(2).through((first, first))
-    other = Region.window(3).through((first, first)).through((second, Window(3)))
+    other = Region.window(3).through((first, first)).through((second, KernelGeometry(3)))
     other = Region(Interval(first.stride, other.rows.offset, other.rows.size), other.cols)
     outer = inner.hull(other)
     for r in (0, 3):
@@ -141,7 +145,7 @@ def test_within_is_where_the_pixels_are(first, second):
         assert part[0, 0] == at(inner.rows, r)[0] * 1000 + at(inner.cols, r)[0]
 
 
-def conv(rows: Window, cols: Window, channels: int) -> nn.Conv2d:
+def conv(rows: KernelGeometry, cols: KernelGeometry, channels: int) -> nn.Conv2d:
     geometry = ([getattr(w, name) for w in (rows, cols)] for name in ("kernel", "stride"))
     pad = [w.padding for w in (rows, cols)]
     dilation = [w.dilation for w in (rows, cols)]
@@ -161,14 +165,17 @@ class Net(nn.Module):
 
 def pairs(count: int) -> list:
     make = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(WINDOWS), (count, 4), generator=make).tolist()
-    return [tuple(WINDOWS[i] for i in pick) for pick in picks]
+    picks = torch.randint(len(GEOMETRIES), (count, 4), generator=make).tolist()
+    return [tuple(GEOMETRIES[i] for i in pick) for pick in picks]
 
 
-def pulled(net: nn.Module, x: torch.Tensor, target: AttentionWindow, position: torch.Tensor):
+def cropped(
+    net: nn.Module, x: torch.Tensor, target: AttentionWindow, position: torch.Tensor
+) -> InputJacobian:
+    """J as the crop that holds its support."""
     with torch.no_grad():
-        tape = engine.forward(Network(net, frozenset()), x, "layer", "frozen")
-        return engine.pullback(tape, target, None, position, "local")
+        run = Forward(net, x, (target,), None, (), None, "frozen")
+        return run.jacobian(target.at(position), 0, None, "local", whole=False)
 
 
 def positions_of(net: Net, x: torch.Tensor, target: AttentionWindow) -> list[tuple[int, int]]:
@@ -191,11 +198,11 @@ def test_the_engines_crop_is_the_support_of_j(windows):
     expected = middle.through((rows1, cols1))
     for place in positions_of(net, x, target):
         position = torch.tensor([place])
-        result = pulled(net, x, target, position)
-        assert result.region == expected
+        result = cropped(net, x, target, position)
+        assert result.row.region == expected
         assert result.values.shape[2:] == expected.shape
         j = input_jacobian(net, x, target, position=position, strategy="autograd")
-        torch.testing.assert_close(result.full(), j, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(result.whole(), j, rtol=1e-12, atol=1e-13)
         for axis, interval in enumerate((expected.rows, expected.cols)):
             start, end = at(interval, place[axis])
             seen = (j != 0).any(3 - axis).flatten(0, 1).any(0).nonzero()[:, 0].tolist()
@@ -226,13 +233,17 @@ def test_the_engines_crop_of_a_residual_network_is_the_hull():
     net = Net(nn.Conv2d(1, 3, 3, 1, 1), nn.MaxPool2d(3, 2, 1), Residual()).double()
     x = torch.randn(2, 1, 49, 65, dtype=torch.float64)
     target = AttentionWindow("layer", window=1 / 5)
-    skip = Region.window(2).through((Window(1, 2), Window(1, 2)))
-    main = Region.window(2).through((Window(3, 1, 1),) * 2)
-    main = main.through((Window(5, 2, 2), Window(3, 2, 1)))
-    stem = skip.hull(main).through((Window(3, 2, 1),) * 2).through((Window(3, 1, 1),) * 2)
+    skip = Region.window(2).through((KernelGeometry(1, 2), KernelGeometry(1, 2)))
+    main = Region.window(2).through((KernelGeometry(3, 1, 1),) * 2)
+    main = main.through((KernelGeometry(5, 2, 2), KernelGeometry(3, 2, 1)))
+    stem = (
+        skip.hull(main)
+        .through((KernelGeometry(3, 2, 1),) * 2)
+        .through((KernelGeometry(3, 1, 1),) * 2)
+    )
     for place in positions_of(net, x, target):
         position = torch.tensor([place, (1, 2)])
-        result = pulled(net, x, target, position)
-        assert result.region == stem
+        result = cropped(net, x, target, position)
+        assert result.row.region == stem
         j = input_jacobian(net, x, target, position=position, strategy="autograd")
-        torch.testing.assert_close(result.full(), j, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(result.whole(), j, rtol=1e-12, atol=1e-13)

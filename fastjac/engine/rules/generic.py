@@ -73,21 +73,25 @@ class Generic(Rule):
         place = {id(t): _Leaf(i) for i, t in enumerate(ordered)}
         constants = [(t, t._version) for t in tensors_in(args, kwargs) if id(t) not in place]
         leaves, receivers = [], []
-        written = args[0] if in_place else None
+        written = overwrites = args[0] if in_place else None
         if in_place and id(written) not in place:
             place[id(written)] = written.detach().clone()
         for i, (tensor, number) in enumerate(zip(ordered, numbers, strict=True)):
             source = None if number is None else i
             if tensor is written:
                 leaves.append(tensor.detach().clone())
-                slot = site.before_writing(tensor)
+                overwrites, slot = site.before_writing(tensor)
                 receivers.append(() if slot is None else (Receiver(slot, source),))
             else:
                 leaves.append(site.keep(tensor))
                 receivers.append(site.receives(tensor, source))
         device = ordered[0].device
         state = _random_state(device)
-        y = site.run(*args, **kwargs)
+        if overwrites is written:
+            y = site.run(*args, **kwargs)
+        else:
+            site.run(overwrites, *args[1:], **kwargs)
+            y = written.copy_(overwrites)
         drew = any(not torch.equal(a, b) for a, b in zip(state, _random_state(device), strict=True))
         for tensor, version in constants:
             if tensor is not written and tensor._version == version:
@@ -230,9 +234,6 @@ class ReverseOverForward(Generic):
         deltas: list[Tensor | None],
     ) -> list[Tensor | None]:
         return _gradients(pushed, deltas, leaves)
-
-
-register_rule(F.group_norm)(ReverseOverForward)
 
 
 @register_rule(

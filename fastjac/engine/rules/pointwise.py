@@ -437,11 +437,12 @@ class Dropout(Pointwise):
     ) -> Recorded | Any:
         if not training or p == 0:
             return site.run(input, p, training, inplace), Identity((site.number(input),)), ()
-        if inplace or in_checkpoint():
+        if in_checkpoint():
             return NotImplemented
+        number = site.number(input)
         noise = site.tape.run(site.function, (torch.ones_like(input.detach()), p, True), {})
-        y = site.tape.run(torch.mul, (input, noise), {})
-        return y, cls((site.number(input),), noise), ()
+        y = site.tape.run(Tensor.mul_ if inplace else torch.mul, (input, noise), {})
+        return y, cls((number,), noise), ()
 
     def vjp(self, delta: Tensor) -> list[Tensor]:
         return [delta * self.noise]

@@ -1,0 +1,270 @@
+"""One discriminator step with the R1 penalty: plain, by double backward, compiled, and by fastjac.
+
+    python -m benchmarks.penalty --norm batch --compiled
+
+The discriminator is DCGAN's: images of 64 x 64 pixels, four convolutions of 4 x 4 with stride 2 and 64,
+128, 256, 512 channels, BatchNorm (``--norm batch``) or GroupNorm of 32 groups behind all but the first,
+LeakyReLU of slope 0.2, and one more convolution of 4 x 4 to the logit D. A step of ``plain`` is the
+forward of a batch of real images and of one of generated ones (given: no generator runs), each by
+itself, the logistic loss E softplus(-D(real)) + E softplus(D(generated)), and its backward; no
+optimiser. The others add the penalty gamma/2 E ||dD/dx||^2 on the real images (Mescheder et al., ICML
+2018). ``--images real`` leaves the generated ones out, in every contender: the convolutions then take
+three products each in ``plain``, and six with the penalty (9 of 6 with both).
+
+``naive`` is the usual code: ``autograd.grad(create_graph=True)`` on the real images, then backward.
+``compiled`` is that function of images and loss under ``torch.compile``, with
+``torch._dynamo.config.trace_autograd_ops``, the real images a leaf passed in, and the backward outside.
+``fastjac`` is ``with_jacobian`` and ``jacobian_norm_penalty``, with ``batch_stats="batch"``: the same
+quantities, cross-sample terms of BatchNorm included.
+
+Before anything is timed, the parameters' gradients of ``fastjac`` (and ``compiled``) in float64 are
+compared with ``naive``'s. Time and memory as in ``benchmarks.step``; ``compiled`` has its compiler's
+memory in it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import measuring
+from fastjac import Scalar, jacobian_norm_penalty, with_jacobian
+
+MODULE = "benchmarks.penalty"
+CONTENDERS = ("plain", "naive", "fastjac")
+NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(32, channels)}
+GAMMA = 10.0
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The discriminator, and its images."""
+
+    norm: str
+    images: str = "both"
+    batch: int = 64
+    size: int = 64
+    channels: int = 3
+
+
+def discriminator(config: Configuration) -> nn.Sequential:
+    """DCGAN's: images ``[B, channels, 64, 64]`` to logits ``[B]``."""
+    layers: list[nn.Module] = []
+    channels = config.channels
+    for width in (64, 128, 256, 512):
+        layers.append(nn.Conv2d(channels, width, 4, 2, 1, bias=not layers))
+        if len(layers) > 1:
+            layers.append(NORMS[config.norm](width))
+        layers.append(nn.LeakyReLU(0.2))
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, bias=False), nn.Flatten(0))
+
+
+def penalised_logits(model: nn.Module, real: Tensor) -> tuple[Tensor, Tensor]:
+    """D(real) and E ||dD/dx||^2 by double backward; ``real`` is a leaf that requires a gradient."""
+    logits = model(real)
+    (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return logits, gradient.flatten(1).square().sum(1).mean()
+
+
+class Contender:
+    """One way of taking the step, on its own copy of the discriminator."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Configuration,
+        layout: str,
+        device: str,
+        amp: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        torch.manual_seed(0)
+        form = measuring.memory_format(layout)
+        self.model = discriminator(config).to(device, dtype, memory_format=form)
+        shape = (config.batch, config.channels, config.size, config.size)
+        images = [(2 * torch.rand(shape) - 1).to(device, dtype, memory_format=form) for _ in "ab"]
+        self.real, generated = images
+        self.generated = generated if config.images == "both" else None
+        self.name, self.device, self.amp = name, device, amp
+        self._compiled = None
+        if name == "compiled":
+            torch._dynamo.config.trace_autograd_ops = True
+            self._compiled = torch.compile(self.loss, fullgraph=True)
+
+    def real_logits(self, real: Tensor) -> tuple[Tensor, Tensor | float]:
+        """D of the real images and the penalty."""
+        if self.name == "plain":
+            return self.model(real), 0.0
+        if self.name in ("naive", "compiled"):
+            return penalised_logits(self.model, real)
+        target = Scalar(lambda logits, y: logits)
+        out = with_jacobian(self.model, real, target, batch_stats="batch")
+        return out.output, jacobian_norm_penalty(out.jacobian)
+
+    def loss(self, real: Tensor) -> Tensor:
+        """The loss of the step."""
+        logits, penalty = self.real_logits(real)
+        loss = F.softplus(-logits).mean() + GAMMA / 2 * penalty
+        if self.generated is not None:
+            loss = loss + F.softplus(self.model(self.generated)).mean()
+        return loss
+
+    def step(self) -> float:
+        """Take the step; the loss."""
+        self.model.zero_grad(set_to_none=True)
+        real = self.real.detach()
+        if self.name in ("naive", "compiled"):
+            real.requires_grad_()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
+            loss = (self._compiled or self.loss)(real)
+        # The images' own gradient is not wanted; the compiled backward must compute it.
+        if self.name == "naive":
+            loss.backward(inputs=list(self.model.parameters()))
+        else:
+            loss.backward()
+        return float(loss.detach())  # waits for the device
+
+
+def validate(config: Configuration, args: argparse.Namespace) -> dict[str, float]:
+    """Relative errors of the parameters' gradients against the double backward's, float64, batch 4."""
+    small = replace(config, batch=4)
+    models = {}
+    for name in dict.fromkeys(["naive", *args.contenders]):
+        if name != "plain":
+            how = ("channels_last", args.device, False, torch.float64)
+            contender = Contender(name, small, *how)
+            contender.step()
+            models[name] = contender.model
+    reference = models.pop("naive")
+    return {name: measuring.relative_error(m, reference) for name, m in models.items()}
+
+
+def time_steps(args: argparse.Namespace, config: Configuration) -> dict[str, Any]:
+    """Seconds per step of every contender in every layout, round by round."""
+    contenders = {
+        (name, layout): Contender(name, config, layout, args.device, args.amp)
+        for name in args.contenders
+        for layout in args.layouts
+    }
+    seconds = measuring.time_in_turn(contenders, args.rounds)
+    rows = measuring.compare(seconds, args.contenders, args.layouts)
+    for name, row in rows.items():
+        contender = contenders[name, row["layout"]]
+        if args.device == "cpu":
+            row["convolutions"] = row["ratio"] * measuring.convolution_share(contender)
+        if name == "fastjac":
+            row["sweeps_s"] = measuring.sweep_seconds(contender, args.device)
+    return rows
+
+
+def peak_memory(args: argparse.Namespace, config: Configuration) -> int:
+    """Bytes that steps of the one contender need."""
+    name, how = args.contenders[0], (args.layouts[0], args.device, args.amp)
+    contender, small = Contender(name, config, *how), replace(config, batch=2)
+    warm = contender if name == "compiled" else Contender(name, small, *how)
+    return measuring.peak_memory(contender, args.device, warm=warm.step)
+
+
+def worker(args: argparse.Namespace) -> dict[str, Any]:
+    """What the process that measures prints."""
+    config = Configuration(**json.loads(args.worker_config))
+    if args.worker == "time":
+        return {"rows": time_steps(args, config)}
+    if args.worker == "validate":
+        return {"errors": validate(config, args)}
+    return {"bytes": peak_memory(args, config)}
+
+
+def spawn(
+    task: str,
+    config: Configuration,
+    args: argparse.Namespace,
+    contenders: list[str],
+    layouts: list[str],
+    env: Mapping[str, str],
+) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    words = ["--worker", task, "--worker-config", json.dumps(asdict(config))]
+    words += ["--device", args.device, "--rounds", str(args.rounds), *(["--amp"] * args.amp)]
+    words += ["--contenders", *contenders, "--layouts", *layouts]
+    return measuring.spawn(MODULE, words, env)
+
+
+def measure(config: Configuration, args: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of one configuration."""
+    result: dict[str, Any] = {**asdict(config), "gamma": GAMMA, "time": {}, "memory": {}}
+    errors = spawn("validate", config, args, args.contenders, args.layouts, {})["errors"]
+    result["gradient_error_float64"] = errors
+    for name, error in errors.items():
+        if not error <= 1e-9:
+            raise SystemExit(f"{name}'s gradient is off by {error:.1e}; nothing was timed")
+    for setting, env in (measuring.ALLOCATORS if args.device == "cpu" else {"device": {}}).items():
+        rows = spawn("time", config, args, args.contenders, args.layouts, env)["rows"]
+        result["time"][setting] = rows
+    layouts = {name: row["layout"] for name, row in next(iter(result["time"].values())).items()}
+    for name in args.contenders if "memory" in args.measure else ():
+
+        def run(env: Mapping[str, str], name: str = name) -> int:
+            return spawn("memory", config, args, [name], [layouts[name]], env)["bytes"]
+
+        got, needed = measuring.measure_memory(args.device, run)
+        result["memory"][name] = statistics.median(got)
+        result.setdefault("memory_of_each_process", {})[name] = got
+        if needed is not None:
+            result.setdefault("memory_needed", {})[name] = needed
+    return result
+
+
+def table(result: dict[str, Any], args: argparse.Namespace) -> str:
+    """The figures of one configuration, as text."""
+    lines = [f"{result['norm']} norm, {result['images']} images, batch {result['batch']}"]
+    for name in args.contenders:
+        cells = [measuring.text_of_time(s, rows[name]) for s, rows in result["time"].items()]
+        cells += filter(None, [measuring.text_of_memory(result, name)])
+        lines.append(f"  {name:10s} | " + " | ".join(cells))
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--norm", nargs="+", choices=NORMS, default=list(NORMS))
+    parser.add_argument("--images", choices=("both", "real"), default="both")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--compiled", action="store_true", help="also compiled: it takes minutes")
+    parser.add_argument(
+        "--measure", nargs="+", choices=("time", "memory"), default=["time", "memory"]
+    )
+    measuring.add_options(parser, CONTENDERS, rounds=7)
+    args = parser.parse_args(argv)
+    if args.compiled:
+        args.contenders.append("compiled")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.worker:
+        print(json.dumps(worker(args)))
+        return
+    results = []
+    for norm in args.norm:
+        results.append(measure(Configuration(norm, args.images, args.batch), args))
+        print(table(results[-1], args), flush=True)
+        measuring.write_json(args, MODULE, results)
+
+
+if __name__ == "__main__":
+    main()

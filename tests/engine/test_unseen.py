@@ -1,0 +1,101 @@
+"""What a model computes where no mode sees it is one clear error, and only where J passes through it."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import assert_exact
+from torch import Tensor, nn
+
+from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit
+
+
+class SyncBatchNorm(torch.autograd.Function):
+    """Of the name of PyTorch's, which runs on GPUs alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gy: Tensor) -> Tensor:
+        return 2 * gy
+
+
+class Doubled(torch.autograd.Function):
+    forward, backward = SyncBatchNorm.forward, SyncBatchNorm.backward
+
+
+class Unseen(nn.Module):
+    """A custom autograd function, whose result is read as ``how`` says."""
+
+    def __init__(self, function: type[torch.autograd.Function], how: str) -> None:
+        super().__init__()
+        self.function, self.how = function, how
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.function.apply(x)
+        if self.how == "norm":
+            return self.norm(made)
+        if self.how == "sum":
+            return self.norm(x) + made
+        return made * x if self.how == "product" else F.relu(torch.cat([x, made], 1))[:, 4:]
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.rand(2, 3, 12, 10).double(), torch.randint(5, (2,))
+
+
+def network(middle: nn.Module, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return networks.Blocks(middle, 4).double()
+
+
+ADVICE = {
+    Doubled: "expected PyTorch operations there, or strategy='autograd'",
+    SyncBatchNorm: "SyncBatchNorm in train mode under torch.distributed is not supported; "
+    "expected BatchNorm2d",
+}
+
+
+@pytest.mark.parametrize("function", ADVICE)
+@pytest.mark.parametrize("how", ["norm", "sum", "product", "cat"])
+def test_a_custom_function_is_an_error_that_names_it(how, function):
+    def pair(*middles: nn.Module) -> list[nn.Module]:
+        return [network(middle, seed) for seed, middle in enumerate(middles)]
+
+    message = (
+        r"reads a tensor \[2, 4, 12, 10\] whose derivative fastjac has not seen: "
+        rf"{function.__name__} made it .*{ADVICE[function]}"
+    )
+    with pytest.raises(FastjacError, match=message):
+        JacobianMatching(*pair(Unseen(function, how), nn.Tanh()), LabelLogit())(*batch())
+    # It may run behind the window; and in the teacher, which plain autograd takes then.
+    window = AttentionWindow("stem", window=0.4)
+    assert_exact(*pair(Unseen(function, how), nn.Tanh()), *batch(), window)
+    assert_exact(*pair(nn.Tanh(), Unseen(function, how)), *batch(), LabelLogit())
+
+
+class WritesThroughView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).clone()
+        first = x[:, 0]
+        first *= 2
+        return x
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_value_that_is_overwritten_through_a_view_of_it_is_an_error(trains):
+    student, teacher = network(WritesThroughView(), 0), network(nn.Tanh(), 7)
+    student.requires_grad_(trains).head.requires_grad_()
+    message = r"reads a tensor \[2, 4, 12, 10\] that was overwritten in place where fastjac cannot"
+    with pytest.raises(FastjacError, match=message):
+        JacobianMatching(student, teacher, LabelLogit())(*batch())
