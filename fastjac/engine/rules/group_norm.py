@@ -102,7 +102,7 @@ class GroupNorm(Rule):
     def _means(self, sums: Tensor, weight: Tensor | None = None) -> Tensor:
         """Means over groups, ``[B, G]``, from sums over channels, weighted."""
         sums = sums if weight is None else sums * weight.to(sums.dtype)
-        batch, channels = self.x.shape[:2]
+        batch = self.x.shape[0]
         count = self.x.numel() // (batch * self.groups)
         return sums.view(batch, self.groups, -1).sum(2) / count
 
