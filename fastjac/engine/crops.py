@@ -20,7 +20,7 @@ def narrow(value: Tensor, outer: Region, inner: Region) -> Tensor:
         return value
     top, left = inner.within(outer)
     height, width = inner.shape
-    return value[:, :, top : top + height, left : left + width]
+    return value.narrow(inner.axis, top, height).narrow(inner.axis + 1, left, width)
 
 
 def widen(value: Tensor, inner: Region, outer: Region) -> Tensor:
@@ -30,7 +30,17 @@ def widen(value: Tensor, inner: Region, outer: Region) -> Tensor:
     top, left = inner.within(outer)
     bottom = outer.shape[0] - top - inner.shape[0]
     right = outer.shape[1] - left - inner.shape[1]
-    return F.pad(value, (left, right, top, bottom))
+    return F.pad(value, (*[0, 0] * (2 - inner.axis), left, right, top, bottom))
+
+
+def _channels_second(value: Tensor, region: Region) -> Tensor:
+    """``[B, C, H, W]`` of a map whose rows are the region's axis."""
+    return value if region.axis == 2 else value.permute(0, 3, 1, 2)
+
+
+def _as_given(value: Tensor, region: Region) -> Tensor:
+    """The inverse of :func:`_channels_second`."""
+    return value if region.axis == 2 else value.permute(0, 2, 3, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +85,9 @@ class Crops:
         key = ((full.data_ptr(), full.shape) if tensor else id(full), region, fill)
         if key not in self._crops:
             if tensor:
-                crop = window_crop(full, self.start(region), region.shape, fill)
+                whole = _channels_second(full, region)
+                crop = window_crop(whole, self.start(region), region.shape, fill)
+                crop = _as_given(crop, region)
             else:
                 crop = self._recompute(full, region, fill)
             self._crops[key] = crop
@@ -91,7 +103,8 @@ class Crops:
 
     def scatter(self, crop: Tensor, region: Region, size: tuple[int, int]) -> Tensor:
         """The adjoint of :meth:`gather`: ``[B, C, *size]``, zero outside ``region``."""
-        return window_crop_adjoint(crop, self.start(region), size)
+        crop = _channels_second(crop, region)
+        return _as_given(window_crop_adjoint(crop, self.start(region), size), region)
 
     def inside(self, crop: Tensor, region: Region, size: tuple[int, int]) -> Tensor:
         """``crop`` with zeros where ``region`` reaches outside a map of ``size``."""
@@ -105,7 +118,8 @@ class Crops:
         key = (region, size, like.dtype)
         if key not in self._masks:
             ones = like.new_ones(()).expand(len(like), 1, *size)
-            self._masks[key] = window_crop(ones, self.start(region), region.shape)
+            mask = window_crop(ones, self.start(region), region.shape)
+            self._masks[key] = _as_given(mask, region)
         return self._masks[key]
 
     def forget(self) -> None:

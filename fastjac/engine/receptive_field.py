@@ -7,6 +7,7 @@ every interval starts at ``scale * r + offset`` and has one size, whatever r is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -56,10 +57,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Region:
-    """An interval on each axis of a map, rows first."""
+    """An interval on each axis of a map, rows first.
+
+    ``axis``: the dimension of the rows, before that of the columns: 2 of ``[B, C, H, W]``, and 1 of
+    ``[B, H, W, C]``.
+    """
 
     rows: Interval
     cols: Interval
+    axis: int = 2
 
     @classmethod
     def window(cls, size: int) -> Region:
@@ -68,11 +74,26 @@ class Region:
 
     def through(self, geometry: tuple[KernelGeometry, KernelGeometry]) -> Region:
         """The inputs that these outputs see through a window on each axis."""
-        return Region(self.rows.through(geometry[0]), self.cols.through(geometry[1]))
+        rows, cols = self.rows.through(geometry[0]), self.cols.through(geometry[1])
+        return Region(rows, cols, self.axis)
+
+    def moved(self, axis: int) -> Region:
+        """The same region of a map whose rows are another dimension."""
+        return Region(self.rows, self.cols, axis)
+
+    def resized(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a crop of a map of this shape."""
+        return (*shape[: self.axis], *self.shape, *shape[self.axis + 2 :])
+
+    def map_size(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Height and width of a map of this shape."""
+        return shape[self.axis], shape[self.axis + 1]
 
     def hull(self, other: Region) -> Region:
         """The smallest region that holds both."""
-        return Region(self.rows.hull(other.rows), self.cols.hull(other.cols))
+        if self.axis != other.axis:
+            raise ValueError("it is read as [B, C, H, W] and as [B, H, W, C]")
+        return Region(self.rows.hull(other.rows), self.cols.hull(other.cols), self.axis)
 
     def exceeds(self, shape: tuple[int, int], positions: tuple[int, int]) -> bool:
         """Whether it reaches outside a map of ``shape`` for some position of the window."""

@@ -332,7 +332,7 @@ def _on_crops(
         single += _unfused(call, tape)
     try:
         regions, seen = _regions(tape, single, number, head.side)
-        if len(tape.shapes[INPUT]) != 4:
+        if len(tape.shapes[INPUT]) != 4 or regions[INPUT].axis != 2:
             raise NotLocalError("the input is no image [B, C, H, W]")
     except NotLocalError as reason:
         if strategy == "local":
@@ -343,7 +343,7 @@ def _on_crops(
         return calls, None
     h, w = tape.shapes[number][2:]
     crops = Crops(head.position, (h - head.side + 1, w - head.side + 1))
-    sizes = {n: tuple(tape.shapes[n][2:]) for n in regions}
+    sizes = {n: region.map_size(tape.shapes[n]) for n, region in regions.items()}
     cropped = [
         call.with_rule(
             call.rule.crop(crops, regions[call.outputs[0]]), call.outputs, call.receivers

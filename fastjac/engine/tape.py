@@ -106,7 +106,7 @@ class Tape(Fusion):
             leaf = x.detach().requires_grad_()
             self.x = torch._lazy_clone(leaf)
         self._leaf = weakref.ref(leaf)
-        self._start = self.x.grad_fn._sequence_nr()
+        self._nodes: set[int] = set()  # the autograd nodes of what was recorded
         self._assign(self.x, False)
 
     # Values.
@@ -122,6 +122,7 @@ class Tape(Fusion):
         values, key = self._values, id(tensor)
         alive = weakref.ref(tensor, lambda _: values.pop(key, None))
         values[key] = value._replace(alive=alive)
+        self._nodes.add(_node(tensor))
 
     def fresh(self, shape: torch.Size) -> int:
         """The number of a value that no tensor holds."""
@@ -178,7 +179,7 @@ class Tape(Fusion):
             raise self._unseen(name, tensor)
 
     def _check_graph(self, name: Any, tensor: Tensor) -> None:
-        """Raise if a tensor's graph may lead to x; one made before the forward is a constant's."""
+        """Raise if the graph of a tensor that no recorded call made leads to what depends on x."""
         todo, seen = [tensor.grad_fn], set()
         while todo:
             node = todo.pop()
@@ -188,13 +189,13 @@ class Tape(Fusion):
             if hasattr(node, "variable"):
                 if node.variable is self._leaf():
                     raise self._unseen(name, tensor)
-            elif node._sequence_nr() >= self._start:
+            elif node._sequence_nr() in self._nodes:
                 raise self._unseen(name, tensor)
             todo += [following for following, _ in node.next_functions]
         self._note_constant(tensor)
 
     def _unseen(self, name: Any, tensor: Tensor) -> FastjacError:
-        made = tensor.grad_fn.name().removesuffix("Backward").removesuffix("Backward0")
+        made = tensor.grad_fn.name().removesuffix("0").removesuffix("Backward")
         advice = _ADVICE.get(made, _ADVICE["any"])
         return FastjacError(
             f"{_text(name)} reads a tensor {list(tensor.shape)} whose derivative fastjac has not seen: "

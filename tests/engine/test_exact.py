@@ -179,7 +179,7 @@ CASES = {
     "ELU": (lambda: nn.ELU(inplace=True), 4),
     "GLU": (lambda: nn.GLU(1), 2),
 }
-GLOBAL = {"squeeze-excite", "layer norm", "split and shuffle", "attention", "group norm"}
+GLOBAL = {"squeeze-excite", "split and shuffle", "attention", "group norm"}
 GLOBAL |= {"instance norm", "local response", "same padding", "reflected padding", "transposed"}
 GLOBAL |= {"bilinear", "pixel shuffle", "PReLU", "GLU", "alpha dropout", "leaky, rising both ways"}
 GLOBAL |= {"branches", *VIEWS}

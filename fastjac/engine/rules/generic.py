@@ -13,7 +13,7 @@ PyTorch has no forward-mode derivative at all, the call alone is differentiated 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ from fastjac.fusion.mode import function_name, tensors_in, writes_in_place
 if TYPE_CHECKING:
     from fastjac.engine.tape import Site
 
-_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+# The attention functions, and the position of their dropout.
+_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -88,7 +89,10 @@ class Generic(Rule):
         device = ordered[0].device
         state = _random_state(device)
         if overwrites is written:
-            y = site.run(*args, **kwargs)
+            # Each attention kernel draws its own dropout: take the one that the sweeps run.
+            drops = _drops_attention(function, args, kwargs)
+            with sdpa_kernel(SDPBackend.MATH) if drops else nullcontext():
+                y = site.run(*args, **kwargs)
         else:
             site.run(overwrites, *args[1:], **kwargs)
             y = written.copy_(overwrites)
@@ -261,6 +265,22 @@ class SmoothPointwise(ReverseOverForward):
         return self.changed(leaves=[crops.gather(self.leaves[0], region)])
 
 
+@register_rule(F.layer_norm)
+class LayerNorm(Generic):
+    """Over the channels of a channels-last map, it sees one pixel at a time."""
+
+    def input_regions(self, region: Region) -> list[Region]:
+        shape = self.leaves[0].shape
+        (_, *normalised), _ = self.template
+        over_channels = normalised and list(normalised[0]) == [shape[-1]]
+        if region.axis != 1 or len(self.sources) > 1 or not over_channels:
+            raise NotLocalError("it normalises over the map")
+        return [region]
+
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        return self.changed(leaves=[crops.gather(self.leaves[0], region), *self.leaves[1:]])
+
+
 class _Context:
     """The surroundings of a call: autocast, and the random numbers that it drew."""
 
@@ -293,6 +313,13 @@ class _Context:
                 if cuda:
                     torch.cuda.set_rng_state(self.random_state[1], self.device)
             yield
+
+
+def _drops_attention(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    position = _ATTENTION.get(function)
+    if position is None:
+        return False
+    return (args[position] if len(args) > position else kwargs.get("dropout_p", 0.0)) > 0
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, ...]:

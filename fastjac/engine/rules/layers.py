@@ -98,13 +98,13 @@ class Convolution(Rule):
 
     def input_regions(self, region: Region) -> list[Region]:
         kernel = self.weight.shape[2:]
-        if len(kernel) != 2:
+        if len(kernel) != 2 or region.axis != 2:
             raise NotLocalError(f"a convolution over {len(kernel)} axes has no crops")
         return [region.through(axis_geometry(kernel, self.stride, self.padding, self.dilation))]
 
     def crop(self, crops: Crops, region: Region) -> Rule:
         (source,) = self.input_regions(region)
-        return self.changed(padding=[0, 0], shape=torch.Size((*self.shape[:2], *source.shape)))
+        return self.changed(padding=[0, 0], shape=torch.Size(source.resized(self.shape)))
 
 
 def _sizes(value: Any, axes: int) -> list[int]:
@@ -149,6 +149,11 @@ class Linear(Rule):
             rows = delta.reshape(-1, delta.shape[-1])
             gradients = [rows.t() @ tangent.reshape(len(rows), -1)]
         return F.linear(tangent, self.weight.to(self.dtype)), gradients
+
+    def input_regions(self, region: Region) -> list[Region]:
+        if region.axis != 1:
+            raise NotLocalError("it sees a whole row of its input")
+        return [region]
 
 
 class SlottedBatchNorm(torch.autograd.Function):
@@ -356,6 +361,8 @@ class BatchNorm(Pointwise):
     def input_regions(self, region: Region) -> list[Region]:
         if self.batch:
             raise NotLocalError("BatchNorm in train mode with batch_stats='batch'")
+        if region.axis != 2:
+            raise NotLocalError("its channels are an axis of the map")
         if self.receives[1] and not self.slots:
             raise NotLocalError("BatchNorm in train mode under torch.utils.checkpoint")
         return [region]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import Recorded, Rule, register_rule
 from fastjac.fusion.mode import tensors_in
 
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 
 @register_rule(
-    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.movedim, torch.moveaxis),
+    *(torch.flatten, torch.reshape, torch.transpose, torch.movedim, torch.moveaxis),
     *(torch.swapaxes, torch.swapdims, torch.squeeze, torch.unsqueeze, torch.t, torch.unflatten),
     *(torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.narrow, torch.select),
     *(torch.roll, torch.flip, torch.rot90, torch.tile, torch.repeat_interleave, torch.diagonal),
     *(torch.mean, torch.sum, torch.cumsum, torch.index_select, torch.gather, torch.take_along_dim),
     *(torch.tril, torch.triu, torch.trace, torch.real, torch.imag, torch.view_as_real),
     *(torch.view_as_complex, torch.broadcast_to, torch.conj, torch.resolve_conj, torch.diff),
-    *(Tensor.flatten, Tensor.view, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.t),
+    *(Tensor.flatten, Tensor.view, Tensor.reshape, Tensor.transpose, Tensor.t),
     *(Tensor.movedim, Tensor.moveaxis, Tensor.swapaxes, Tensor.swapdims, Tensor.squeeze),
     *(Tensor.unsqueeze, Tensor.unflatten, Tensor.chunk, Tensor.split, Tensor.tensor_split),
     *(Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.expand, Tensor.expand_as, Tensor.repeat),
@@ -90,6 +91,37 @@ class LinearMap(Rule):
             return x.clone(memory_format=torch.contiguous_format)
         empty = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
         return empty.copy_(x)
+
+
+_TO_LAST, _TO_SECOND = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+@register_rule(torch.permute, Tensor.permute)
+@dataclass
+class Permute(Rule):
+    """The dimensions in another order; between channels second and channels last it has crops."""
+
+    dims: tuple[int, ...]
+
+    @classmethod
+    def record(cls, site: Site, input: Tensor, *dims: Any, **kwargs: Any) -> Recorded:
+        given = kwargs.get("dims", dims)
+        order = given[0] if len(given) == 1 and not isinstance(given[0], int) else given
+        order = tuple(d % input.dim() for d in order)
+        return site.run(input, order), cls((site.number(input),), order), ()
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [delta.permute(sorted(range(len(self.dims)), key=self.dims.__getitem__))]
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        return tangents[0].permute(self.dims), ()
+
+    def input_regions(self, region: Region) -> list[Region]:
+        if (self.dims, region.axis) == (_TO_LAST, 1):
+            return [region.moved(2)]
+        if (self.dims, region.axis) == (_TO_SECOND, 2):
+            return [region.moved(1)]
+        return super().input_regions(region)
 
 
 def _pads_with_zeros(

@@ -220,7 +220,7 @@ class Sum(Pointwise):
         return super().input_regions(region)
 
     def crop(self, crops: Crops, region: Region) -> Rule:
-        shape = torch.Size((*self.shape[:2], *region.shape))
+        shape = torch.Size(region.resized(self.shape))
         return self.changed(shape=shape, terms=[(f, shape) for f, _ in self.terms])
 
 
@@ -297,12 +297,17 @@ class Scale(Pointwise):
 
     def input_regions(self, region: Region) -> list[Region]:
         factor = self.factor
-        if isinstance(factor, Tensor) and any(n != 1 for n in factor.shape[-2:]):
+        if isinstance(factor, Tensor) and region.map_size(_of_a_map(factor.shape)) != (1, 1):
             raise NotLocalError("its factor varies over the map")
         return [region]
 
     def crop(self, crops: Crops, region: Region) -> Rule:
-        return self.changed(shape=torch.Size((*self.shape[:2], *region.shape)))
+        return self.changed(shape=torch.Size(region.resized(self.shape)))
+
+
+def _of_a_map(shape: torch.Size) -> tuple[int, ...]:
+    """A shape as it broadcasts to a map."""
+    return (1,) * (4 - len(shape)) + tuple(shape)
 
 
 class Multiply(Scale):
@@ -415,12 +420,12 @@ class Concatenation(Pointwise):
         return torch.cat([next(given) if v else zeros(s) for v, s in self.parts], self.dim), ()
 
     def input_regions(self, region: Region) -> list[Region]:
-        if self.dim != 1:
+        if self.dim != 5 - 2 * region.axis:
             raise NotLocalError(f"it concatenates over dimension {self.dim}")
         return super().input_regions(region)
 
     def crop(self, crops: Crops, region: Region) -> Rule:
-        parts = [(v, torch.Size((*s[:2], *region.shape))) for v, s in self.parts]
+        parts = [(v, torch.Size(region.resized(s))) for v, s in self.parts]
         return self.changed(parts=parts)
 
 

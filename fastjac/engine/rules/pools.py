@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fastjac.engine.crops import Crops, RecomputedMap
 from fastjac.engine.receptive_field import Region
-from fastjac.engine.rules.base import Recorded, Rule, axis_geometry, register_rule
+from fastjac.engine.rules.base import (
+    NotLocalError,
+    Recorded,
+    Rule,
+    axis_geometry,
+    register_rule,
+)
 from fastjac.fusion.mode import in_checkpoint
 
 if TYPE_CHECKING:
@@ -60,7 +66,7 @@ class MaxPool2d(Rule):
         return out, ()
 
     def input_regions(self, region: Region) -> list[Region]:
-        return [region.through(axis_geometry(*self.geometry[:4]))]
+        return [_image(region).through(axis_geometry(*self.geometry[:4]))]
 
     def crop(self, crops: Crops, region: Region) -> Rule:
         (source,) = self.input_regions(region)
@@ -111,7 +117,7 @@ class AvgPool2d(Rule):
         return out if self.scale is None else out * self.scale, ()
 
     def input_regions(self, region: Region) -> list[Region]:
-        return [region.through(axis_geometry(*self.geometry[:3], 1))]
+        return [_image(region).through(axis_geometry(*self.geometry[:3], 1))]
 
     def crop(self, crops: Crops, region: Region) -> Rule:
         (source,) = self.input_regions(region)
@@ -121,9 +127,15 @@ class AvgPool2d(Rule):
         scale = mean / F.avg_pool2d(ones, kernel, stride, padding, ceil_mode, include, 1)
         return self.changed(
             geometry=(kernel, stride, 0, False, True, 1),
-            shape=torch.Size((*self.shape[:2], *source.shape)),
+            shape=torch.Size(source.resized(self.shape)),
             scale=crops.gather(scale.expand(self.shape[0], -1, -1, -1), region),
         )
+
+
+def _image(region: Region) -> Region:
+    if region.axis != 2:
+        raise NotLocalError("it pools over the channels")
+    return region
 
 
 def layout(tensor: Tensor) -> torch.memory_format:
