@@ -230,15 +230,18 @@ class Trial:
         self.model.zero_grad(set_to_none=True)
         _seed(1)
         try:
-            out = fastjac.with_jacobian(
-                self.model,
-                self.x,
-                fastjac.LabelLogit(),
-                self.y,
-                output=self.output,
-                batch_stats=batch_stats,
-                strategy=strategy,
-            )
+            # Another attention kernel lays its result out differently: dropout behind it would draw
+            # another mask.
+            with sdpa_kernel(SDPBackend.MATH):
+                out = fastjac.with_jacobian(
+                    self.model,
+                    self.x,
+                    fastjac.LabelLogit(),
+                    self.y,
+                    output=self.output,
+                    batch_stats=batch_stats,
+                    strategy=strategy,
+                )
         except fastjac.FastjacError as error:
             raise ClearError(str(error)) from error
         try:
