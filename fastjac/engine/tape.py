@@ -15,6 +15,7 @@ from torch.utils.hooks import BackwardHook
 
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.base import Receiver, Rule
+from fastjac.engine.rules.views import ViewWrite
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import Fusion, function_name, in_checkpoint, tensors_in, writes_in_place
@@ -291,8 +292,12 @@ class Tape(Fusion):
         varying: list[Tensor],
         trains: bool,
     ) -> Any:
-        site = Site(self, function, trains)
+        site, mark = Site(self, function, trains), len(self.kept)
         in_place = writes_in_place(function, args, kwargs)
+        base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
+        whole = None if base is None else self._values.get(id(base))
+        if whole is not None and whole.version != base._version:
+            whole = None  # to read it again is an error
         for kind in rules_for(function):
             recorded = kind.record(site, *args, **kwargs)
             if recorded is not NotImplemented:
@@ -302,14 +307,20 @@ class Tape(Fusion):
         if isinstance(result, Tensor):
             value = self._values.get(id(result))
             if value is not None and value.version == result._version:
+                del self.kept[mark:]
                 return out  # one of its arguments, as it was
         made = list(tensors_in(result))
         if not any(_differentiable(t) for t in made):
+            del self.kept[mark:]
             return out
         numbers = tuple(self._assign(t, trains) if _differentiable(t) else None for t in made)
         single = isinstance(result, Tensor)
-        call = Call(rule, numbers, single, receivers, function_name(function), _calling_module())
-        self.calls.append(call)
+        name, module = function_name(function), _calling_module()
+        self.calls.append(Call(rule, numbers, single, receivers, name, module))
+        if whole is not None:
+            write = ViewWrite.of((whole.number, numbers[0]), base, args[0])
+            number = self._assign(base, trains or whole.trainable)
+            self.calls.append(Call(write, (number,), True, (), name, module))
         return out
 
     # Chains.

@@ -93,9 +93,7 @@ class WritesThroughView(nn.Module):
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_a_value_that_is_overwritten_through_a_view_of_it_is_an_error(trains):
+def test_a_value_that_is_overwritten_through_a_view_of_it(trains):
     student, teacher = network(WritesThroughView(), 0), network(nn.Tanh(), 7)
     student.requires_grad_(trains).head.requires_grad_()
-    message = r"reads a tensor \[2, 4, 12, 10\] that was overwritten in place where fastjac cannot"
-    with pytest.raises(FastjacError, match=message):
-        JacobianMatching(student, teacher, LabelLogit())(*batch())
+    assert_exact(student, teacher, *batch(), LabelLogit())

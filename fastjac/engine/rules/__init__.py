@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastjac.engine.rules import group_norm, layers, linear_maps, pointwise, pools  # noqa: F401  they register
+from fastjac.engine.rules import group_norm, layers, linear_maps, pointwise, pools, views  # noqa: F401  they register
 from fastjac.engine.rules.base import NotLocalError, Receiver, Rule, register_rule, registered
 from fastjac.engine.rules.chains import fused_rule
 from fastjac.engine.rules.generic import Generic

@@ -1,0 +1,90 @@
+"""Rules of writes to a part of a tensor: by an index, and through a view of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastjac.engine.rules.base import Recorded, Rule, register_rule
+from fastjac.fusion.mode import tensors_in
+
+if TYPE_CHECKING:
+    from fastjac.engine.tape import Site
+
+
+@register_rule(Tensor.__setitem__)
+@dataclass
+class SetItem(Rule):
+    """x with x[index] = value; either may be constant."""
+
+    index: Any
+    varies: tuple[bool, bool]  # x, value
+    shapes: tuple[torch.Size, torch.Size | None]
+    dtype: torch.dtype
+
+    @classmethod
+    def record(cls, site: Site, x: Tensor, index: Any, value: Any) -> Recorded | Any:
+        if site.varies(*tensors_in(index)):
+            return NotImplemented
+        varies = (site.varies(x), site.varies(value))
+        sources = tuple(n for n in (site.number(x), site.number(value)) if n is not None)
+        dtype = value.dtype if isinstance(value, Tensor) else x.dtype
+        shape = value.shape if isinstance(value, Tensor) else None
+        for part in tensors_in(index):
+            site.keep(part)
+        site.run(x, index, value)
+        return None, cls(sources, index, varies, (x.shape, shape), dtype), ()
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        pulled = []
+        if self.varies[0]:
+            pulled.append(delta.clone())
+            pulled[0][self.index] = 0
+        if self.varies[1]:
+            shape, part = self.shapes[1], delta[self.index]
+            surplus = len(shape) - part.dim()  # leading dimensions of size 1, which a write drops
+            part = part.sum_to_size(shape[max(surplus, 0) :]).view(shape)
+            pulled.append(part.to(self.dtype))
+        return pulled
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        given = list(tangents)
+        out = given.pop(0).clone() if self.varies[0] else given[0].new_zeros(self.shapes[0])
+        out[self.index] = given[0].to(out.dtype) if self.varies[1] else 0
+        return out, ()
+
+
+@dataclass
+class ViewWrite(Rule):
+    """The base of a view after the view was overwritten; its sources are the base before, and the view.
+
+    ``layout``: shape and strides of the base; ``view``: shape, strides and offset of the view in it.
+    """
+
+    layout: tuple[torch.Size, tuple[int, ...]]
+    view: tuple[torch.Size, tuple[int, ...], int]
+
+    @classmethod
+    def of(cls, sources: tuple[int, int], base: Tensor, view: Tensor) -> ViewWrite:
+        """The rule for two tensors as they are."""
+        offset = view.storage_offset() - base.storage_offset()
+        return cls(sources, (base.shape, base.stride()), (view.shape, view.stride(), offset))
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """A copy with the strides of the base."""
+        return torch.empty_strided(*self.layout, dtype=x.dtype, device=x.device).copy_(x)
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        base = self._laid_out(delta)
+        view = base.as_strided(*self.view)
+        written = view.clone()
+        view.zero_()
+        return [base, written]
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        base = self._laid_out(tangents[0])
+        base.as_strided(*self.view).copy_(tangents[1])
+        return base, ()

@@ -1,0 +1,123 @@
+"""Writes in place: to x, to a part of a tensor, through a view. The caller's batch stays as it was."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+from comparison import assert_exact
+from torch import Tensor, nn
+
+from fastjac import FastjacError, JacobianMatching, LabelLogit
+
+
+def centre_one_channel(z: Tensor) -> Tensor:
+    z[:, 0] -= 0.3 * z[:, 1]
+    return z
+
+
+def scale_through_a_view(z: Tensor) -> Tensor:
+    z[:, :2].mul_(2.0)
+    return z
+
+
+def gate_through_a_view(z: Tensor) -> Tensor:
+    row = z[:, 1]
+    row.sigmoid_()
+    return z * z
+
+
+def write_through_another_shape(z: Tensor) -> Tensor:
+    z = z.clone()
+    z.view(len(z), -1)[:, :5].pow_(2)
+    return z.view(len(z), -1).view_as(z)
+
+
+def fill_a_buffer(z: Tensor) -> Tensor:
+    buffer = torch.zeros_like(z)
+    buffer[:, :2] = z[:, 1:3]
+    buffer[:, 2] = z[:, 0].tanh()
+    return buffer
+
+
+def broadcast_into_a_part(z: Tensor) -> Tensor:
+    z = z * 1
+    z[:, :, 0] = z.mean((2, 3))[:, :, None]
+    return z
+
+
+def clamp_and_centre(z: Tensor) -> Tensor:
+    z.clamp_(0.2, 0.8)
+    z -= z.mean()
+    return z
+
+
+def mask_by_comparison(z: Tensor) -> Tensor:
+    z[z > 0.5] = 0
+    return z
+
+
+WRITES = [
+    *(centre_one_channel, scale_through_a_view, gate_through_a_view, write_through_another_shape),
+    *(fill_a_buffer, broadcast_into_a_part, clamp_and_centre, mask_by_comparison),
+]
+
+
+class Apply(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def network(function, first: bool) -> nn.Sequential:
+    write, stem = Apply(function), nn.Conv2d(3, 4, 3)
+    layers = (write, stem) if first else (stem, write)
+    return nn.Sequential(*layers, nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 5))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.rand(3, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 3, 1])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["x", "a map"])
+@pytest.mark.parametrize("function", WRITES)
+def test_the_gradient_is_the_double_backwards(function, first):
+    torch.manual_seed(1)
+    x, y = batch()
+    before = x.clone()
+    assert_exact(network(function, first), network(function, True), x, y, LabelLogit())
+    assert torch.equal(x, before)
+
+
+def test_the_student_sees_what_the_teacher_was_given():
+    torch.manual_seed(1)
+    student, teacher = networks.vgg().double(), network(clamp_and_centre, True).double()
+    x, y = torch.rand(2, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 1])
+    student[3], student[7] = nn.Identity(), nn.Identity()
+    expected = student.eval()(x)
+    logits = JacobianMatching(student, teacher)(x, y).student_logits
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_a_derivative_needs_must_not_be_overwritten():
+    x, y = batch()
+    student = network(lambda z: z.mul_(z.sigmoid()), False).double()
+    with pytest.raises(
+        FastjacError, match=r"that sigmoid needs for its derivative was overwritten"
+    ):
+        JacobianMatching(student, network(torch.tanh, False).double())(x, y)
+
+
+def test_a_view_made_before_its_base_was_overwritten_is_an_error():
+    def stale(z: Tensor) -> Tensor:
+        part = z[:, :2]
+        z.mul_(2)
+        return torch.cat([part, part], 1)
+
+    x, y = batch()
+    with pytest.raises(FastjacError, match=r"cat reads a tensor .* overwritten in place where"):
+        JacobianMatching(network(stale, False).double(), network(torch.tanh, False).double())(x, y)
