@@ -1,13 +1,17 @@
 """The rule of every call that has none of its own: autograd on that call alone.
 
-Right wherever PyTorch has the operation's derivatives, if slower: the reverse sweep runs the call again
-and differentiates it; the forward sweep runs call and backward on dual numbers (forward over reverse),
-so that no graph of a backward is made. The tangent of the backward's result is the gradient of
-<delta, jvp(f, x, x')>. The other order, differentiating the jvp, is right for a few operations alone
-(PyTorch's jvp of a layer, instance or batch norm takes its statistics as constants, and says nothing);
-:class:`ReverseOverForward` is for those of them whose backward has no forward-mode formula. Where
-PyTorch has no forward-mode derivative at all, the call alone is differentiated twice in reverse:
-<delta, f'(x) x'> is linear in delta, so its derivative in delta is the tangent.
+Right wherever PyTorch has the operation's derivatives, if slower. The reverse sweep runs the call again
+and differentiates it. The forward sweep differentiates the call alone twice, in reverse:
+<delta, f'(x) x'> is linear in delta, so its derivative in delta is the tangent y', and its derivatives
+in x and w are the curvature and the gradients. The graph of that backward holds one call, and is gone
+when the rule returns.
+
+:class:`ForwardOverReverse` runs call and backward on dual numbers instead, and makes no such graph. It
+is for calls that have been checked: where a backward reads something that carries no tangent (the
+factors that torch.linalg.solve saves), PyTorch drops a term and says nothing. It also serves calls
+without a second derivative in reverse. :class:`ReverseOverForward` differentiates the jvp: for
+functions of each element, whose backward has no forward-mode formula. (PyTorch's jvp of a layer,
+instance or batch norm takes its statistics as constants, and says nothing.)
 """
 
 from __future__ import annotations
@@ -137,12 +141,19 @@ class Generic(Rule):
     def jvp(self, tangents: Any, delta: Any) -> tuple[Any, list[Tensor | None]]:
         with torch.enable_grad(), self._named("a second derivative"):
             leaves = [_fresh(t) for t in self.leaves]
+            first, second = self._orders()
             try:
-                pushed, gradients = self._forward_over_reverse(leaves, tangents, delta)
-            except NotImplementedError:
-                pushed, gradients = self._reverse_over_reverse(leaves, tangents, delta)
+                pushed, gradients = first(leaves, tangents, delta)
+            except RuntimeError as error:
+                if "not implemented" not in str(error):
+                    raise
+                pushed, gradients = second([_fresh(t) for t in leaves], tangents, delta)
         wanted = [g for g, received in zip(gradients, self.receives, strict=True) if received]
         return pushed[0] if self.single else pushed, wanted
+
+    def _orders(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The ways to differentiate twice, best first."""
+        return self._reverse_over_reverse, self._forward_over_reverse
 
     def _forward_over_reverse(
         self, leaves: list[Tensor], tangents: Any, delta: Any
@@ -177,39 +188,23 @@ class Generic(Rule):
         self, leaves: list[Tensor], tangents: Any, delta: Any
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         outputs = self._again(leaves)
-        deltas = [
-            None if y is None else _fresh(torch.zeros_like(y) if d is None else d.to(y.dtype))
-            for y, d in zip(
-                outputs,
-                self._deltas(delta) if delta is not None else [None] * len(outputs),
-                strict=True,
-            )
-        ]
-        sources = leaves[: len(self.sources)]
+        given = [None] * len(outputs) if delta is None else self._deltas(delta)
         pairs = [
-            (y, d)
-            for y, d in zip(outputs, deltas, strict=True)
+            (i, y, _fresh(torch.zeros_like(y) if d is None else d.to(y.dtype)))
+            for i, (y, d) in enumerate(zip(outputs, given, strict=True))
             if y is not None and y.requires_grad
         ]
-        pulled = torch.autograd.grad(
-            [y for y, _ in pairs],
-            sources,
-            [d for _, d in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-        product = sum(
-            (g * t).sum()
-            for g, t in zip(pulled, tangents, strict=True)
-            if g is not None and g.requires_grad
-        )
-        wanted = [d for d in deltas if d is not None]
-        found = torch.autograd.grad(product, wanted + leaves, allow_unused=True)
-        pushed = iter(found[: len(wanted)])
-        return (
-            _detached(outputs, [None if d is None else next(pushed) for d in deltas]),
-            list(found[len(wanted) :]),
-        )
+        pushed: list[Tensor | None] = [None] * len(outputs)
+        if not pairs:
+            return _detached(outputs, pushed), [None] * len(leaves)
+        places, ys, deltas = zip(*pairs, strict=True)
+        sources = leaves[: len(self.sources)]
+        pulled = torch.autograd.grad(ys, sources, deltas, create_graph=True, allow_unused=True)
+        product = sum(_inner(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None)
+        found = torch.autograd.grad(product, [*deltas, *leaves], allow_unused=True)
+        for place, tangent in zip(places, found, strict=False):
+            pushed[place] = tangent
+        return _detached(outputs, pushed), list(found[len(deltas) :])
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -226,7 +221,14 @@ class Generic(Rule):
             ) from error
 
 
-class ReverseOverForward(Generic):
+class ForwardOverReverse(Generic):
+    """For calls whose backward PyTorch differentiates rightly in forward mode."""
+
+    def _orders(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        return self._forward_over_reverse, self._reverse_over_reverse
+
+
+class ReverseOverForward(ForwardOverReverse):
     """For calls whose jvp PyTorch differentiates rightly, and whose backward has no jvp."""
 
     def _gradients_of_tangent(
@@ -266,7 +268,7 @@ class SmoothPointwise(ReverseOverForward):
 
 
 @register_rule(F.layer_norm)
-class LayerNorm(Generic):
+class LayerNorm(ForwardOverReverse):
     """Over the channels of a channels-last map, it sees one pixel at a time."""
 
     def input_regions(self, region: Region) -> list[Region]:
@@ -347,6 +349,11 @@ def _map_tensors(
     if isinstance(value, dict):
         return {k: _map_tensors(function, v, leaves) for k, v in value.items()}
     return value
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The real inner product, which complex numbers have as pairs of real ones."""
+    return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()
 
 
 def _fresh(tensor: Tensor) -> Tensor:
