@@ -116,7 +116,9 @@ class JacobianMatching(nn.Module):
             find_layer(teacher, target.for_teacher().layer, "the teacher")
         _check_apart(student, teacher)
         self.student = student
-        self.teacher = teacher.requires_grad_(False)
+        self.teacher = teacher
+        for parameter in teacher.parameters():  # a scripted module has no requires_grad_
+            parameter.requires_grad_(False)
         self._teacher_by_autograd = False
         self._eval_teacher()
 
