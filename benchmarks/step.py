@@ -232,7 +232,7 @@ def spawn(
 
 def host_configuration(config: Configuration, args: argparse.Namespace) -> Configuration:
     """The configuration with next to no arithmetic, of the same operations."""
-    return dataclasses.replace(config, size=32, batch=1, width=args.width)
+    return dataclasses.replace(config, size=64, batch=1, width=args.width)
 
 
 def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[str, Any]:
