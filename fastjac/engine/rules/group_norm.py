@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class GroupNorm(Rule):
     rstd: Tensor
     groups: int
     receives: tuple[bool, bool]  # gamma, x
+
+    recomputes_cotangent: ClassVar[bool] = True
 
     @classmethod
     def record(
