@@ -136,17 +136,16 @@ def register_rule(*functions: Any) -> Callable[[type[Rule]], type[Rule]]:
     >>> import torch
     >>> from dataclasses import dataclass
     >>> from fastjac.engine.rules import Rule
-    >>> @fastjac.register_rule(torch.Tensor.double)
+    >>> @fastjac.register_rule(torch.fliplr)
     ... @dataclass
-    ... class Double(Rule):
-    ...     dtype: torch.dtype
+    ... class Mirror(Rule):
     ...     @classmethod
-    ...     def record(cls, site, x):
-    ...         return site.run(x), cls((site.number(x),), x.dtype), ()
+    ...     def record(cls, site, input):
+    ...         return site.run(input), cls((site.number(input),)), ()
     ...     def vjp(self, delta):
-    ...         return [delta.to(self.dtype)]
+    ...         return [delta.flip(1)]
     ...     def jvp(self, tangents, delta):
-    ...         return tangents[0].double(), ()
+    ...         return tangents[0].flip(1), ()
 
     Raises :class:`fastjac.FastjacError` for what is no rule, and for a function that has one already.
     """
