@@ -64,6 +64,7 @@ class Linearization:
     plan: CropPlan | None
     shape: torch.Size
     kept: list[tuple[Tensor, int, str]]
+    dtypes: list[torch.dtype]
     half: bool
     head: Receiver | None = None
     deltas: dict[int, Any] = field(default_factory=dict)
@@ -120,6 +121,7 @@ class Linearization:
             ):
                 if cotangent is None:
                     continue
+                cotangent = _cast(cotangent, self.dtypes[source])
                 if plan is not None:
                     cotangent = plan.write(source, plan.seen[i][place], cotangent)
                 known = cotangents.get(source)
@@ -157,7 +159,7 @@ class Linearization:
                 call.outputs, [tangent] if call.single else tangent, strict=True
             ):
                 if number in self.last_reader or number == self.target:
-                    tangents[number] = value
+                    tangents[number] = _cast(value, self.dtypes[number])
             for source in rule.sources:
                 if self.last_reader[source] == i and source != self.target:
                     tangents.pop(source, None)
@@ -172,6 +174,13 @@ class Linearization:
                 curvature = plan.spread(self.target, plan.regions[self.target], curvature)
             gradients.append(curvature)
         return gradients
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the type that the value had: autocast mixes types, and so may a rule's product."""
+    if x.dtype == dtype or x.is_complex() or dtype.is_complex:
+        return x
+    return x.to(dtype)
 
 
 class _InputJacobian(torch.autograd.Function):
@@ -293,7 +302,8 @@ def linearize(
     elif strategy == "local":
         raise _not_local("the target reads the whole of its tensor")
     return Linearization(
-        *(calls, number, seed, hvp, plan, tape.shapes[INPUT], tape.kept, tape.half, receiver)
+        *(calls, number, seed, hvp, plan, tape.shapes[INPUT], tape.kept, tape.dtypes, tape.half),
+        head=receiver,
     )
 
 

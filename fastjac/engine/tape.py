@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Iterable
@@ -11,14 +12,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import BackwardHook
 
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.base import Receiver, Rule
 from fastjac.engine.rules.views import ViewWrite
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
-from fastjac.fusion.mode import Fusion, function_name, in_checkpoint, tensors_in, writes_in_place
+from fastjac.fusion.mode import (
+    Fusion,
+    function_name,
+    in_backward_hook,
+    in_checkpoint,
+    tensors_in,
+    writes_in_place,
+)
 
 _CONVERSIONS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 _CONSTANTS = {
@@ -43,8 +50,7 @@ _CONSTANTS |= {
     Tensor.new_full,
 }
 _SAMPLERS = {torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial}
-_REQUIRES_GRAD = Tensor.requires_grad.__get__
-_SET_UP_HOOK = BackwardHook._apply_on_tensors.__code__
+_HOOK = "BackwardHookFunctionBackward"
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
@@ -99,6 +105,7 @@ class Tape(Fusion):
         self.recording = True
         self.calls: list[Call] = []
         self.shapes: list[torch.Size] = []
+        self.dtypes: list[torch.dtype] = []
         self.half = False
         self.kept: list[tuple[Tensor, int, str]] = []
         self._values: dict[int, Value] = {}
@@ -108,6 +115,7 @@ class Tape(Fusion):
             self.x = torch._lazy_clone(leaf)
         self._leaf = weakref.ref(leaf)
         self._nodes: set[int] = set()  # the autograd nodes of what was recorded
+        self._outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
         self._assign(self.x, False)
 
     # Values.
@@ -115,6 +123,7 @@ class Tape(Fusion):
     def _assign(self, tensor: Tensor, trainable: bool) -> int:
         number = len(self.shapes)
         self.shapes.append(tensor.shape)
+        self.dtypes.append(tensor.dtype)
         self.half = self.half or tensor.dtype == torch.float16
         self._hold(tensor, Value(number, tensor._version, trainable, None, None))
         return number
@@ -123,11 +132,14 @@ class Tape(Fusion):
         values, key = self._values, id(tensor)
         alive = weakref.ref(tensor, lambda _: values.pop(key, None))
         values[key] = value._replace(alive=alive)
-        self._nodes.add(_node(tensor))
+        node = _node(tensor)
+        self._nodes.add(node)
+        self._outputs[node, tensor.output_nr] = value
 
-    def fresh(self, shape: torch.Size) -> int:
+    def fresh(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """The number of a value that no tensor holds."""
         self.shapes.append(shape)
+        self.dtypes.append(dtype)
         return len(self.shapes) - 1
 
     def value(self, tensor: Any) -> Value | None:
@@ -153,7 +165,7 @@ class Tape(Fusion):
         trains = False
         for argument in arguments:
             if isinstance(argument, Tensor):
-                value = self._values.get(id(argument))
+                value = self._values.get(id(argument)) or self._behind_hook(argument)
                 if value is not None:
                     self._check_value(name, argument, value)
                     varying.append(argument)
@@ -168,6 +180,21 @@ class Tape(Fusion):
             elif isinstance(argument, dict):
                 trains = self._scan(name, argument.values(), varying) or trains
         return trains
+
+    def _behind_hook(self, tensor: Tensor) -> Value | None:
+        """What is known of a tensor that a module's backward hook has given a node of its own."""
+        node, output = tensor.grad_fn, tensor.output_nr
+        if node is None or node.name() != _HOOK:
+            return None
+        while node is not None and node.name() == _HOOK:
+            node, output = node.next_functions[output]
+        if node is None or hasattr(node, "variable"):
+            return None
+        value = self._outputs.get((node._sequence_nr(), output))
+        if value is None:
+            return None
+        self._hold(tensor, value._replace(version=tensor._version, node=None))
+        return self._values[id(tensor)]
 
     def _check_value(self, name: Any, tensor: Tensor, value: Value) -> None:
         if tensor._version != value.version:
@@ -215,17 +242,18 @@ class Tape(Fusion):
 
     # Calls.
 
-    def query(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Backward hooks fire as they do where x requires no gradient.
-        if function == _REQUIRES_GRAD and self.recording and _in_backward_hook():
-            return self.trains(args[0])
-        return function(*args, **kwargs)
+    def takes_backward_hook(self, tensor: Tensor) -> bool:
+        # They fire as they do where x requires no gradient.
+        return self.trains(tensor) if self.recording else tensor.requires_grad
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.recording:
             return self.run(function, args, kwargs)
-        if function is Tensor.view_as and _in_backward_hook():
-            return self._hooked(args[0])
+        if function is Tensor.register_hook:
+            args = (args[0], _observing(args[1]), *args[2:])
+            return self.run(function, args, kwargs)
+        if function is Tensor.view_as and in_backward_hook():
+            return self.run(function, args, kwargs)  # autograd is about to give it the hook's node
         varying: list[Tensor] = []
         trains = self._scan(function, args, varying)
         if kwargs:
@@ -259,16 +287,6 @@ class Tape(Fusion):
             for tensor in tensors_in(out):
                 if tensor.grad_fn is not None:
                     self._note_constant(tensor)
-        return out
-
-    def _hooked(self, tensor: Tensor) -> Tensor:
-        """The same value with the node of a module's backward hook, which autograd is about to set."""
-        self._scan(Tensor.view_as, (tensor,), [])
-        out, value = tensor.view_as(tensor), self._values.get(id(tensor))
-        if value is None:
-            self._note_constant(out)
-        else:
-            self._hold(out, value._replace(version=out._version))
         return out
 
     def _run_without_gradient(
@@ -472,6 +490,20 @@ class _Slot(torch.autograd.Function):
         return cotangent + slot
 
 
+def _observing(hook: Any) -> Any:
+    """A tensor's hook, which may look at a cotangent, but not replace it: J would not have it."""
+
+    @functools.wraps(hook, updated=())
+    def observe(cotangent: Tensor) -> None:
+        if hook(cotangent) is not None:
+            raise FastjacError(
+                "a hook that the model registers on a tensor replaces its gradient, which the input "
+                "Jacobian does not see; expected a hook that returns None, or strategy='autograd'"
+            )
+
+    return observe
+
+
 def check_versions(kept: list[tuple[Tensor, int, str]]) -> None:
     """Raise if one of these tensors was overwritten since it was kept."""
     for tensor, version, name in kept:
@@ -480,11 +512,6 @@ def check_versions(kept: list[tuple[Tensor, int, str]]) -> None:
                 f"a value {list(tensor.shape)} that {name} needs for its derivative was overwritten in "
                 "place by a later operation; use the operation that is not in place"
             )
-
-
-def _in_backward_hook() -> bool:
-    """Whether the current call comes from the hooks of ``register_full_backward_hook``."""
-    return sys._getframe(3).f_code is _SET_UP_HOOK
 
 
 def _differentiable(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import BackwardHook
 
 from fastjac.fusion.chains import (
     ACTIVATIONS,
@@ -41,6 +43,8 @@ QUERIES = {
     ),
     *(getattr(Tensor, name).__get__ for name in ("_version", "itemsize", "nbytes")),
 } - {torch.is_nonzero}
+_REQUIRES_GRAD = Tensor.requires_grad.__get__
+_SET_UP_HOOK = BackwardHook._apply_on_tensors.__code__
 _INPLACE_POSITION = {
     **dict.fromkeys((F.relu, F.relu6, F.selu, F.silu, F.mish, F.hardswish, F.hardsigmoid), 1),
     **dict.fromkeys((F.leaky_relu, F.elu, F.celu), 2),
@@ -130,8 +134,15 @@ class Fusion(TorchFunctionMode):
         return False
 
     def query(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that reads no values."""
+        """A call that reads no values; but a backward hook is about to, in C++."""
+        if function == _REQUIRES_GRAD and in_backward_hook():
+            self.compute(args[0])
+            return self.takes_backward_hook(args[0])
         return function(*args, **kwargs)
+
+    def takes_backward_hook(self, tensor: Tensor) -> bool:
+        """Whether a module's backward hook fires for ``tensor``."""
+        return tensor.requires_grad
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any call that is no part of a chain."""
@@ -336,6 +347,11 @@ def _bind_batch_norm(
     return input, running_mean, running_var, weight, bias, training, momentum, eps
 
 
+def in_backward_hook() -> bool:
+    """Whether the current call comes from the hooks of ``register_full_backward_hook``."""
+    return sys._getframe(3).f_code is _SET_UP_HOOK
+
+
 def in_checkpoint() -> bool:
     """Whether a part of the network runs under ``torch.utils.checkpoint``.
 
@@ -367,8 +383,6 @@ def unfused() -> Iterator[None]:
 @contextmanager
 def eager_regions() -> Iterator[None]:
     """Run what ``torch.compile`` has wrapped as its own Python, which a mode sees."""
-    import sys
-
     if "torch._dynamo" not in sys.modules:
         yield
         return

@@ -100,9 +100,7 @@ FUNCTIONS = {
     "matmul": lambda z: (
         z @ z.transpose(2, 3).sin() + torch.baddbmm(z[:, 0], z[:, 1], z[:, 2])[:, None]
     ),
-    "cdist": lambda z: (
-        z + torch.cdist(z.flatten(2), z.flatten(2) + 1).sum((1, 2))[:, None, None, None]
-    ),
+    "distances": lambda z: z * F.pairwise_distance(z, z.roll(1, 1) + 1)[..., None],
     "logsumexp, norm": lambda z: (
         z * z.logsumexp((2, 3), keepdim=True) + z.norm(dim=1, keepdim=True)
     ),

@@ -137,7 +137,7 @@ def test_is_the_targets_position_and_scalar(device, power):
         position, torch.stack([index // pooled.shape[2], index % pooled.shape[2]], 1)
     )
     assert torch.equal(position, target.position(z))
-    torch.testing.assert_close(value, target.scalar(z, position), rtol=1e-13, atol=0)
+    torch.testing.assert_close(value, target.at(position).scalar(z, z, None), rtol=1e-13, atol=0)
 
 
 @LAYOUTS

@@ -89,7 +89,9 @@ class NormActPool(Rule):
             gradients += [coefficient, curvature] if self.batch else [coefficient]
         return ty.reshape(self.shape), gradients
 
-    def unfuse(self, output: int, fresh: Callable[[torch.Size], int]) -> list[tuple[Rule, int]]:
+    def unfuse(
+        self, output: int, fresh: Callable[[torch.Size, torch.dtype], int]
+    ) -> list[tuple[Rule, int]]:
         activation, slope, pool = self.options
         scale, shift = self._affine()
         kind = PIECEWISE[activation]
@@ -99,17 +101,19 @@ class NormActPool(Rule):
             *(self.sources[:1], self.weight, self.invstd, None, None, self.eps, self.training),
             *(self.batch, True, self.receives, count, len(self.given)),
         )
-        rules: list[tuple[Rule, int]] = [(norm, fresh(self.given))]
+        rules: list[tuple[Rule, int]] = [(norm, fresh(self.given, self.u.dtype))]
         if self.added is not None:
             terms = [(1, self.given), (1, self.added[0])]
             sources = (rules[-1][1], self.sources[1])
-            rules.append((Sum(sources, terms, self.given), fresh(self.given)))
+            rules.append((Sum(sources, terms, self.given), fresh(self.given, self.u.dtype)))
         if activation != "none":
             gate = Gate((rules[-1][1],), value, kind.gate(slope))
-            rules.append((gate, fresh(self.given)))
+            rules.append((gate, fresh(self.given, self.u.dtype)))
         if pool != "none":
             geometry = _POOLS[pool]
-            rules.append((MaxPool2d((rules[-1][1],), value, None, geometry), fresh(self.shape)))
+            rules.append(
+                (MaxPool2d((rules[-1][1],), value, None, geometry), fresh(self.shape, self.u.dtype))
+            )
         return [*rules[:-1], (rules[-1][0], output)]
 
     def _affine(self) -> tuple[Tensor, Tensor]:

@@ -201,6 +201,8 @@ class Generic(Rule):
         sources = leaves[: len(self.sources)]
         pulled = torch.autograd.grad(ys, sources, deltas, create_graph=True, allow_unused=True)
         product = sum(_inner(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None)
+        if not (isinstance(product, Tensor) and product.requires_grad):  # flat: floor, sign
+            return _detached(outputs, pushed), [None] * len(leaves)
         found = torch.autograd.grad(product, [*deltas, *leaves], allow_unused=True)
         for place, tangent in zip(places, found, strict=False):
             pushed[place] = tangent
