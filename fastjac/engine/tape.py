@@ -266,6 +266,11 @@ class Tape(Fusion):
                 "library's array, and its derivative would be lost; expected .detach() before it "
                 "where that is meant"
             )
+        if isinstance(function, torch._ops.HigherOrderOperator):
+            raise FastjacError(
+                f"the model calls {function_name(function)} on what depends on x, which fastjac does "
+                "not take; expected Python's own control flow, or strategy='autograd'"
+            )
         if function in _GRADIENTS:
             raise FastjacError(
                 f"the model calls {function_name(function)} on what depends on x: a second derivative, "
@@ -294,6 +299,9 @@ class Tape(Fusion):
     ) -> Any:
         """As autograd has it: the result is a constant, and what is written to keeps its derivative."""
         out = self.run(function, args, kwargs)
+        for tensor in tensors_in(out):
+            if tensor.grad_fn is not None and id(tensor) not in self._values:
+                self._note_constant(tensor)  # a sampler's result has a node, of no derivative
         for tensor in varying:
             value = self._values[id(tensor)]
             if tensor._version != value.version:
@@ -315,7 +323,9 @@ class Tape(Fusion):
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
         whole = None if base is None else self._values.get(id(base))
         if whole is not None and whole.version != base._version:
-            whole = None  # to read it again is an error
+            base = None  # to read it again is an error
+        elif whole is None and base is not None and base.grad_fn is not None:
+            base = base if id(base) in self._constants else None
         for kind in rules_for(function):
             recorded = kind.record(site, *args, **kwargs)
             if recorded is not NotImplemented:
@@ -335,9 +345,10 @@ class Tape(Fusion):
         single = isinstance(result, Tensor)
         name, module = function_name(function), _calling_module()
         self.calls.append(Call(rule, numbers, single, receivers, name, module))
-        if whole is not None:
-            write = ViewWrite.of((whole.number, numbers[0]), base, args[0])
-            number = self._assign(base, trains or whole.trainable)
+        if base is not None:
+            sources = numbers if whole is None else (whole.number, *numbers)
+            write = ViewWrite.of(sources, base, args[0])
+            number = self._assign(base, trains or (whole is not None and whole.trainable))
             self.calls.append(Call(write, (number,), True, (), name, module))
         return out
 

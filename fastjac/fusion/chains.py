@@ -116,7 +116,7 @@ class Chain:
         for tensor, version in self.versions:
             if version_of(tensor) != version:
                 raise FastjacError(
-                    f"the input of a BatchNorm, {list(tensor.shape)}, was overwritten in place by an "
+                    f"what a BatchNorm reads, {list(tensor.shape)}, was overwritten in place by an "
                     "operation that fastjac cannot see, before the fused operator had read it; "
                     "use the operation that is not in place"
                 )
@@ -268,7 +268,8 @@ def batch_norm_chain(
         invstd = (var + eps).rsqrt()
     recompute = recompute_input if map_ is u else None
     tensors = (map_, source, weight, bias, mean, invstd)
-    versions = [(source, version_of(source))]
+    read = (source, weight, bias)
+    versions = [(t, version_of(t)) for t in read if t is not None]
     grad = torch.is_grad_enabled()
     return Chain(*tensors, training, eps, u.shape, recompute, grad, versions=versions)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import BackwardHook
 
@@ -43,8 +44,15 @@ QUERIES = {
     ),
     *(getattr(Tensor, name).__get__ for name in ("_version", "itemsize", "nbytes")),
 } - {torch.is_nonzero}
+_ALIASES = {Tensor.data.__get__, Tensor.detach, torch.detach, Tensor.numpy, Tensor.__array__}
+_ALIASES |= {Tensor.__dlpack__}
 _REQUIRES_GRAD = Tensor.requires_grad.__get__
 _SET_UP_HOOK = BackwardHook._apply_on_tensors.__code__
+_WRITERS = {
+    "__setitem__",
+    "__set__",
+    *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "pow")),
+}
 _INPLACE_POSITION = {
     **dict.fromkeys((F.relu, F.relu6, F.selu, F.silu, F.mish, F.hardswish, F.hardsigmoid), 1),
     **dict.fromkeys((F.leaky_relu, F.elu, F.celu), 2),
@@ -62,7 +70,7 @@ def function_name(function: Any) -> str:
 def writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call overwrites its first argument, or its ``out``."""
     name = function_name(function)
-    if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__"):
+    if (name.endswith("_") and not name.endswith("__")) or name in _WRITERS:
         return True
     if kwargs and (kwargs.get("inplace") is True or kwargs.get("out") is not None):
         return True
@@ -118,11 +126,18 @@ class Fusion(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in QUERIES:
             return self.query(function, args, kwargs)
+        if self._pending and torch._C._are_functorch_transforms_active():
+            with (
+                temporarily_clear_interpreter_stack()
+            ):  # a transform may have wrapped a placeholder
+                self.compute_all()
         if self._pending:
             extended = self._extend(function, args, kwargs)
             if extended is not None:
                 return extended
             self._compute_read(function, args, kwargs)
+        if self._recomputable and function in _ALIASES:
+            self._recomputable.pop(id(args[0]), None)  # a write to the alias would go unnoticed
         if function is F.batch_norm:
             return self._batch_norm(args, kwargs)
         return self.call(function, args, kwargs)

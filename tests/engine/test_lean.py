@@ -242,10 +242,22 @@ def test_what_a_forward_leaves_to_the_backward(target, strategy, batch_stats, co
     del logits, out, loss
 
 
+KINDS = (Tape, Call, Rule, Linearization, CropPlan, Crops, Chain)
+EARLIER: list[object] = []  # what other tests still hold: their errors, whose frames they keep
+
+
+@pytest.fixture(autouse=True)
+def what_was_there_before(no_collector):
+    EARLIER[:] = [o for o in gc.get_objects() if issubclass(type(o), KINDS)]
+    yield
+    EARLIER.clear()
+
+
 def living() -> list[str]:
-    """The kinds of what the engine has noted."""
-    kinds = (Tape, Call, Rule, Linearization, CropPlan, Crops, Chain)
-    return sorted({type(o).__name__ for o in gc.get_objects() if issubclass(type(o), kinds)})
+    """The kinds of what the engine has noted since the test began."""
+    earlier = {id(o) for o in EARLIER}
+    found = (o for o in gc.get_objects() if id(o) not in earlier)
+    return sorted({type(o).__name__ for o in found if issubclass(type(o), KINDS)})
 
 
 @EVERY

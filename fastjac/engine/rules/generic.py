@@ -72,6 +72,11 @@ class Generic(Rule):
             raise FastjacError(
                 f"{function_name(function)} with out= is not supported; expected its result"
             )
+        if in_place and not isinstance(args[0], Tensor):
+            raise FastjacError(
+                f"{function_name(function)} writes in place to several tensors; use the operation that "
+                "is not in place"
+            )
         found = {id(t): t for t in tensors_in(args, kwargs) if _is_leaf(site, t)}
         ordered = sorted(found.values(), key=lambda t: site.number(t) is None)
         numbers = [site.number(t) for t in ordered]
@@ -142,10 +147,13 @@ class Generic(Rule):
         with torch.enable_grad(), self._named("a second derivative"):
             leaves = [_fresh(t) for t in self.leaves]
             first, second = self._orders()
+            if delta is None:  # the tangent alone
+                first, second = self._forward_over_reverse, self._reverse_over_reverse
             try:
                 pushed, gradients = first(leaves, tangents, delta)
             except RuntimeError as error:
-                if "not implemented" not in str(error):
+                missing = isinstance(error, NotImplementedError) or "not implemented" in str(error)
+                if not missing:
                     raise
                 pushed, gradients = second([_fresh(t) for t in leaves], tangents, delta)
         wanted = [g for g, received in zip(gradients, self.receives, strict=True) if received]
@@ -161,7 +169,7 @@ class Generic(Rule):
         count = len(self.sources)
         with fwAD.dual_level():
             pairs = zip(leaves[:count], tangents, strict=True)
-            duals = [fwAD.make_dual(x, t.to(x.dtype)) for x, t in pairs]
+            duals = [fwAD.make_dual(x, _own_memory(t.to(x.dtype))) for x, t in pairs]
             outputs = self._again(duals + leaves[count:])
             pushed = [None if y is None else fwAD.unpack_dual(y).tangent for y in outputs]
             gradients: list[Tensor | None] = [None] * len(leaves)
@@ -188,9 +196,11 @@ class Generic(Rule):
         self, leaves: list[Tensor], tangents: Any, delta: Any
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         outputs = self._again(leaves)
+        # Without a cotangent any serves: a backward is linear in it, but not always at zero.
+        absent = torch.ones_like if delta is None else torch.zeros_like
         given = [None] * len(outputs) if delta is None else self._deltas(delta)
         pairs = [
-            (i, y, _fresh(torch.zeros_like(y) if d is None else d.to(y.dtype)))
+            (i, y, _fresh(absent(y) if d is None else d.to(y.dtype)))
             for i, (y, d) in enumerate(zip(outputs, given, strict=True))
             if y is not None and y.requires_grad
         ]
@@ -359,7 +369,12 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _fresh(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
+    return _own_memory(tensor).detach().requires_grad_()
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """A tensor whose elements lie apart: dual numbers of an expanded one cannot be written."""
+    return tensor.clone(memory_format=torch.contiguous_format) if 0 in tensor.stride() else tensor
 
 
 def _detached(outputs: list[Tensor | None], pushed: list[Tensor | None]) -> list[Tensor | None]:

@@ -76,11 +76,12 @@ class LinearMap(Rule):
         with torch.enable_grad():
             y = self.map(x.requires_grad_())
         pairs = [(y, delta)] if isinstance(y, Tensor) else list(zip(y, delta, strict=True))
-        outputs, deltas = zip(*(p for p in pairs if p[1] is not None), strict=True)
+        pairs = [(y, d.resolve_conj()) for y, d in pairs if d is not None]
+        outputs, deltas = zip(*pairs, strict=True)
         return list(torch.autograd.grad(outputs, x, deltas))
 
     def jvp(self, tangents: Any, delta: Any) -> tuple[Any, tuple[()]]:
-        tangent = tangents[0].to(self.dtype)
+        tangent = tangents[0].to(self.dtype).resolve_conj()
         if tangent.stride() != self.strides:  # a view may need the layout that the forward had
             tangent = self._laid_out(tangent)
         y = self.map(tangent)

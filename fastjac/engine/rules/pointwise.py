@@ -249,7 +249,9 @@ class SubtractFrom(Sum):
     """b - a."""
 
     @classmethod
-    def record(cls, site: Site, input: Any, other: Any) -> Recorded | Any:
+    def record(cls, site: Site, input: Any, other: Any, *, alpha: float = 1) -> Recorded | Any:
+        if alpha != 1:
+            return NotImplemented
         return Sum.of(site, -1, other, input, 1, ((input, other), {}))
 
 

@@ -59,7 +59,9 @@ class SetItem(Rule):
 
 @dataclass
 class ViewWrite(Rule):
-    """The base of a view after the view was overwritten; its sources are the base before, and the view.
+    """The base of a view after the view was overwritten.
+
+    Its sources are the base before, unless that was constant, and the view.
 
     ``layout``: shape and strides of the base; ``view``: shape, strides and offset of the view in it.
     """
@@ -68,7 +70,7 @@ class ViewWrite(Rule):
     view: tuple[torch.Size, tuple[int, ...], int]
 
     @classmethod
-    def of(cls, sources: tuple[int, int], base: Tensor, view: Tensor) -> ViewWrite:
+    def of(cls, sources: tuple[int, ...], base: Tensor, view: Tensor) -> ViewWrite:
         """The rule for two tensors as they are."""
         offset = view.storage_offset() - base.storage_offset()
         return cls(sources, (base.shape, base.stride()), (view.shape, view.stride(), offset))
@@ -82,9 +84,10 @@ class ViewWrite(Rule):
         view = base.as_strided(*self.view)
         written = view.clone()
         view.zero_()
-        return [base, written]
+        return [base, written][-len(self.sources) :]
 
     def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
-        base = self._laid_out(tangents[0])
-        base.as_strided(*self.view).copy_(tangents[1])
+        zero = tangents[-1].new_zeros(()).expand(self.layout[0])
+        base = self._laid_out(tangents[0] if len(tangents) > 1 else zero)
+        base.as_strided(*self.view).copy_(tangents[-1])
         return base, ()

@@ -1,0 +1,120 @@
+"""Calls that a mode may not see, beyond test_what_ran.py: exact, or one clear error."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from small_network import LABELS, STATISTICS, Apply, agrees, exact_or_refused, images, network
+from torch import Tensor, nn
+
+from fastjac import FastjacError, LabelLogit, with_jacobian
+
+# What runs outside of PyTorch's Python functions
+
+
+class WritesInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.mark_dirty(z)
+        return z.mul_(2)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+class Comparison(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        y = (z > 0).double()
+        ctx.mark_non_differentiable(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def written_by_a_thread(z: Tensor) -> Tensor:
+    buffer = torch.zeros_like(z)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: buffer.copy_(z.sin())).result()
+    return buffer * z
+
+
+def without_torch_functions(z: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        y = z.sin()
+    return y * z
+
+
+def saved_on_cpu(z: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return z.sin() * z
+
+
+TRACED = torch.jit.trace(lambda z: z.sin() * 2, torch.rand(2, 2).double())
+UNUSUAL = {
+    "function, not differentiable": lambda z: Comparison.apply(z) * z,
+    "thread": written_by_a_thread,
+    "no torch functions": without_torch_functions,
+    "saved on CPU": saved_on_cpu,
+    "traced": lambda z: TRACED(z) * z,
+    "subclass": lambda z: z.as_subclass(Subclass).sin().as_subclass(Tensor) * z,
+    "vmap": lambda z: torch.func.vmap(lambda s: s.sin() * s.mean())(z) * z,
+    "func.grad": lambda z: torch.func.grad(lambda w: w.sin().sum())(z) * z,
+    "jacrev": lambda z: torch.func.jacrev(lambda w: w.sin().sum())(z) * z,
+    "jvp": lambda z: torch.func.jvp(torch.sin, (z,), (z,))[1] * z,
+    "cond": lambda z: torch.cond(z.sum() > 0, lambda a: a.sin(), lambda a: a.cos(), (z,)),
+    "sparse": lambda z: z.flatten(1).to_sparse().to_dense().view_as(z) * z,
+    "compiled": lambda z: torch.compile(lambda a: a.sin() * a, backend="eager")(z),
+    "retained gradient": lambda z: (z.retain_grad() if z.requires_grad else None, z.sin() * z)[1],
+}
+
+
+@STATISTICS
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_calls_are_exact_or_refused(name, frozen, batch_stats):
+    def make() -> nn.Module:
+        model = network(Apply(UNUSUAL[name]))
+        model[:4].requires_grad_(not frozen)
+        return model
+
+    exact_or_refused(make, batch_stats)
+
+
+@pytest.mark.parametrize("which", ["0.weight", "1.weight", "5.weight", "8.weight"])
+def test_a_parameter_that_changes_before_the_backward_is_an_error(which):
+    model = network()
+    out = with_jacobian(model, images(), LabelLogit(), LABELS)
+    with torch.no_grad():
+        model.get_parameter(which).add_(0.5)
+    with pytest.raises(FastjacError, match="was overwritten in place by a later operation"):
+        out.jacobian.square().sum().backward()
+
+
+class Remembers(nn.Module):
+    """Python state that a step changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.calls = torch.zeros(4, 1, 1).double(), 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        self.memory = 0.9 * self.memory + z.mean((0, 2, 3)).detach()[:, None, None]
+        return z * z * self.memory
+
+
+def test_python_state_changes_once_a_step():
+    model = network(Remembers())
+    agrees(lambda: network(Remembers()), "batch")
+    with_jacobian(model, images(), LabelLogit(), LABELS)
+    assert model[4].calls == 1

@@ -1,0 +1,195 @@
+"""Writes in place, beyond test_in_place.py: through data, numpy, views and bases; exact or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import seed_all
+from small_network import STATISTICS, Apply, exact_or_refused, images, network
+from torch import Tensor, nn
+
+from fastjac import fuse
+
+# In-place writes
+
+
+def centred(z: Tensor) -> Tensor:
+    z -= z.mean((2, 3), keepdim=True)
+    return z
+
+
+def written_column(z: Tensor) -> Tensor:
+    z[:, 0] = z[:, 1].clone() * z[:, 0].clone()
+    return z
+
+
+def through_data(z: Tensor) -> Tensor:
+    z.data.mul_(0.5)
+    return z * z
+
+
+def nan_replaced(z: Tensor) -> Tensor:
+    return torch.nan_to_num_(z)
+
+
+def reshaped_in_place(z: Tensor) -> Tensor:
+    z.transpose_(2, 3).unsqueeze_(1).squeeze_(1)
+    return z * z
+
+
+def out_of_numpy(z: Tensor) -> Tensor:
+    array = z.detach().numpy()
+    array[:, 0] = 0.5
+    return z * z
+
+
+def narrowed_halves(z: Tensor) -> Tensor:
+    z = z * 1
+    first, second = z.narrow(1, 0, 1), z.narrow(1, 1, 2)
+    first.add_(second.mean(1, keepdim=True))
+    return z * z
+
+
+def base_after_view(z: Tensor) -> Tensor:
+    z = z * 1
+    rows = z.view(len(z), -1)
+    rows.mul_(rows.detach().sigmoid())
+    return z.sin() + rows.view_as(z)
+
+
+def view_of_view(z: Tensor) -> Tensor:
+    z = z * 1
+    z[:, 1:][:, :, 0].mul_(3)
+    return z * z
+
+
+def write_into_base_read_view(z: Tensor) -> Tensor:
+    z = z * 1
+    part = z[:, :2]
+    z.mul_(2)
+    return z * part.square().mean()
+
+
+def detached_alias(z: Tensor) -> Tensor:
+    z = z * 1
+    z.detach()[:, 0] = 0.3
+    return z.sin()
+
+
+def alias_without_gradients(z: Tensor) -> Tensor:
+    z = z * 1
+    with torch.no_grad():
+        z[:, 0] = 0.3
+        z.mul_(0.5)
+    return z.sin()
+
+
+def buffer_twice(z: Tensor) -> Tensor:
+    out = torch.zeros_like(z)
+    out[:, :2] = z[:, :2].sin()
+    out[:, :2] += z[:, 1:3] if z.shape[1] > 2 else z[:, :2]
+    out[:, 2:].copy_(z[:, 2:].cos())
+    return out * z
+
+
+def view_of_constant(z: Tensor) -> Tensor:
+    out = torch.zeros_like(z)
+    out[:, 1].add_(z[:, 0])
+    out.select(1, 0).copy_(z[:, 1].sin())
+    return out
+
+
+def narrowed_write(z: Tensor) -> Tensor:
+    out = z.new_zeros(z.shape)
+    torch.narrow(out, 2, 1, 3).copy_(z.narrow(2, 0, 3).sin())
+    return out + z
+
+
+def list_of_views(z: Tensor) -> Tensor:
+    z = z * 1
+    for i, part in enumerate(z.unbind(0)):
+        z[i] = part.detach() * 0.5 + z[i].clone().sin()
+    return z
+
+
+def augmented(z: Tensor) -> Tensor:
+    y = z.sin()
+    y += z
+    y *= 2
+    y /= 3
+    y -= z * z
+    y **= 2
+    return y
+
+
+def swapped(z: Tensor) -> Tensor:
+    y = z.clone()
+    y[:, [0, 1]] = z[:, [1, 0]]
+    y[y < 0.2] *= 0.5
+    return y * z
+
+
+def out_argument(z: Tensor) -> Tensor:
+    out = torch.empty(0, dtype=z.dtype)
+    torch.mul(z.detach(), 2, out=out)
+    return out * z
+
+
+def index_methods(z: Tensor) -> Tensor:
+    y = z * 1
+    y.index_add_(1, torch.tensor([0, 0]), z[:, :2].sin())
+    y.scatter_(1, torch.zeros_like(z, dtype=torch.int64)[:, :1], z[:, :1] * 2)
+    y.masked_fill_(z > 0.4, 0.1).index_fill_(1, torch.tensor([1]), 0.3)
+    return y * z
+
+
+def set_data(z: Tensor) -> Tensor:
+    y = z * 1
+    y.data = z.detach() * 2
+    return y * z
+
+
+WRITES = [
+    *(centred, written_column, through_data, nan_replaced, reshaped_in_place, out_of_numpy),
+    *(narrowed_halves, base_after_view, view_of_view, write_into_base_read_view, detached_alias),
+    *(alias_without_gradients, buffer_twice, view_of_constant, narrowed_write, list_of_views),
+    *(augmented, swapped, out_argument, index_methods, set_data),
+]
+
+
+@STATISTICS
+@pytest.mark.parametrize("place", ["x", "frozen stem", "map", "norm"])
+@pytest.mark.parametrize("function", WRITES)
+def test_writes_are_exact_or_refused(function, place, batch_stats):
+    def make() -> nn.Module:
+        if place == "x":
+            return nn.Sequential(Apply(function), network()).double()
+        if place == "norm":
+            layers = (nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), Apply(function), nn.ReLU())
+            return nn.Sequential(*layers, nn.MaxPool2d(2), *network()[5:]).double()
+        model = network(Apply(function))
+        model[:4].requires_grad_(place == "map")
+        return model
+
+    exact_or_refused(make, batch_stats)
+
+
+@pytest.mark.parametrize("function", WRITES)
+def test_writes_in_a_fused_network(function):
+    """After a norm of a chain: the same results, or PyTorch's own error."""
+    results = []
+    for wrap in (lambda model: model, fuse):
+        seed_all(1)
+        inner = network(Apply(function))
+        inner[2], inner[3] = nn.Identity(), nn.Identity()
+        inner = nn.Sequential(*inner[:2], inner[4], nn.ReLU(), nn.MaxPool2d(2), *inner[5:])
+        try:
+            y = wrap(inner)(images())
+            y.square().sum().backward()
+        except RuntimeError as error:
+            results.append(str(error)[:0])
+            continue
+        results.append([y.detach(), *(p.grad for p in inner.parameters())])
+    if results[0] == "":
+        pytest.skip("PyTorch itself refuses it")
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
