@@ -129,8 +129,6 @@ OPS = [
         "tensordot",
         lambda z: torch.tensordot(z, z, dims=([1, 3], [1, 3])).sum((2, 3))[:, None, :, None] * z,
     ),
-    Op("cdist", lambda z: torch.cdist(z.flatten(2), z.flatten(2).cos() + 1, p=2)),
-    Op("cdist p=1", lambda z: torch.cdist(z.flatten(2), z.flatten(2).cos() + 1, p=1)),
     Op(
         "norms",
         lambda z: (

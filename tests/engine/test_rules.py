@@ -218,7 +218,9 @@ CALLS = {
     "group norm": lambda z, p: F.group_norm(
         z, num_groups=2, weight=p.flatten(), bias=p.flatten().sin(), eps=0.1
     ),
-    "group norm one": lambda z, p: F.group_norm(z, 4) + F.group_norm(z, 1, bias=p.flatten()),
+    "group norm one": lambda z, p: (
+        F.group_norm(z, 4) + F.group_norm(z, 1, p.flatten(), p.flatten())
+    ),
     "group norm 3-d": lambda z, p: F.group_norm(z.flatten(2), 2, p.flatten()).view_as(z),
     "batch norm by name": lambda z, p: F.batch_norm(
         input=z, running_mean=None, running_var=None, weight=p.flatten(), training=True, eps=0.1
