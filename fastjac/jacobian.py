@@ -45,9 +45,8 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if (
-            "torch._dynamo" not in sys.modules
-        ):  # nothing is compiled, and importing it takes a second
+        # Where it is not imported nothing is compiled, and importing it takes a second.
+        if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if run.disabled is None:
             if torch.compiler.is_compiling():

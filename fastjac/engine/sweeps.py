@@ -16,7 +16,7 @@ from torch import Tensor
 from fastjac.engine.crops import Crops, narrow, widen
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import NotLocalError, Receiver
-from fastjac.engine.tape import Call, Tape, check_versions
+from fastjac.engine.tape import Call, Tape
 from fastjac.errors import FastjacError
 from fastjac.ops.window_crop import window_crop_adjoint
 from fastjac.targets import Head
@@ -62,9 +62,8 @@ class Linearization:
     seed: Tensor
     hvp: Callable[[Tensor], Tensor] | None
     plan: CropPlan | None
-    shape: torch.Size
-    kept: list[tuple[Tensor, int, str]]
     dtypes: list[torch.dtype]
+    hooks: dict[int, list[Any]]
     half: bool
     head: Receiver | None = None
     deltas: dict[int, Any] = field(default_factory=dict)
@@ -111,6 +110,9 @@ class Linearization:
             deltas = [None if n is None else cotangents.pop(n, None) for n in call.outputs]
             if plan is not None:
                 deltas = [plan.inside(call.outputs[0], deltas[0])]
+            if self.hooks:
+                for number, cotangent in zip(call.outputs, deltas, strict=True):
+                    self._run_hooks(number, cotangent)
             delta = deltas[0] if call.single else deltas
             if store and call.rule.needs_delta() and i not in self._recomputed_by:
                 self.deltas[i] = delta
@@ -128,7 +130,22 @@ class Linearization:
                 cotangents[source] = cotangent if known is None else known + cotangent
             del pulled
         values = cotangents[INPUT]
-        return values if plan is None else plan.inside(INPUT, values)
+        values = values if plan is None else plan.inside(INPUT, values)
+        self._run_hooks(INPUT, values)
+        return values
+
+    def _run_hooks(self, number: int | None, cotangent: Tensor | None) -> None:
+        """Run the hooks that the model has registered on a value."""
+        for hook in self.hooks.get(number, ()):
+            if cotangent is not None and self.plan is not None:
+                cotangent = self.plan.spread(number, self.plan.regions[number], cotangent)
+            if cotangent is not None:
+                hook(cotangent)
+
+    def check_versions(self) -> None:
+        """Raise if what a rule reads was overwritten since it was kept."""
+        for call in self.calls:
+            call.check_versions()
 
     def delta(self, i: int) -> Any:
         """The cotangent of a call's output, if its rule reads it."""
@@ -207,11 +224,11 @@ class _InputJacobian(torch.autograd.Function):
         ctx.saved_tensors  # noqa: B018  PyTorch's error, where they are freed
         release = not torch._C._autograd._get_current_graph_task_keep_graph()
         rows = ctx.rows
-        check_versions(rows[0].kept)
+        rows[0].check_versions()
         total: list[Tensor | None] = [None] * len(ctx.like)
         for k, row in enumerate(rows):
             if not ctx.stores:
-                row = replace(row, calls=list(row.calls), deltas={})
+                row = replace(row, calls=list(row.calls), deltas={}, hooks={})
                 with _plain_arithmetic(v.device):
                     row.reverse_sweep(True)
             found = _pushed(row, v[:, k] if ctx.stacked else v, ctx.whole, release)
@@ -226,7 +243,7 @@ class _InputJacobian(torch.autograd.Function):
 
 
 def _swept(row: Linearization, store: bool, whole: bool) -> Tensor:
-    check_versions(row.kept)
+    row.check_versions()
     with _plain_arithmetic(row.seed.device):
         values = row.reverse_sweep(store)
         return row.whole(values) if whole else values
@@ -271,7 +288,7 @@ def input_jacobian(rows: list[Linearization], stacked: bool, whole: bool = True)
     values = _InputJacobian.apply(rows, whole, stacked, *receivers)
     if not values.requires_grad:
         for row in rows:
-            row.calls, row.kept, row.hvp = [], [], None  # what the forward left to a backward
+            row.calls, row.hvp = [], None  # what the forward left to a backward
     return InputJacobian(values, rows[0], whole)
 
 
@@ -302,7 +319,7 @@ def linearize(
     elif strategy == "local":
         raise _not_local("the target reads the whole of its tensor")
     return Linearization(
-        *(calls, number, seed, hvp, plan, tape.shapes[INPUT], tape.kept, tape.dtypes, tape.half),
+        *(calls, number, seed, hvp, plan, tape.dtypes, tape.hooks, tape.half),
         head=receiver,
     )
 
@@ -354,12 +371,7 @@ def _on_crops(
     h, w = tape.shapes[number][2:]
     crops = Crops(head.position, (h - head.side + 1, w - head.side + 1))
     sizes = {n: region.map_size(tape.shapes[n]) for n, region in regions.items()}
-    cropped = [
-        call.with_rule(
-            call.rule.crop(crops, regions[call.outputs[0]]), call.outputs, call.receivers
-        )
-        for call in single
-    ]
+    cropped = [call.on_crops(call.rule.crop(crops, regions[call.outputs[0]])) for call in single]
     crops.forget()
     return cropped, CropPlan(crops, regions, sizes, seen)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import (
     Fusion,
+    bind_batch_norm,
     function_name,
     in_backward_hook,
     in_checkpoint,
@@ -29,27 +29,11 @@ from fastjac.fusion.mode import (
 
 _CONVERSIONS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 _CONSTANTS = {
-    Tensor.detach,
-    torch.detach,
-    Tensor.data.__get__,
-    Tensor.new_tensor,
-    Tensor.grad.__get__,
+    *(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.grad.__get__, Tensor.new_tensor),
+    *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like),
+    *(torch.randn_like, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
+    *(torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial),
 }
-_CONSTANTS |= {
-    torch.zeros_like,
-    torch.ones_like,
-    torch.empty_like,
-    torch.full_like,
-    Tensor.new_empty,
-}
-_CONSTANTS |= {
-    torch.rand_like,
-    torch.randn_like,
-    Tensor.new_zeros,
-    Tensor.new_ones,
-    Tensor.new_full,
-}
-_SAMPLERS = {torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial}
 _HOOK = "BackwardHookFunctionBackward"
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -64,9 +48,15 @@ class Value(NamedTuple):
     alive: Any
 
 
+Kept = list[tuple[Tensor, int]]
+
+
 @dataclass(slots=True)
 class Call:
-    """A recorded call: its rule, the values that it made (None: not differentiable), and its place."""
+    """A recorded call: its rule, the values that it made (None: not differentiable), and its place.
+
+    ``kept``: tensors that the rule reads in a sweep, with their versions.
+    """
 
     rule: Rule
     outputs: tuple[int | None, ...]
@@ -74,12 +64,28 @@ class Call:
     receivers: tuple[Receiver, ...]
     name: str
     module: Any
+    kept: Kept
 
     def with_rule(
         self, rule: Rule, outputs: tuple[int | None, ...], receivers: tuple[Receiver, ...]
     ) -> Call:
         """The same call by another rule."""
-        return Call(rule, outputs, self.single, receivers, self.name, self.module)
+        return Call(rule, outputs, self.single, receivers, self.name, self.module, self.kept)
+
+    def on_crops(self, rule: Rule) -> Call:
+        """The same call by its rule on crops, which reads whole maps no more."""
+        read = {id(t) for t in tensors_in(*vars(rule).values())}
+        kept = [entry for entry in self.kept if id(entry[0]) in read]
+        return Call(rule, self.outputs, self.single, self.receivers, self.name, self.module, kept)
+
+    def check_versions(self) -> None:
+        """Raise if a tensor that the rule reads was overwritten since it was kept."""
+        for tensor, version in self.kept:
+            if tensor._version != version:
+                raise FastjacError(
+                    f"a value {list(tensor.shape)} that {self.name} needs for its derivative was "
+                    "overwritten in place by a later operation; use the operation that is not in place"
+                )
 
 
 class Tape(Fusion):
@@ -107,7 +113,7 @@ class Tape(Fusion):
         self.shapes: list[torch.Size] = []
         self.dtypes: list[torch.dtype] = []
         self.half = False
-        self.kept: list[tuple[Tensor, int, str]] = []
+        self.hooks: dict[int, list[Any]] = {}
         self._values: dict[int, Value] = {}
         self._constants: dict[int, Any] = {}
         with torch.enable_grad():
@@ -249,9 +255,6 @@ class Tape(Fusion):
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.recording:
             return self.run(function, args, kwargs)
-        if function is Tensor.register_hook:
-            args = (args[0], _observing(args[1]), *args[2:])
-            return self.run(function, args, kwargs)
         if function is Tensor.view_as and in_backward_hook():
             return self.run(function, args, kwargs)  # autograd is about to give it the hook's node
         varying: list[Tensor] = []
@@ -266,6 +269,8 @@ class Tape(Fusion):
                 "library's array, and its derivative would be lost; expected .detach() before it "
                 "where that is meant"
             )
+        if function is Tensor.register_hook:
+            return self._register_hook(*args, **kwargs)
         if isinstance(function, torch._ops.HigherOrderOperator):
             raise FastjacError(
                 f"the model calls {function_name(function)} on what depends on x, which fastjac does "
@@ -276,12 +281,18 @@ class Tape(Fusion):
                 f"the model calls {function_name(function)} on what depends on x: a second derivative, "
                 "which fastjac does not take; strategy='autograd' does"
             )
-        if not torch.is_grad_enabled() or function in _CONSTANTS or function in _SAMPLERS:
+        if not torch.is_grad_enabled() or function in _CONSTANTS:
             return self._run_without_gradient(function, args, kwargs, varying)
         if function in (Tensor.detach_, torch.detach_):
             self._values.pop(id(args[0]))
             return self.run(function, args, kwargs)
         return self._record(function, args, kwargs, varying, trains)
+
+    def _register_hook(self, tensor: Tensor, hook: Any) -> Any:
+        """Register a tensor's hook; the reverse sweep runs it too, as PyTorch's does that gives J."""
+        observed = _observed(hook)
+        self.hooks.setdefault(self._values[id(tensor)].number, []).append(observed)
+        return tensor.register_hook(observed)
 
     def _run_constant(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self.run(function, args, kwargs)
@@ -318,7 +329,7 @@ class Tape(Fusion):
         varying: list[Tensor],
         trains: bool,
     ) -> Any:
-        site, mark = Site(self, function, trains), len(self.kept)
+        site = Site(self, function, trains)
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
         whole = None if base is None else self._values.get(id(base))
@@ -335,21 +346,19 @@ class Tape(Fusion):
         if isinstance(result, Tensor):
             value = self._values.get(id(result))
             if value is not None and value.version == result._version:
-                del self.kept[mark:]
                 return out  # one of its arguments, as it was
         made = list(tensors_in(result))
         if not any(_differentiable(t) for t in made):
-            del self.kept[mark:]
             return out
         numbers = tuple(self._assign(t, trains) if _differentiable(t) else None for t in made)
         single = isinstance(result, Tensor)
         name, module = function_name(function), _calling_module()
-        self.calls.append(Call(rule, numbers, single, receivers, name, module))
+        self.calls.append(Call(rule, numbers, single, receivers, name, module, site.kept))
         if base is not None:
             sources = numbers if whole is None else (whole.number, *numbers)
             write = ViewWrite.of(sources, base, args[0])
             number = self._assign(base, trains or (whole is not None and whole.trainable))
-            self.calls.append(Call(write, (number,), True, (), name, module))
+            self.calls.append(Call(write, (number,), True, (), name, module, []))
         return out
 
     # Chains.
@@ -373,7 +382,7 @@ class Tape(Fusion):
             self._scan(F.batch_norm, (args, kwargs), varying)
             u = args[0] if args else kwargs["input"]
             if any(t is not u for t in varying):
-                return self._affine_apart(*args, **kwargs)
+                return self._affine_apart(*bind_batch_norm(*args, **kwargs))
         y = super()._batch_norm(args, kwargs)
         if self.recording and (pending := self._pending.get(id(y))) is not None:
             pending.chain.module = _calling_module()
@@ -381,19 +390,16 @@ class Tape(Fusion):
 
     def _affine_apart(
         self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
+        u: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *options: Any,
     ) -> Tensor:
         """A BatchNorm whose weight or bias depends on x: they are applied by calls of their own."""
-        arguments = (input, running_mean, running_var, None, None, training, momentum, eps)
-        y = super()._batch_norm(arguments, {})
-        column = (-1, *[1] * (input.dim() - 2))
+        y = super()._batch_norm((u, mean, var, None, None, *options), {})
+        column = (-1, *[1] * (u.dim() - 2))
         for function, vector in ((torch.mul, weight), (torch.add, bias)):
             if vector is not None:
                 vector = self.__torch_function__(Tensor.view, (), (vector, column))
@@ -410,9 +416,10 @@ class Tape(Fusion):
             return
         tensors = (chain.source, chain.added, chain.weight, chain.bias)
         trains = any(map(self.trains, tensors))
-        rule, receivers = fused_rule(Site(self, F.batch_norm, trains), chain)
+        site = Site(self, F.batch_norm, trains)
+        rule, receivers = fused_rule(site, chain)
         number = self._assign(value, trains)
-        call = Call(rule, (number,), True, receivers, "batch_norm", chain.module)
+        call = Call(rule, (number,), True, receivers, "batch_norm", chain.module, site.kept)
         self.calls.append(call)
 
 
@@ -423,6 +430,7 @@ class Site:
     tape: Tape
     function: Any
     trains: bool
+    kept: Kept = field(default_factory=list)
 
     @property
     def batch_stats(self) -> str:
@@ -460,7 +468,7 @@ class Site:
     def keep(self, tensor: Tensor) -> Tensor:
         """``tensor`` without its graph, noting its version: a later change is an error."""
         alias = tensor.detach()
-        self.tape.kept.append((alias, alias._version, function_name(self.function)))
+        self.kept.append((alias, alias._version))
         return alias
 
     def before_writing(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -501,28 +509,17 @@ class _Slot(torch.autograd.Function):
         return cotangent + slot
 
 
-def _observing(hook: Any) -> Any:
-    """A tensor's hook, which may look at a cotangent, but not replace it: J would not have it."""
+def _observed(hook: Any) -> Any:
+    """A tensor's hook, which may look at a cotangent, but not replace it."""
 
-    @functools.wraps(hook, updated=())
     def observe(cotangent: Tensor) -> None:
         if hook(cotangent) is not None:
             raise FastjacError(
-                "a hook that the model registers on a tensor replaces its gradient, which the input "
-                "Jacobian does not see; expected a hook that returns None, or strategy='autograd'"
+                "a hook that the model registers on a tensor replaces its gradient, and so the input "
+                "Jacobian; expected a hook that returns None, or strategy='autograd'"
             )
 
     return observe
-
-
-def check_versions(kept: list[tuple[Tensor, int, str]]) -> None:
-    """Raise if one of these tensors was overwritten since it was kept."""
-    for tensor, version, name in kept:
-        if tensor._version != version:
-            raise FastjacError(
-                f"a value {list(tensor.shape)} that {name} needs for its derivative was overwritten in "
-                "place by a later operation; use the operation that is not in place"
-            )
 
 
 def _differentiable(tensor: Tensor) -> bool:

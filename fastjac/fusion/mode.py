@@ -33,7 +33,7 @@ _POOLS = {F.max_pool2d, torch.max_pool2d}
 QUERIES = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.get_device),
-    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.is_nonzero),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
     *(
         getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")
@@ -43,7 +43,7 @@ QUERIES = {
         for name in ("grad_fn", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta")
     ),
     *(getattr(Tensor, name).__get__ for name in ("_version", "itemsize", "nbytes")),
-} - {torch.is_nonzero}
+}
 _ALIASES = {Tensor.data.__get__, Tensor.detach, torch.detach, Tensor.numpy, Tensor.__array__}
 _ALIASES |= {Tensor.__dlpack__}
 _REQUIRES_GRAD = Tensor.requires_grad.__get__
@@ -127,9 +127,8 @@ class Fusion(TorchFunctionMode):
         if function in QUERIES:
             return self.query(function, args, kwargs)
         if self._pending and torch._C._are_functorch_transforms_active():
-            with (
-                temporarily_clear_interpreter_stack()
-            ):  # a transform may have wrapped a placeholder
+            # A transform may have wrapped a placeholder.
+            with temporarily_clear_interpreter_stack():
                 self.compute_all()
         if self._pending:
             extended = self._extend(function, args, kwargs)
@@ -232,7 +231,7 @@ class Fusion(TorchFunctionMode):
     # Chains.
 
     def _batch_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        u, mean, var, weight, bias, training, momentum, eps = _bind_batch_norm(*args, **kwargs)
+        u, mean, var, weight, bias, training, momentum, eps = bind_batch_norm(*args, **kwargs)
         if not self.may_fuse(u, weight, bias):
             return self.call(F.batch_norm, args, kwargs)
         known = self._recomputes((u,))
@@ -349,7 +348,7 @@ def convolve(
     return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _bind_batch_norm(
+def bind_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -359,6 +358,7 @@ def _bind_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Any, ...]:
+    """The arguments of ``F.batch_norm``, in their order."""
     return input, running_mean, running_var, weight, bias, training, momentum, eps
 
 

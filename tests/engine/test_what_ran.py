@@ -290,6 +290,59 @@ def test_a_scripted_teacher_and_a_scripted_student():
         with_jacobian(torch.jit.script(network().eval()), x, LabelLogit(), y)
 
 
+def test_a_hook_on_a_tensor_sees_what_it_sees_in_pytorch():
+    """Once where J is taken, once in the backward, and the same cotangents."""
+    seen: dict[str, list[Tensor]] = {}
+    for strategy in ("auto", "autograd"):
+        calls = seen.setdefault(strategy, [])
+
+        def logged(z: Tensor, calls=calls) -> Tensor:
+            out = z.sin()
+            out.register_hook(lambda g: calls.append(g.detach().clone()))
+            return out
+
+        gradients(network(Apply(logged)), strategy)
+    assert len(seen["auto"]) == len(seen["autograd"]) == 2
+    torch.testing.assert_close(seen["auto"], seen["autograd"], **EXACT)
+
+
+@pytest.mark.parametrize("target", [LabelLogit(), AttentionWindow("4", window=0.5)], ids=str)
+def test_a_hook_that_replaces_a_tensors_gradient_is_an_error(target):
+    def tripled(z: Tensor) -> Tensor:
+        out = z.sin()
+        out.register_hook(lambda g: 3 * g)
+        return out
+
+    x, y = batch()
+    with pytest.raises(FastjacError, match=r"a hook .* on a tensor replaces its gradient"):
+        with_jacobian(network(Apply(tripled)), x, target, y)  # a loss of J alone would not run it
+
+
+def test_a_hook_on_a_parameter_may_replace_its_gradient():
+    def halved(z: Tensor) -> Tensor:
+        weight.register_hook(lambda g: g * 0.5)
+        return z * weight
+
+    x, y = batch()
+    found = []
+    for strategy in ("auto", "autograd"):
+        weight = nn.Parameter(torch.full((4, 1, 1), 2.0, dtype=torch.float64))
+        options = {"strategy": strategy, "batch_stats": "batch"}
+        out = with_jacobian(network(Apply(halved)), x, LabelLogit(), y, **options)
+        out.jacobian.square().sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found, **EXACT)
+
+
+def test_what_no_target_depends_on_may_be_overwritten():
+    def logs(z: Tensor) -> Tensor:
+        z = z * 1
+        (z * z.sin()).mean()  # a statistic that nobody differentiates
+        return z.add_(1)
+
+    assert_steps_agree(network(Apply(logs)))
+
+
 def test_lazy_layers():
     student = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)).double()
     x, y = batch()

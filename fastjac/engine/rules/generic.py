@@ -108,7 +108,7 @@ class Generic(Rule):
         drew = any(not torch.equal(a, b) for a, b in zip(state, _random_state(device), strict=True))
         for tensor, version in constants:
             if tensor is not written and tensor._version == version:
-                site.keep(tensor)
+                place[id(tensor)] = site.keep(tensor)
             elif tensor is not written:  # running statistics: a sweep must not update them again
                 place[id(tensor)] = tensor.detach().clone()
         template = _map_tensors(lambda t: place.get(id(t), t), (args, kwargs))
