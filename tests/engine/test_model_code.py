@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import TOLERANCE, result_of, seed_all, worst
-from small_network import LABELS, STATISTICS, Apply, agrees, images, network
+from small_network import LABELS, STATISTICS, Apply, agrees, assert_fused_alike, images, network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -435,23 +435,7 @@ def test_middles_of_a_fused_network(name):
 
 @pytest.mark.parametrize("function", [*CHOICES, toggled, switched, momentum_target])
 def test_functions_of_a_fused_network(function):
-    """After a norm of a chain: the same results, or PyTorch's own error."""
-    results = []
-    for wrap in (lambda model: model, fuse):
-        seed_all(1)
-        inner = network(Apply(function))
-        inner[2], inner[3] = nn.Identity(), nn.Identity()
-        inner = nn.Sequential(*inner[:2], inner[4], nn.ReLU(), nn.MaxPool2d(2), *inner[5:])
-        try:
-            y = wrap(inner)(images())
-            y.square().sum().backward()
-        except RuntimeError as error:
-            results.append(str(error)[:0])
-            continue
-        results.append([y.detach(), *(p.grad for p in inner.parameters())])
-    if results[0] == "":
-        pytest.skip("PyTorch itself refuses it")
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    assert_fused_alike(function)
 
 
 class Direct(Checkpointed):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agreement import seed_all
-from small_network import STATISTICS, Apply, exact_or_refused, images, network
+from small_network import STATISTICS, Apply, assert_fused_alike, exact_or_refused, network
 from torch import Tensor, nn
-
-from fastjac import fuse
 
 # In-place writes
 
@@ -176,20 +173,4 @@ def test_writes_are_exact_or_refused(function, place, batch_stats):
 
 @pytest.mark.parametrize("function", WRITES)
 def test_writes_in_a_fused_network(function):
-    """After a norm of a chain: the same results, or PyTorch's own error."""
-    results = []
-    for wrap in (lambda model: model, fuse):
-        seed_all(1)
-        inner = network(Apply(function))
-        inner[2], inner[3] = nn.Identity(), nn.Identity()
-        inner = nn.Sequential(*inner[:2], inner[4], nn.ReLU(), nn.MaxPool2d(2), *inner[5:])
-        try:
-            y = wrap(inner)(images())
-            y.square().sum().backward()
-        except RuntimeError as error:
-            results.append(str(error)[:0])
-            continue
-        results.append([y.detach(), *(p.grad for p in inner.parameters())])
-    if results[0] == "":
-        pytest.skip("PyTorch itself refuses it")
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    assert_fused_alike(function)
