@@ -30,6 +30,7 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"
 # No contraction: equal Jacobians must give a difference of exactly zero, on every instruction set.
 # No trapping, no errno: a loop with a selection or a square root in it vectorises.
 HOST_FLAGS = [
+    "-std=c++20",  # PyTorch's own would be 17, in its older releases
     "-O3",
     "-g0",
     "-ffp-contract=off",
@@ -134,7 +135,7 @@ def cuda_extension(cpp_extension):
         depends=headers(),
         extra_compile_args={
             "cxx": [*HOST_FLAGS, *STABLE_ABI, "-DUSE_CUDA"],
-            "nvcc": ["-O3", "--threads=2", *STABLE_ABI, "-DUSE_CUDA"],
+            "nvcc": ["-std=c++20", "-O3", "--threads=2", *STABLE_ABI, "-DUSE_CUDA"],
         },
         py_limited_api=True,
     )

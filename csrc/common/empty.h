@@ -15,6 +15,8 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "checked_call.h"
+
 namespace fastjac {
 
 // From this size on, bytes, a map on a CPU has memory of malloc's.
@@ -43,8 +45,8 @@ inline torch::stable::Tensor empty_strided(
 ) {
   int32_t device_type;
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  FASTJAC_CHECK_CALL(aoti_torch_get_device_type(x.get(), &device_type));
+  FASTJAC_CHECK_CALL(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       x.get_device_index(), &result

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "../common/checked_call.h"
 #include "launch.h"
 
 namespace fastjac {
@@ -16,7 +17,7 @@ class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& x) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    FASTJAC_CHECK_CALL(
         aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream)
     );
     stream_ = static_cast<cudaStream_t>(stream);
