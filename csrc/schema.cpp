@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(fastjac, m) {
   );
   m.def("channel_statistics(Tensor u) -> (Tensor mean, Tensor var)");
   m.def(
+      "batch_norm_statistics(Tensor u, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "bool training, float momentum, float eps) -> (Tensor mean, Tensor invstd)"
+  );
+  m.def(
       "norm_act_pool(Tensor u, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor invstd, str activation, float slope, str pool) -> Tensor y"
   );

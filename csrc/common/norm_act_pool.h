@@ -15,6 +15,7 @@
 // d, and not u, because u's mean may be far larger than its deviation.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "macros.h"
@@ -77,6 +78,42 @@ struct Pool {
     return (size + 2 * padding - kernel) / stride + 1;
   }
 };
+
+// What becomes of the channels' moments: [C] each, and each may be null.
+template <typename acc_t>
+struct Statistics {
+  acc_t *mean, *var, *invstd, *running_mean, *running_var;
+  double momentum, unbiased, eps;
+
+  // variance: biased. update: the running ones, as PyTorch's BatchNorm does.
+  FASTJAC_ALWAYS_INLINE void write(int64_t c, double m, double variance, bool update) const {
+    if (mean != nullptr) mean[c] = static_cast<acc_t>(m);
+    if (var != nullptr) var[c] = static_cast<acc_t>(variance);
+    if (invstd != nullptr) invstd[c] = inverse(variance);
+    if (update && running_mean != nullptr) running_mean[c] = moved(running_mean[c], m);
+    if (update && running_var != nullptr) {
+      running_var[c] = moved(running_var[c], variance * unbiased);
+    }
+  }
+  // The running ones are those to normalise with.
+  FASTJAC_ALWAYS_INLINE void copy_running(int64_t c) const {
+    mean[c] = running_mean[c];
+    invstd[c] = inverse(running_var[c]);
+  }
+
+ private:
+  FASTJAC_ALWAYS_INLINE acc_t inverse(double variance) const {
+    return static_cast<acc_t>(1 / std::sqrt(variance + eps));
+  }
+  FASTJAC_ALWAYS_INLINE acc_t moved(double from, double to) const {
+    return static_cast<acc_t>((1 - momentum) * from + momentum * to);
+  }
+};
+
+// What the biased variance of so many values is multiplied by.
+inline double unbiased(int64_t count) {
+  return count > 1 ? static_cast<double>(count) / static_cast<double>(count - 1) : 1;
+}
 
 // A channel's sums over all its values, in the order in which kernels keep them.
 template <typename acc_t>

@@ -159,14 +159,37 @@ inline Tensor empty_output_like(const Tensor& u, const Geometry& g) {
   return empty_map(u, sizes, g.format);
 }
 
-// [C], in the accumulator dtype, zeros.
-inline Tensor zero_channels(const Tensor& u) {
-  return torch::stable::new_zeros(u, {u.size(1)}, accumulator(u.scalar_type()));
+// [count], on u's device.
+inline Tensor empty_vector(const Tensor& u, ScalarType dtype, int64_t count) {
+  const int64_t sizes[] = {count}, strides[] = {1};
+  return empty_strided(u, dtype, sizes, strides);
+}
+
+// [C], in the accumulator dtype: to be overwritten, or zeros where u has no values.
+inline Tensor channels_of(const Tensor& u) {
+  const ScalarType dtype = accumulator(u.scalar_type());
+  if (u.numel() == 0) return torch::stable::new_zeros(u, {u.size(1)}, dtype);
+  return empty_vector(u, dtype, u.size(1));
 }
 
 // What stands for a result that is not wanted.
 inline Tensor nothing(const Tensor& u) {
-  return torch::stable::new_zeros(u, {0});
+  return empty_vector(u, u.scalar_type(), 0);
+}
+
+// Checks batch_norm_statistics' arguments.
+inline Geometry check_statistics(
+    const Tensor& u, const MaybeTensor& running_mean, const MaybeTensor& running_var, bool training
+) {
+  constexpr const char* op = "batch_norm_statistics";
+  const Geometry g = check_input(op, u, {1, 1, 0});
+  check_channels(op, "running_mean", running_mean, u);
+  check_channels(op, "running_var", running_var, u);
+  STD_TORCH_CHECK(
+      training || (running_mean && running_var), op,
+      ": training=False needs running_mean and running_var"
+  );
+  return g;
 }
 
 } // namespace fastjac::norm_act_pool

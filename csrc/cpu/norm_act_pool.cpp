@@ -253,29 +253,67 @@ std::vector<acc_t> near_mean(const Tensor& u, const Geometry& g, int64_t padded)
   return result;
 }
 
+// f(channel, mean, biased variance); u is not empty.
+template <typename acc_t, typename F>
+void for_moments(const Tensor& u, const Geometry& g, const F& f) {
+  Maps m = cut(u, g, Activation::kNone, 0);
+  const std::vector<acc_t> shift = near_mean<acc_t>(u, g, m.padded_channels);
+  m.parameters = shift.data();
+  ChunkSums chunks(m);
+  run(kernels().statistics, m);
+  const std::vector<double> sums = chunks.total();
+  const double count = static_cast<double>(g.count());
+  for (int64_t c = 0; c < g.channels; ++c) {
+    const double first = sums[c] / count, second = sums[m.padded_channels + c] / count;
+    const double variance = second - first * first;
+    f(c, shift[c] + first, variance < 0 ? 0 : variance); // keeps a NaN
+  }
+}
+
 std::tuple<Tensor, Tensor> channel_statistics_cpu(const Tensor& u) {
   const Geometry g = check_input("channel_statistics", u, {1, 1, 0});
-  Tensor mean = zero_channels(u), var = zero_channels(u);
+  Tensor mean = channels_of(u), var = channels_of(u);
   if (u.numel() == 0) return {mean, var};
-  Maps m = cut(u, g, Activation::kNone, 0);
   with_accumulator(u, [&](auto zero) {
     using acc_t = decltype(zero);
-    const std::vector<acc_t> shift = near_mean<acc_t>(u, g, m.padded_channels);
-    m.parameters = shift.data();
-    ChunkSums chunks(m);
-    run(kernels().statistics, m);
-    const std::vector<double> sums = chunks.total();
     auto* means = static_cast<acc_t*>(mean.mutable_data_ptr()); // [C]
     auto* vars = static_cast<acc_t*>(var.mutable_data_ptr()); // [C]
-    const double count = static_cast<double>(g.count());
-    for (int64_t c = 0; c < g.channels; ++c) {
-      const double first = sums[c] / count, second = sums[m.padded_channels + c] / count;
-      const double variance = second - first * first;
-      means[c] = static_cast<acc_t>(shift[c] + first);
-      vars[c] = static_cast<acc_t>(variance < 0 ? 0 : variance); // keeps a NaN
-    }
+    for_moments<acc_t>(u, g, [&](int64_t c, double m, double v) {
+      means[c] = static_cast<acc_t>(m);
+      vars[c] = static_cast<acc_t>(v);
+    });
   });
   return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_statistics_cpu(
+    const Tensor& u,
+    const MaybeTensor& running_mean,
+    const MaybeTensor& running_var,
+    bool training,
+    double momentum,
+    double eps
+) {
+  const Geometry g = check_statistics(u, running_mean, running_var, training);
+  Tensor mean = channels_of(u), invstd = channels_of(u);
+  with_accumulator(u, [&](auto zero) {
+    using acc_t = decltype(zero);
+    const auto channels = [](const MaybeTensor& x) { // [C], or null
+      return x ? static_cast<acc_t*>(x->mutable_data_ptr()) : nullptr;
+    };
+    const Statistics<acc_t> out{
+        channels(mean), nullptr, channels(invstd), channels(running_mean), channels(running_var),
+        momentum, unbiased(g.count()), eps
+    };
+    if (!training) {
+      for (int64_t c = 0; c < g.channels; ++c) out.copy_running(c);
+    } else if (u.numel() == 0) {
+      for (int64_t c = 0; c < g.channels; ++c) out.write(c, 0, 0, false);
+    } else {
+      for_moments<acc_t>(u, g, [&](int64_t c, double m, double v) { out.write(c, m, v, true); });
+    }
+  });
+  return {mean, invstd};
 }
 
 void check_parameters(
@@ -350,8 +388,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_to(
   const Activation act = parse_activation(op, activation);
   Tensor gu = !mask[0] ? nothing(u) : to ? *to : empty_input_like(u, g);
   Tensor gresidual = mask[1] ? empty_input_like(u, g) : nothing(u);
-  Tensor gweight = mask[2] ? zero_channels(u) : nothing(u);
-  Tensor gbias = mask[3] ? zero_channels(u) : nothing(u);
+  Tensor gweight = mask[2] ? channels_of(u) : nothing(u);
+  Tensor gbias = mask[3] ? channels_of(u) : nothing(u);
   if (u.numel() == 0) return {gu, gresidual, gweight, gbias};
 
   Maps m = cut(u, g, act, slope);
@@ -469,7 +507,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_pushforward_cpu(
   STD_TORCH_CHECK(
       batch || !with_curvature, op, ": curvature=True needs statistics='batch', got 'fixed'"
   );
-  Tensor ty = empty_output_like(u, g), gweight = zero_channels(u), coefficient = zero_channels(u);
+  Tensor ty = empty_output_like(u, g), gweight = channels_of(u), coefficient = channels_of(u);
   Tensor kappa = with_curvature ? empty_input_like(u, g) : nothing(u);
   if (u.numel() == 0) return {ty, gweight, coefficient, kappa};
 
@@ -524,6 +562,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_pushforward_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&channel_statistics_cpu));
+  m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics_cpu));
   m.impl("norm_act_pool", TORCH_BOX(&norm_act_pool_cpu));
   m.impl("norm_act_pool_backward", TORCH_BOX(&norm_act_pool_backward_cpu));
   m.impl("norm_act_pool_backward_", TORCH_BOX(&norm_act_pool_backward_in_place_cpu));

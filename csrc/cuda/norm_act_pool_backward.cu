@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_backward_cuda(
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   Tensor gu = mask[0] ? empty_input_like(u, g) : nothing(u);
   Tensor gresidual = mask[1] ? empty_input_like(u, g) : nothing(u);
-  Tensor gweight = mask[2] ? zero_channels(u) : nothing(u);
-  Tensor gbias = mask[3] ? zero_channels(u) : nothing(u);
+  Tensor gweight = mask[2] ? channels_of(u) : nothing(u);
+  Tensor gbias = mask[3] ? channels_of(u) : nothing(u);
   if (u.numel() == 0) return {gu, gresidual, gweight, gbias};
   with_dtype(u, [&](auto zero) {
     using scalar_t = decltype(zero);

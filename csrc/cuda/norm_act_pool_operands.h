@@ -70,7 +70,7 @@ Inputs<scalar_t> inputs(const Arguments& a) {
 
 // [count] of the accumulator dtype, on u's device.
 inline Tensor scratch(const Tensor& u, int64_t count) {
-  return torch::stable::new_empty(u, {count}, accumulator(u.scalar_type()));
+  return empty_vector(u, accumulator(u.scalar_type()), count);
 }
 
 // f(an element of u's type)

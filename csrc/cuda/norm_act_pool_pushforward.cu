@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_pool_pushforward_cuda(
       batch || !with_curvature, op, ": curvature=True needs statistics='batch', got 'fixed'"
   );
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-  Tensor ty = empty_output_like(u, g), gweight = zero_channels(u), coefficient = zero_channels(u);
+  Tensor ty = empty_output_like(u, g), gweight = channels_of(u), coefficient = channels_of(u);
   Tensor kappa = with_curvature ? empty_input_like(u, g) : nothing(u);
   if (u.numel() == 0) return {ty, gweight, coefficient, kappa};
   with_dtype(u, [&](auto zero) {

@@ -1,4 +1,4 @@
-// channel_statistics on CUDA: mean and biased variance of each channel, u read once.
+// channel_statistics and batch_norm_statistics on CUDA: the moments of each channel, u read once.
 //
 // A thread adds its values up by Welford's recurrence, of their deviations from the channel's first
 // value, which all threads subtract: what is left of a large mean is as small as the deviations. The
@@ -97,8 +97,7 @@ template <typename acc_t>
 __global__ void __launch_bounds__(kThreads, 8) combine_moments(
     const Moments<double>* __restrict__ partial, // [C, chunks]
     int64_t chunks,
-    acc_t* __restrict__ mean, // [C]
-    acc_t* __restrict__ var // [C]
+    Statistics<acc_t> out
 ) {
   Moments<double> m{0, 0, 0};
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) {
@@ -112,8 +111,21 @@ __global__ void __launch_bounds__(kThreads, 8) combine_moments(
   if (threadIdx.x > 0) return;
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) m.merge(warps[w]);
-  mean[blockIdx.x] = acc_t(m.mean);
-  var[blockIdx.x] = acc_t(m.squares / m.n);
+  out.write(blockIdx.x, m.mean, m.squares / m.n, true);
+}
+
+// Of no values (zeros), or the running ones as they are.
+template <typename acc_t>
+__global__ void __launch_bounds__(kThreads) fixed_statistics(
+    int64_t channels, bool training, Statistics<acc_t> out
+) {
+  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  if (training) {
+    out.write(c, 0, 0, false);
+  } else {
+    out.copy_running(c);
+  }
 }
 
 constexpr int kStatisticsLanes = 8;
@@ -131,8 +143,7 @@ void statistics(
     const Plan& plan,
     const scalar_t* u, // [B, C, H, W]
     Moments<double>* partial, // scratch
-    accumulator_t<scalar_t>* mean, // [C]
-    accumulator_t<scalar_t>* var // [C]
+    const Statistics<accumulator_t<scalar_t>>& out
 ) {
   with_traits<scalar_t, kStatisticsLanes>(plan, [&](auto traits) {
     using T = decltype(traits);
@@ -141,8 +152,7 @@ void statistics(
     }
   });
   launch(
-      plan.channels(), combine_moments<accumulator_t<scalar_t>>, partial, plan.cells.chunks, mean,
-      var
+      plan.channels(), combine_moments<accumulator_t<scalar_t>>, partial, plan.cells.chunks, out
   );
 }
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,17 +39,6 @@ def _as_given(value: Tensor, region: Region) -> Tensor:
     return value if region.axis == 2 else value.permute(0, 2, 3, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class RecomputedMap:
-    """A map that is not kept: act(scale u + shift + residual), of which crops are recomputed."""
-
-    u: Tensor
-    residual: Tensor | None
-    scale: Tensor
-    shift: Tensor
-    activation: Callable[[Tensor], Tensor]
-
-
 class Crops:
     """Crops for windows at ``position`` ``[B, 2]``, on a layer with ``positions`` places for one.
 
@@ -64,7 +49,7 @@ class Crops:
         self.position = position
         self.positions = positions
         self._starts: dict[tuple[int, int, int, int], Tensor] = {}
-        self._crops: dict[tuple[Any, Region, float], Tensor] = {}
+        self._crops: dict[tuple[int, torch.Size, Region, float], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[Region, tuple[int, int], torch.dtype], Tensor] = {}
 
     def start(self, region: Region) -> Tensor:
@@ -72,34 +57,29 @@ class Crops:
         rows, cols = region.rows, region.cols
         key = (rows.scale, cols.scale, rows.offset, cols.offset)
         if key not in self._starts:
-            axes = [
-                self.position[:, 0] * rows.scale + rows.offset,
-                self.position[:, 1] * cols.scale + cols.offset,
-            ]
-            self._starts[key] = torch.stack(axes, 1)
+            if rows.scale == cols.scale and rows.offset == cols.offset:
+                start = torch.rsub(self.position, rows.offset, alpha=-rows.scale)
+            else:
+                axes = [
+                    self.position[:, 0] * rows.scale + rows.offset,
+                    self.position[:, 1] * cols.scale + cols.offset,
+                ]
+                start = torch.stack(axes, 1)
+            self._starts[key] = start
         return self._starts[key]
 
-    def gather(self, full: Tensor | RecomputedMap, region: Region, fill: float = 0.0) -> Tensor:
+    def gather(self, full: Tensor, region: Region, fill: float = 0.0) -> Tensor:
         """``region`` of ``full`` ``[B, C, H, W]`` for each sample, ``fill`` outside the map."""
-        tensor = isinstance(full, Tensor)
-        key = ((full.data_ptr(), full.shape) if tensor else id(full), region, fill)
+        key = (full.data_ptr(), full.shape, region, fill)
         if key not in self._crops:
-            if tensor:
-                whole = _channels_second(full, region)
-                crop = window_crop(whole, self.start(region), region.shape, fill)
-                crop = _as_given(crop, region)
-            else:
-                crop = self._recompute(full, region, fill)
-            self._crops[key] = crop
-        return self._crops[key]
+            whole = _channels_second(full, region)
+            crop = window_crop(whole, self.start(region), region.shape, fill)
+            self._crops[key] = full, _as_given(crop, region)  # no other map gets its address
+        return self._crops[key][1]
 
-    def _recompute(self, full: RecomputedMap, region: Region, fill: float) -> Tensor:
-        z = self.gather(full.u, region) * full.scale + full.shift
-        if full.residual is not None:
-            z = z + self.gather(full.residual, region)
-        a = full.activation(z).to(full.u.dtype)
-        inside = self._inside(a, region, tuple(full.u.shape[2:]))
-        return a if inside is None else a.masked_fill_(inside == 0, fill)
+    def exceeds(self, region: Region, full: Tensor) -> bool:
+        """Whether ``region`` reaches outside of ``full`` for some position of the window."""
+        return region.exceeds(region.map_size(full.shape), self.positions)
 
     def scatter(self, crop: Tensor, region: Region, size: tuple[int, int]) -> Tensor:
         """The adjoint of :meth:`gather`: ``[B, C, *size]``, zero outside ``region``."""

@@ -354,11 +354,8 @@ def _on_crops(
     tape: Tape, calls: list[Call], number: int, head: Head, strategy: str
 ) -> tuple[list[Call], CropPlan | None]:
     """The calls on the crops that the window sees; as they are where ``"auto"`` finds maps better."""
-    single: list[Call] = []
-    for call in calls:
-        single += _unfused(call, tape)
     try:
-        regions, seen = _regions(tape, single, number, head.side)
+        regions, seen = _regions(tape, calls, number, head.side)
         if len(tape.shapes[INPUT]) != 4 or regions[INPUT].axis != 2:
             raise NotLocalError("the input is no image [B, C, H, W]")
     except NotLocalError as reason:
@@ -371,20 +368,9 @@ def _on_crops(
     h, w = tape.shapes[number][2:]
     crops = Crops(head.position, (h - head.side + 1, w - head.side + 1))
     sizes = {n: region.map_size(tape.shapes[n]) for n, region in regions.items()}
-    cropped = [call.on_crops(call.rule.crop(crops, regions[call.outputs[0]])) for call in single]
+    cropped = [call.on_crops(call.rule.crop(crops, regions[call.outputs[0]])) for call in calls]
     crops.forget()
     return cropped, CropPlan(crops, regions, sizes, seen)
-
-
-def _unfused(call: Call, tape: Tape) -> list[Call]:
-    """The single operations that a call stands for; its receivers are the first one's."""
-    if not call.single:
-        return [call]
-    rules = call.rule.unfuse(call.outputs[0], tape.fresh)
-    return [
-        call.with_rule(rule, (output,), () if i else call.receivers)
-        for i, (rule, output) in enumerate(rules)
-    ]
 
 
 def _regions(

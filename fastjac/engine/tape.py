@@ -142,12 +142,6 @@ class Tape(Fusion):
         self._nodes.add(node)
         self._outputs[node, tensor.output_nr] = value
 
-    def fresh(self, shape: torch.Size, dtype: torch.dtype) -> int:
-        """The number of a value that no tensor holds."""
-        self.shapes.append(shape)
-        self.dtypes.append(dtype)
-        return len(self.shapes) - 1
-
     def value(self, tensor: Any) -> Value | None:
         """What is known of a tensor; None: it does not depend on x."""
         return self._values.get(id(tensor)) if isinstance(tensor, Tensor) else None

@@ -19,12 +19,9 @@ from torch import Tensor
 from fastjac.errors import FastjacError
 from fastjac.fusion.recompute import Recompute, version_of
 from fastjac.ops._maps import DTYPES
+from fastjac.ops.batch_norm_statistics import batch_norm_statistics
 from fastjac.ops.norm_act_pool import norm_act_pool, pooled_shape
-from fastjac.ops.norm_act_pool_autograd import (
-    NormActPool,
-    norm_act_pool_cotangents,
-    normalisation_statistics,
-)
+from fastjac.ops.norm_act_pool_autograd import NormActPool, norm_act_pool_cotangents
 
 PIECEWISE_LINEAR = frozenset({"none", "relu", "relu6", "leaky_relu"})
 ALL_ACTIVATIONS = PIECEWISE_LINEAR | {"silu"}
@@ -264,8 +261,8 @@ def batch_norm_chain(
     """
     map_ = as_map(u)
     with torch.no_grad():
-        mean, var = normalisation_statistics(map_, running_mean, running_var, training, momentum)
-        invstd = (var + eps).rsqrt()
+        statistics = (running_mean, running_var, training, momentum, eps)
+        mean, invstd = batch_norm_statistics(map_, *statistics)
     recompute = recompute_input if map_ is u else None
     tensors = (map_, source, weight, bias, mean, invstd)
     read = (source, weight, bias)

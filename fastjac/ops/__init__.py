@@ -6,6 +6,7 @@ from fastjac.ops.attention_window import (
     attention_window_slope,
     attention_window_slope_ref,
 )
+from fastjac.ops.batch_norm_statistics import batch_norm_statistics, batch_norm_statistics_ref
 from fastjac.ops.channel_statistics import channel_statistics, channel_statistics_ref
 from fastjac.ops.jacobian_match import jacobian_match, jacobian_match_ref
 from fastjac.ops.norm_act_pool import (
@@ -31,6 +32,8 @@ __all__ = [
     "attention_window_ref",
     "attention_window_slope",
     "attention_window_slope_ref",
+    "batch_norm_statistics",
+    "batch_norm_statistics_ref",
     "channel_statistics",
     "channel_statistics_ref",
     "jacobian_match",

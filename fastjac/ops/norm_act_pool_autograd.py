@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastjac.errors import FastjacError
-from fastjac.ops._maps import accumulator
-from fastjac.ops.channel_statistics import channel_statistics
+from fastjac.ops.batch_norm_statistics import batch_norm_statistics
 from fastjac.ops.norm_act_pool import norm_act_pool, norm_act_pool_backward, pooled_shape
 
 
@@ -46,8 +45,8 @@ class NormActPool(torch.autograd.Function):
         pool: str,
         recompute_input: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        mean, var = normalisation_statistics(u, running_mean, running_var, training, momentum)
-        invstd = (var + eps).rsqrt()
+        statistics = (running_mean, running_var, training, momentum, eps)
+        mean, invstd = batch_norm_statistics(u, *statistics)
         y = norm_act_pool(u, residual, weight, bias, mean, invstd, activation, slope, pool)
         saved = u if recompute_input is None else None
         ctx.save_for_backward(saved, residual, weight, bias, mean, invstd)
@@ -103,31 +102,3 @@ def norm_act_pool_cotangents(
 def _saved_inputs(node: Any) -> tuple[Tensor | None, ...]:
     u, *rest = node.saved_tensors
     return u if node.recompute_input is None else node.recompute_input(), *rest
-
-
-def normalisation_statistics(
-    u: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
-    """The mean and biased variance to normalise with; updates the running ones in training."""
-    if not training:
-        if running_mean is None or running_var is None:
-            raise FastjacError("NormActPool: training=False needs running_mean and running_var")
-        acc = accumulator(u.dtype)
-        return running_mean.to(acc, copy=True), running_var.to(acc)
-    mean, var = channel_statistics(u)
-    count = u.numel() // max(u.shape[1], 1)
-    if count == 1:
-        raise FastjacError(
-            f"NormActPool: training needs more than 1 value per channel, got u {list(u.shape)}"
-        )
-    if count:
-        unbiased = count / (count - 1)
-        for running, new, factor in ((running_mean, mean, 1), (running_var, var, unbiased)):
-            if running is not None:
-                new = new if new.dtype == running.dtype else new.to(running.dtype)
-                running.mul_(1 - momentum).add_(new, alpha=momentum * factor)
-    return mean, var

@@ -66,10 +66,19 @@ Plan run(const NormActPoolCall& call, const Shape& shape) {
   Tensors<scalar_t> t(call, shape);
   if (call.op == "statistics") {
     const auto* u = t.like_u("u");
-    auto *mean = t.channels("mean", true), *var = t.channels("var", true);
+    const Statistics<acc_t> out{
+        t.channels("mean", true),
+        t.channels("var", true),
+        t.channels("invstd", true),
+        t.channels("running_mean", true),
+        t.channels("running_var", true),
+        0.25,
+        unbiased(shape.count()),
+        1e-3
+    };
     const Plan plan = plan_statistics(shape, u);
     auto* partial = t.template scratch<Moments<double>>("partial", plan.partials(1));
-    statistics(executor::Device(call.seed, t.buffers), plan, u, partial, mean, var);
+    statistics(executor::Device(call.seed, t.buffers), plan, u, partial, out);
     return plan;
   }
   const Inputs<scalar_t> x{

@@ -181,6 +181,23 @@ def test_statistics(executor, shape, layout, dtype):
     check(tuple(out.values()), ops.channel_statistics_ref, case.u)
 
 
+@each_dtype
+@each_format
+def test_running_statistics(executor, layout, dtype):
+    case = Case((3, 16, 9, 8), dtype, layout, "none")
+    out = case.results("mean", "invstd", "running_mean", "running_var")
+    out["running_mean"].copy_(torch.linspace(-1, 1, 16))
+    out["running_var"].copy_(torch.linspace(0.5, 2, 16))
+    running = [out[name].clone() for name in ("running_mean", "running_var")]
+    launch(executor, "statistics", case, "none", out)
+
+    def reference(u: torch.Tensor, mean: torch.Tensor, var: torch.Tensor):
+        kept = (mean.clone(), var.clone())
+        return *ops.batch_norm_statistics_ref(u, *kept, True, 0.25, 1e-3), *kept
+
+    check(tuple(out.values()), reference, case.u, *running)
+
+
 @each_format
 def test_statistics_with_a_large_mean(executor, layout):
     case = Case((4, 8, 16, 16), torch.float32, layout, "none")

@@ -87,12 +87,6 @@ class Rule:
         """The rule on crops, for an output of ``region``."""
         return self
 
-    def unfuse(
-        self, output: int, fresh: Callable[[torch.Size, torch.dtype], int]
-    ) -> list[tuple[Rule, int]]:
-        """The rules of single operations that the call stands for, each with its output's number."""
-        return [(self, output)]
-
     def changed(self, **fields: Any) -> Any:
         """A copy with other fields."""
         copy = object.__new__(type(self))

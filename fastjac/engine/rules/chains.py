@@ -1,41 +1,34 @@
 """The rule of a normalise-activate-pool chain that ran as one operator.
 
-On maps, every sweep is one operator that recomputes what it needs from BatchNorm's input. On crops,
-the chain is unfused into the rules of its operations, their values recomputed from crops of that input.
+Every sweep is one operator that recomputes what it needs from BatchNorm's input, a map or a crop of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastjac.engine.crops import RecomputedMap
-from fastjac.engine.rules.base import Receiver, Rule, compute_type
-from fastjac.engine.rules.layers import BatchNorm
-from fastjac.engine.rules.pointwise import PIECEWISE, Gate, Sum
-from fastjac.engine.rules.pools import MaxPool2d
+from fastjac.engine.crops import Crops
+from fastjac.engine.receptive_field import Region
+from fastjac.engine.rules.base import NotLocalError, Receiver, Rule, axis_geometry
 from fastjac.fusion.chains import Chain, as_map
 from fastjac.ops import norm_act_pool_backward, norm_act_pool_pushforward
 
 if TYPE_CHECKING:
     from fastjac.engine.tape import Site
 
-_POOLS = {
-    "2x2": (2, 2, 0, 1, False),
-    "3x3": (3, 2, 1, 1, False),
-    "3x3-unpadded": (3, 2, 0, 1, False),
-}
+_POOLS = {"none": None, "2x2": (2, 2, 0, 1), "3x3": (3, 2, 1, 1), "3x3-unpadded": (3, 2, 0, 1)}
 
 
 @dataclass
 class NormActPool(Rule):
     """BatchNorm, addition, activation and max-pool: u and the residual are its sources.
 
-    ``added``: the residual's shape and dtype, where it depends on x; ``given``: u's.
+    ``added``: the residual's shape and dtype, where it depends on x; ``given``: u's shape, and
+    ``share``: what part it is of the map that the statistics were taken over.
     """
 
     u: Tensor
@@ -52,6 +45,7 @@ class NormActPool(Rule):
     given: torch.Size
     added: tuple[torch.Size, torch.dtype] | None
     shape: torch.Size
+    share: float = 1.0
 
     recomputes_cotangent: ClassVar[bool] = True
 
@@ -86,45 +80,42 @@ class NormActPool(Rule):
         )
         gradients = [total] if scales else []
         if curves:
+            coefficient = coefficient if self.share == 1 else coefficient * self.share
             gradients += [coefficient, curvature] if self.batch else [coefficient]
         return ty.reshape(self.shape), gradients
 
-    def unfuse(
-        self, output: int, fresh: Callable[[torch.Size, torch.dtype], int]
-    ) -> list[tuple[Rule, int]]:
-        activation, slope, pool = self.options
-        scale, shift = self._affine()
-        kind = PIECEWISE[activation]
-        value = RecomputedMap(self.u, self.residual, scale, shift, kind.value(slope))
-        count = self.u.numel() // max(self.u.shape[1], 1)
-        norm = BatchNorm(
-            *(self.sources[:1], self.weight, self.invstd, None, None, self.eps, self.training),
-            *(self.batch, True, self.receives, count, len(self.given)),
-        )
-        rules: list[tuple[Rule, int]] = [(norm, fresh(self.given, self.u.dtype))]
-        if self.added is not None:
-            terms = [(1, self.given), (1, self.added[0])]
-            sources = (rules[-1][1], self.sources[1])
-            rules.append((Sum(sources, terms, self.given), fresh(self.given, self.u.dtype)))
-        if activation != "none":
-            gate = Gate((rules[-1][1],), value, kind.gate(slope))
-            rules.append((gate, fresh(self.given, self.u.dtype)))
-        if pool != "none":
-            geometry = _POOLS[pool]
-            rules.append(
-                (MaxPool2d((rules[-1][1],), value, None, geometry), fresh(self.shape, self.u.dtype))
-            )
-        return [*rules[:-1], (rules[-1][0], output)]
+    def input_regions(self, region: Region) -> list[Region]:
+        if self.batch:
+            raise NotLocalError("BatchNorm in train mode with batch_stats='batch'")
+        if region.axis != 2:
+            raise NotLocalError("its channels are an axis of the map")
+        if self.added is not None and self.added[0] != self.given:
+            raise NotLocalError("it broadcasts over the map")
+        geometry = _POOLS[self.options[2]]
+        seen = region if geometry is None else region.through(axis_geometry(*geometry))
+        return [seen] * len(self.sources)
 
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        """BatchNorm as scale u + shift, ``[1, C, 1, 1]``, in the type that sums have."""
-        scale = self.invstd.to(compute_type(self.u))
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -self.mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
-        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        seen = self.input_regions(region)[0]
+        u, residual = crops.gather(self.u, seen), self.residual
+        activation, slope, pool = self.options
+        if pool == "3x3":  # a crop brings its own border: -inf, added to a map of zeros if need be
+            pool, outside = "3x3-unpadded", crops.exceeds(seen, self.u)
+            if residual is None and outside:
+                residual = self.u.new_zeros(()).expand(self.u.shape)
+        if residual is not None:
+            fill = float("-inf") if pool == "3x3-unpadded" else 0.0
+            residual = crops.gather(residual, seen, fill)
+        given = torch.Size(seen.resized(self.given))
+        return self.changed(
+            u=u,
+            residual=residual,
+            options=(activation, slope, pool),
+            given=given,
+            added=None if self.added is None else (given, self.added[1]),
+            shape=torch.Size(region.resized(self.shape)),
+            share=given.numel() / self.given.numel(),
+        )
 
 
 def fused_rule(site: Site, chain: Chain) -> tuple[Rule, tuple[Receiver, ...]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjac.engine.crops import Crops, RecomputedMap
+from fastjac.engine.crops import Crops
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import (
     NotLocalError,
@@ -56,29 +56,17 @@ class Negative(Identity):
         return -tangents[0], ()
 
 
-class PiecewiseLinear(NamedTuple):
-    """An activation by its slope: its value, and a cotangent or tangent through its gate."""
-
-    value: Callable[[float], Callable[[Tensor], Tensor]]
-    gate: Callable[[float], Callable[[Tensor, Tensor], Tensor]]  # of (delta, y)
-
-
 def clipped_gate(low: float, high: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Hardtanh's: open where low < y < high."""
     return lambda delta, y: aten.hardtanh_backward(delta, y, low, high)
 
 
-PIECEWISE = {
-    "none": PiecewiseLinear(lambda slope: lambda z: z, lambda slope: lambda delta, y: delta),
-    "relu": PiecewiseLinear(
-        lambda slope: F.relu, lambda slope: lambda delta, y: aten.threshold_backward(delta, y, 0)
-    ),
-    "relu6": PiecewiseLinear(lambda slope: F.relu6, lambda slope: clipped_gate(0, 6)),
-    "leaky_relu": PiecewiseLinear(
-        lambda slope: lambda z: F.leaky_relu(z, slope),
-        lambda slope: lambda delta, y: aten.leaky_relu_backward(delta, y, slope, True),
-    ),
-}
+def _relu_gate(delta: Tensor, y: Tensor) -> Tensor:
+    return aten.threshold_backward(delta, y, 0)
+
+
+def _leaky_gate(slope: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda delta, y: aten.leaky_relu_backward(delta, y, slope, True)
 
 
 def _hardsigmoid_gate(delta: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +77,7 @@ def _hardsigmoid_gate(delta: Tensor, y: Tensor) -> Tensor:
 class Gate(Pointwise):
     """A piecewise linear activation: y' = gate * x', the gate read off the output."""
 
-    y: Tensor | RecomputedMap
+    y: Tensor
     gate: Callable[[Tensor, Tensor], Tensor]
 
     @classmethod
@@ -118,7 +106,7 @@ class ReLU(Gate):
     @classmethod
     def record(cls, site: Site, input: Tensor, inplace: bool = False) -> Recorded:
         arguments = (inplace,) if site.function is F.relu else ()
-        return Gate.of(site, PIECEWISE["relu"].gate(0), input, *arguments)
+        return Gate.of(site, _relu_gate, input, *arguments)
 
 
 @register_rule(F.relu6)
@@ -127,7 +115,7 @@ class ReLU6(Gate):
 
     @classmethod
     def record(cls, site: Site, input: Tensor, inplace: bool = False) -> Recorded:
-        return Gate.of(site, PIECEWISE["relu6"].gate(0), input, inplace)
+        return Gate.of(site, clipped_gate(0, 6), input, inplace)
 
 
 @register_rule(F.hardtanh, F.hardtanh_)
@@ -163,7 +151,7 @@ class LeakyReLU(Gate):
     ) -> Recorded | Any:
         if negative_slope < 0:
             return NotImplemented
-        gate = PIECEWISE["leaky_relu"].gate(negative_slope)
+        gate = _leaky_gate(negative_slope)
         return Gate.of(site, gate, input, negative_slope, *inplace, **keywords)
 
 

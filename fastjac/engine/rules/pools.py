@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjac.engine.crops import Crops, RecomputedMap
+from fastjac.engine.crops import Crops
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import (
     NotLocalError,
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 class MaxPool2d(Rule):
     """y = the largest of each window: a gather at the indices that the forward chose."""
 
-    x: Tensor | RecomputedMap
+    x: Tensor
     indices: Tensor | None
     geometry: tuple[Any, ...]
 
