@@ -314,18 +314,33 @@ std::string Launch::stuck() const {
   return text + ", for nobody";
 }
 
-std::string kernel_name(const void* kernel) {
+// Empty where the symbol is not exported.
+std::string mangled_name(const void* kernel) {
   Dl_info info;
-  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return "a kernel";
+  return dladdr(kernel, &info) == 0 || info.dli_sname == nullptr ? "" : info.dli_sname;
+}
+
+std::string kernel_name(const void* kernel) {
+  const std::string mangled = mangled_name(kernel);
+  if (mangled.empty()) return "a kernel";
   int status = 0;
-  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  const std::string full = status == 0 ? demangled : info.dli_sname;
+  char* demangled = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
+  const std::string full = status == 0 ? demangled : mangled;
   std::free(demangled);
   const std::string name = full.substr(0, full.find_first_of("<("));
   return name.substr(name.find_last_of(" :") + 1);
 }
 
+std::set<std::string>& launched() {
+  static std::set<std::string> value;
+  return value;
+}
+
 } // namespace
+
+std::set<std::string> take_launched() {
+  return std::exchange(launched(), {});
+}
 
 Device::Device(uint64_t seed, std::vector<Buffer> buffers)
     : seed_(seed), buffers_(std::move(buffers)) {}
@@ -337,6 +352,7 @@ void Device::run(
     void* call,
     size_t call_bytes
 ) const {
+  launched().insert(mangled_name(kernel));
   std::vector<Buffer> buffers = buffers_;
   buffers.push_back({"the kernel's arguments", call, call_bytes, false});
   const struct Reset {

@@ -21,6 +21,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -73,6 +74,9 @@ class Device {
   mutable uint64_t seed_; // another for each launch
   std::vector<Buffer> buffers_;
 };
+
+// The kernels launched since the last call, by their mangled names.
+std::set<std::string> take_launched();
 
 // The storage of `extern __shared__ type name[];`: state it in the namespace of the kernel. A
 // launch may use as many bytes as its geometry asks for.

@@ -10,6 +10,7 @@
 
 PYBIND11_MODULE(cuda_executor, m) {
   pybind11::register_exception<executor::Fault>(m, "Fault", PyExc_RuntimeError);
+  m.def("take_launched", &executor::take_launched);
   m.def("attention_window", &run_attention_window);
   m.def("attention_window_slope", &run_attention_window_slope);
   m.def("jacobian_match", &run_jacobian_match);
