@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,17 +20,47 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 590  # seconds, for all steps' limits together
-KERNEL_TESTS = ("tests/ops",)
-CUDA_TESTS = ("tests/ops", "tests/cuda_graphs", "tests/engine")
-# Every operator at odd strides and alignments, and norm_act_pool's vectors in one dtype: some tens of
-# tests, under a tool that takes tens of times as long and looks at fastjac's kernels alone. Without
-# PyTorch's own cache, which would hide an access between two tensors.
-SANITIZED = "any_strides or (in_every_dtype and not residual and bfloat16)"
+LIMIT = 590  # seconds, for all stages' limits together
+LOGS = "gpu_check"  # what the steps print and write themselves, beside the JSON
+# By file: each runs in a process of its own, and shares the GPU with the others.
+CUDA_TESTS = (
+    *(f"tests/ops/test_{name}.py" for name in ("every_instantiation", "norm_act_pool")),
+    *(f"tests/ops/test_norm_act_pool_{name}.py" for name in ("errors", "rounding")),
+    *(f"tests/ops/test_{name}.py" for name in ("attention_window", "channel_statistics")),
+    *(f"tests/ops/test_{name}.py" for name in ("jacobian_match", "window_crop")),
+    "tests/cuda_graphs",
+    "tests/engine",
+)
+# Under a tool that takes tens of times as long: the smallest calls that launch every instantiation.
+SANITIZED = "tests/ops/test_every_instantiation.py"
+# Every tool looks at fastjac's kernels alone, but for initcheck, which must see who writes what they
+# read. PyTorch's import makes calls of the driver that fail.
+OURS = ("--kernel-name", "kns=fastjac")
+SANITIZERS = {
+    "memcheck": (*OURS, "--report-api-errors=no"),
+    "racecheck": OURS,
+    "initcheck": (),
+    "synccheck": OURS,
+}
+# Without PyTorch's own cache, which would hide an access between two tensors.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # The dtype and the layout that a GPU trains in. In all of them the operators' benchmarks take minutes.
-TIMED = "not contiguous and not torch.float"
-STEPS = ("plain", "compiled", "naive", "fastjac")
+TIMED = "not contiguous and not torch.float and not block"
+CONFIGURATIONS = ("vgg9-224", "resnet18-224")
+CONTENDERS = ("plain", "compiled", "naive", "fastjac")
+# Shares of a copy's bandwidth, each in the same run. What is below the goal is listed; what is below
+# its floor fails: by the benchmark's name, or for all others.
+GOAL = 0.8
+FLOOR = 0.5
+FLOORS: dict[str, float] = {}
+
+
+class Finding(Exception):
+    """Results that are a failure; they are kept."""
+
+    def __init__(self, problem: str, results: Any) -> None:
+        super().__init__(problem)
+        self.results = results
 
 
 @dataclass
@@ -35,93 +69,199 @@ class Step:
 
     name: str
     command: list[str]
-    limit: float  # seconds, beside what earlier steps have left of theirs
+    limit: float  # seconds, beside what earlier stages have left of theirs
     env: dict[str, str] = field(default_factory=dict)
-    results: Callable[[], Any] | None = None  # read what it has written; raises if that is wrong
+    results: Callable[[str], Any] | None = None  # from the log and what was written; or a Finding
+    required: bool = False  # nothing follows its failure
 
 
-def run(step: Step, logs: Path, limit: float) -> dict[str, Any]:
-    """What goes into the JSON for one step, after at most ``limit`` s; its output goes to ``logs``."""
-    log = logs / f"{step.name}.log"
-    record: dict[str, Any] = {"command": step.command, "env": step.env, "log": log.name}
-    start = time.monotonic()
-    with log.open("w") as output:
+class Running:
+    """A step's processes: it leads a session of its own, and all of it ends with the step."""
+
+    def __init__(self, step: Step, logs: Path, limit: float) -> None:
+        self.step, self.limit = step, max(limit, 0.0)
+        self.log = logs / f"{step.name}.log"
+        self.start = time.monotonic()
+        self.status: int | str | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         try:
-            status: int | str = subprocess.run(
-                step.command,
-                cwd=ROOT,
-                env={**os.environ, **step.env},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {limit:.0f} s"
+            with self.log.open("w") as output:
+                self.process = subprocess.Popen(
+                    step.command,
+                    cwd=ROOT,
+                    env={**os.environ, **step.env},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         except OSError as error:
-            status = str(error)
-    record |= {"status": status, "passed": status == 0}
-    record["seconds"] = round(time.monotonic() - start, 1)
-    if status == 0 and step.results is not None:
-        try:
-            record["results"] = step.results()
-        except Exception as error:
-            record |= {"status": f"{type(error).__name__}: {error}", "passed": False}
-    if not record["passed"]:
-        record["output"] = log.read_text(errors="replace").splitlines()[-60:]
-    return record
+            self.status = str(error)
+
+    def ended(self) -> bool:
+        """Whether it has; one that has taken its time is stopped."""
+        if self.status is None:
+            self.status = self.process.poll()
+            if self.status is None and time.monotonic() - self.start >= self.limit:
+                self.status = f"stopped after {self.limit:.0f} s"
+            if self.status is not None:
+                self.stop()
+        return self.status is not None
+
+    def stop(self) -> None:
+        """End what is left of the step's processes."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):  # none is
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def record(self) -> dict[str, Any]:
+        """What goes into the JSON; the step has ended."""
+        step = self.step
+        found: dict[str, Any] = {"command": step.command, "env": step.env, "log": self.log.name}
+        found |= {"status": self.status, "passed": self.status == 0}
+        found["seconds"] = round(time.monotonic() - self.start, 1)
+        log = self.log.read_text(errors="replace")
+        if step.results is not None:
+            try:
+                found["results"] = step.results(log)
+            except Exception as error:  # also of a step that has failed, and may have written none
+                problem = str(error) if isinstance(error, Finding) else f"{error!r}"
+                found["results"] = getattr(error, "results", None)
+                found |= {"problem": problem, "passed": False}
+        if not found["passed"]:
+            found["output"] = log.splitlines()[-60:]
+        return found
 
 
-def tests_of(report: Path) -> Callable[[], dict[str, int]]:
-    """Reads pytest's JUnit report: how many ran. None is a failure."""
+def tests_of(report: Path) -> Callable[[str], dict[str, Any]]:
+    """Reads pytest's JUnit report: how many ran, and what failed. None is a failure."""
 
-    def read() -> dict[str, int]:
-        suites = ElementTree.parse(report).getroot().iter("testsuite")
-        counts = {"tests": 0, "skipped": 0, "failures": 0, "errors": 0}
-        for suite in suites:
+    def read(log: str) -> dict[str, Any]:
+        root = ElementTree.parse(report).getroot()
+        counts: dict[str, Any] = {"tests": 0, "skipped": 0, "failures": 0, "errors": 0}
+        for suite in root.iter("testsuite"):
             for key in counts:
                 counts[key] += int(suite.get(key, 0))
+        failed = {}
+        for case in root.iter("testcase"):
+            for outcome in (*case.iter("failure"), *case.iter("error")):
+                name = f"{case.get('classname')}.{case.get('name')}"
+                failed[name] = (outcome.get("message") or "")[:300]
         if counts["tests"] == counts["skipped"]:
-            raise RuntimeError(f"no test ran: {counts}")
+            raise Finding("no test ran", counts)
+        if failed:
+            first = dict(list(failed.items())[:40])
+            raise Finding(f"{len(failed)} tests failed", {**counts, "failed": first})
         return counts
 
     return read
 
 
-def json_of(path: Path) -> Callable[[], Any]:
-    return lambda: json.loads(path.read_text())
+def sanitized(report: Path) -> Callable[[str], dict[str, Any]]:
+    """What the tests gave, and what a tool of compute-sanitizer has said of them."""
+
+    def read(log: str) -> dict[str, Any]:
+        said = [line for line in log.splitlines() if line.startswith("=========")]
+        summary = next((line for line in reversed(said) if " SUMMARY: " in line), None)
+        if summary is None:
+            raise Finding("the tool gave no summary", {"said": said[:60]})
+        if not re.search(r"SUMMARY: 0 (errors|hazards)", summary):
+            raise Finding(summary.strip("= "), {"said": said[:60]})
+        return {**tests_of(report)(log), "summary": summary.strip("= ")}
+
+    return read
 
 
-def steps(out: Path, architecture: str) -> list[Step]:
+def json_of(path: Path) -> Callable[[str], Any]:
+    return lambda log: json.loads(path.read_text())
+
+
+def bandwidth_of(path: Path) -> Callable[[str], dict[str, Any]]:
+    """Reads pytest-benchmark's JSON, without its data of every round: shares of a copy's bandwidth."""
+
+    def read(log: str) -> dict[str, Any]:
+        found = json.loads(path.read_text())
+        timed = {row["name"]: row["extra_info"] for row in found["benchmarks"]}
+        shares = {name: row["share_of_copy_bandwidth"] for name, row in timed.items()}
+        floors = {name: FLOORS.get(name, FLOOR) for name in shares}
+        results = {
+            "goal": GOAL,
+            "below_the_goal": {n: round(GOAL - s, 3) for n, s in shares.items() if s < GOAL},
+            "below_their_floor": {n: floors[n] for n, s in shares.items() if s < floors[n]},
+            "operators": timed,
+        }
+        if not timed:
+            raise Finding("nothing was timed", results)
+        if results["below_their_floor"]:
+            count = len(results["below_their_floor"])
+            raise Finding(f"{count} of {len(timed)} are below their floor", results)
+        return results
+
+    return read
+
+
+def built(log: str) -> dict[str, Any]:
+    """Which libraries the tests use."""
+    paths = sorted((ROOT / "fastjac").glob("_*.so"))
+    return {
+        "carried": carried(),
+        "log": log.splitlines(),
+        "record": json.loads((ROOT / "fastjac" / "_build.json").read_text()),
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths},
+    }
+
+
+def carried() -> bool:
+    """Whether the libraries that are there were built elsewhere, from these sources."""
+    return os.environ.get("FASTJAC_PREBUILT") == "1"
+
+
+def stages(logs: Path, architecture: str) -> list[list[Step]]:
+    """The steps: those of one stage run at the same time. What they write goes to ``logs``."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
     build = {"TORCH_CUDA_ARCH_LIST": architecture, "FASTJAC_CUDA": "1", "FASTJAC_NATIVE": "1"}
+    loaded = "import sys; from fastjac.info import report; from fastjac.ops import _library"
+    loaded += "; print(report()); sys.exit(_library.CUDA.problem)"
+
+    def tests(path: str) -> Step:
+        name = Path(path).stem
+        report = logs / f"{name}.xml"
+        command = [*pytest, f"--junitxml={report}", path]
+        return Step(name, command, 110, {"OMP_NUM_THREADS": "2"}, tests_of(report))
 
     def sanitizer(tool: str) -> Step:
-        report = out / f"{tool}.xml"
-        command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99"]
-        command += ["--kernel-name", "kns=fastjac"]
-        command += [*pytest, "-x", "-k", SANITIZED, f"--junitxml={report}", *KERNEL_TESTS]
-        return Step(tool, command, 60, UNCACHED, tests_of(report))
+        report = logs / f"{tool}.xml"
+        port = 49152 + 64 * list(SANITIZERS).index(tool)  # their own: they run at the same time
+        command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", f"--port={port}"]
+        command += ["--target-processes=application-only", *SANITIZERS[tool]]
+        command += [*pytest, "-x", f"--junitxml={report}", SANITIZED]
+        return Step(tool, command, 140, {**UNCACHED, "OMP_NUM_THREADS": "2"}, sanitized(report))
 
-    tests, ops, step = (out / name for name in ("tests.xml", "ops.json", "step.json"))
+    def whole_step(name: str, limit: float, *options: str) -> Step:
+        report = logs / f"{name}.json"
+        command = [python, "-m", "benchmarks.step", *CONFIGURATIONS, "--device", "cuda", "--amp"]
+        command += ["--layouts", "channels_last", *options, "--json", str(report)]
+        return Step(name, command, limit, {}, json_of(report))
+
+    ops = logs / "operators.json"
     timed = ["benchmarks", "--benchmark-enable", "--benchmark-only", "--benchmark-max-time=0.2"]
-    whole = [python, "-m", "benchmarks.step", "vgg9-224", "--device", "cuda", "--amp"]
-    whole += ["--layouts", "channels_last", "--contenders", *STEPS]
-    return [
-        Step("build", [python, "setup.py", "build"], 170, build),
-        Step("info", [python, "-m", "fastjac.info"], 15),
-        Step("tests", [*pytest, f"--junitxml={tests}", *CUDA_TESTS], 100, {}, tests_of(tests)),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
-        Step(
-            "benchmarks",
-            [*pytest, *timed, "-k", TIMED, f"--benchmark-json={ops}"],
-            65,
-            {},
-            json_of(ops),
-        ),
-        Step("step", [*whole, "--json", str(step)], 120, {}, json_of(step)),
+    operators = [*pytest, *timed, "-k", TIMED, f"--benchmark-json={ops}"]
+    # Compiled code is kept: nothing waits for it in the stage that times the steps.
+    compiled = ("--contenders", "compiled", "--rounds", "1", "--measure", "time")
+    found = [
+        [Step("build", [python, "setup.py", "build"], 170, build, required=True)],
+        [Step("loaded", [python, "-c", loaded], 30, {}, built, required=True)],
+        [
+            *map(tests, CUDA_TESTS),
+            *map(sanitizer, SANITIZERS),
+            whole_step("compiling", 140, *compiled),
+        ],
+        [Step("operators", operators, 70, {}, bandwidth_of(ops))],
+        [whole_step("step", 120, "--contenders", *CONTENDERS)],
+        [whole_step("host", 60, "--contenders", "plain", "naive", "fastjac", "--measure", "host")],
     ]
+    return found[1:] if carried() else found
 
 
 def said(*command: str) -> str | None:
@@ -167,34 +307,59 @@ def refuse(reason: str) -> None:
     sys.exit(2)
 
 
-def check(listed: list[Step], record: dict[str, Any], out: Path) -> int:
-    """Runs the steps and writes the JSON after each, so that what was found is never lost."""
-    end = time.monotonic()
-    record = {**record, "passed": False, "steps": {}}
-    for step in listed:
-        end += step.limit
-        result = run(step, out, end - time.monotonic())
-        record["steps"][step.name] = result
-        verdict = "passed" if result["passed"] else f"FAILED ({result['status']})"
-        print(f"{step.name:12}{verdict}, {result['seconds']} s", flush=True)
-        record["passed"] = len(record["steps"]) == len(listed) and all(
-            done["passed"] for done in record["steps"].values()
+def check(listed: list[list[Step]], record: dict[str, Any], out: Path) -> int:
+    """Runs the stages and writes the JSON after each step, so that what was found is never lost."""
+    logs = out / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    start = end = time.monotonic()
+    record = {**record, "passed": False, "seconds": 0.0, "steps": {}}
+    count = sum(map(len, listed))
+    running: list[Running] = []
+
+    def add(done: Running) -> bool:
+        result = done.record()
+        record["steps"][done.step.name] = result
+        verdict = "passed" if result["passed"] else "FAILED"
+        why = "" if result["passed"] else f" ({result.get('problem', result['status'])})"
+        print(f"{done.step.name:30}{verdict}, {result['seconds']} s{why}", flush=True)
+        record["seconds"] = round(time.monotonic() - start, 1)
+        record["passed"] = len(record["steps"]) == count and all(
+            step["passed"] for step in record["steps"].values()
         )
-        (out / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")
-        if step.name == "build" and not result["passed"]:
+        (out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
+        if done.step.required and not result["passed"]:
             print("\n".join(result["output"]))
-            break
+            return False
+        return True
+
+    try:
+        for stage in listed:
+            left = end - time.monotonic()
+            end += max(step.limit for step in stage)
+            running += [Running(step, logs, left + step.limit) for step in stage]
+            going = True
+            while running:
+                for done in [step for step in running if step.ended()]:
+                    running.remove(done)
+                    going = add(done) and going
+                time.sleep(0.05)
+            if not going:
+                break
+    finally:
+        for step in running:
+            step.stop()
     print(f"everything is in {out / 'gpu_check.json'}")
     return 0 if record["passed"] else 1
 
 
 def main() -> int:
+    # Whoever ends this process ends its steps, which are in sessions of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = machine()
-    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME") and not carried():
         refuse("there is no CUDA toolkit: put nvcc on the PATH, or set CUDA_HOME")
     out = Path(sys.argv[1]).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    return check(steps(out, found["architecture"]), found, out)
+    return check(stages(out / LOGS, found["architecture"]), found, out)
 
 
 if __name__ == "__main__":
