@@ -25,8 +25,13 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGE = ROOT / "fastjac"
-# PyTorch's stable ABI as of 2.11: what is built here loads in every later PyTorch and Python.
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+# The oldest PyTorch that is supported. By its stable ABI, what is built here loads in every later
+# PyTorch and Python.
+OLDEST = re.search(r'"torch>=(\d+)\.(\d+)', (ROOT / "pyproject.toml").read_text())
+STABLE_ABI = [
+    "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*map(int, OLDEST.groups())),
+    "-DTORCH_STABLE_ONLY",
+]
 # No contraction: equal Jacobians must give a difference of exactly zero, on every instruction set.
 # No trapping, no errno: a loop with a selection or a square root in it vectorises.
 HOST_FLAGS = [
@@ -40,6 +45,7 @@ HOST_FLAGS = [
     # GCC 12 says it of its own intrinsics, and of a tap's fields that a pass has not asked for.
     "-Wno-maybe-uninitialized",
 ]
+NVCC_FLAGS = ["-std=c++20", "-O3"]
 # Those that the toolkit knows, and PTX of the last for what comes after.
 CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
@@ -135,7 +141,7 @@ def cuda_extension(cpp_extension):
         depends=headers(),
         extra_compile_args={
             "cxx": [*HOST_FLAGS, *STABLE_ABI, "-DUSE_CUDA"],
-            "nvcc": ["-std=c++20", "-O3", "--threads=2", *STABLE_ABI, "-DUSE_CUDA"],
+            "nvcc": [*NVCC_FLAGS, "--threads=2", *STABLE_ABI, "-DUSE_CUDA"],
         },
         py_limited_api=True,
     )
@@ -214,4 +220,5 @@ def main() -> None:
     )
 
 
-main()
+if __name__ == "__main__":
+    main()

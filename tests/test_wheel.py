@@ -19,7 +19,13 @@ OTHER_TORCH = "torch==2.13.0"
 # Tests of what needs more than PyTorch, of the source tree, or of pure Python that takes its time.
 # All others run beside OTHER_TORCH.
 ELSEWHERE = {"data", "models", "train", "cuda_executor", "cpu_kernels"}
-ELSEWHERE |= {"test_install.py", "test_wheel.py", "test_gpu_check.py", "test_support.py"}
+ELSEWHERE |= {
+    "test_install.py",
+    "test_wheel.py",
+    "test_gpu_check.py",
+    "test_support.py",
+    "test_headers.py",
+}
 
 
 def command(*words: str | Path, cwd: Path = ROOT) -> str:
