@@ -18,7 +18,6 @@ from fastjac.errors import FastjacError, unknown
 from fastjac.features import capture, find_layer
 from fastjac.fusion import PIECEWISE_LINEAR
 from fastjac.fusion.mode import eager_regions, has_script, tensors_in
-from fastjac.ops._library import native
 from fastjac.targets import AttentionWindow, Target, check_targets
 
 STRATEGIES = ("auto", "local", "dense", "autograd")
@@ -185,8 +184,7 @@ class Forward:
         batch_stats: str,
     ) -> None:
         self.differentiable = torch.is_grad_enabled()
-        fused = native(x.device) and not has_script(model)
-        activations = PIECEWISE_LINEAR if fused else frozenset()
+        activations = frozenset() if has_script(model) else PIECEWISE_LINEAR
         self.tape = engine.Tape(model, x, activations, batch_stats, self.differentiable)
         self.batch = len(x)
         layers = [t.layer for t in targets]

@@ -17,6 +17,8 @@ from fastjac import (
     fuse,
     input_jacobian,
 )
+from fastjac.jacobian import Forward
+from fastjac.ops import _library
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 C = 4
@@ -541,3 +543,42 @@ def test_a_fused_model_has_the_jacobian_of_the_model(strategy):
     expected = input_jacobian(network("2x2"), images(), target, strategy="autograd")
     assert expected.norm() > 0
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+class Elsewhere(nn.Module):
+    """Its input on another device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to("meta")
+
+
+def chains(*between: nn.Module) -> nn.Module:
+    first = [nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*first, *between, nn.BatchNorm2d(C), nn.ReLU(), nn.Flatten(1)).double()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, x: fuse(model)(x),
+        lambda model, x: Forward(model, x, (LabelLogit(),), None, (), None, "frozen").read,
+    ],
+    ids=["fuse", "engine"],
+)
+def test_chains_begin_only_where_their_operators_are_native(monkeypatch, run):
+    """With the CPU's library alone, not on another device; without it, not on the CPU."""
+    monkeypatch.setattr(_library, "CUDA", _library.NativeLibrary("cuda", None, "not built"))
+    assert not _library.native(torch.device("cuda", 0))
+    model, x = chains(), images()
+    with FusedCalls() as calls:
+        y = run(model, x)
+    assert calls.found == ["relu 2x2", "relu none"]
+    two_devices = chains(Elsewhere())
+    two_devices[5].to("meta")
+    with FusedCalls() as calls:
+        assert run(two_devices, x).shape == y.shape
+    assert calls.found == ["relu 2x2"]
+    monkeypatch.setattr(_library, "CPU", _library.NativeLibrary("cpu", None, "not built"))
+    with FusedCalls() as calls:
+        torch.testing.assert_close(run(model, x), y, **EXACT)
+    assert not calls.found

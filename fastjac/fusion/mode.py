@@ -26,6 +26,7 @@ from fastjac.fusion.chains import (
     recompute_output,
 )
 from fastjac.fusion.recompute import Recompute, recompute_convolution, recomputing, version_of
+from fastjac.ops._library import native
 from fastjac.ops.winograd import winograd, winograd_is_faster
 
 _POOLS = {F.max_pool2d, torch.max_pool2d}
@@ -99,8 +100,9 @@ class _Pending(NamedTuple):
 class Fusion(TorchFunctionMode):
     """While it is active, this thread's BatchNorms are fused with what follows them.
 
-    ``activations``: those that a chain may have; empty: nothing is fused, as where there are no native
-    operators. Nothing outlives the mode: on exit, every placeholder that is still alive is computed.
+    ``activations``: those that a chain may have; empty: nothing is fused. Nor is anything on a device
+    without native operators, where a chain would be slower than the calls that it fuses. Nothing
+    outlives the mode: on exit, every placeholder that is still alive is computed.
     """
 
     def __init__(self, activations: frozenset[str]) -> None:
@@ -167,7 +169,12 @@ class Fusion(TorchFunctionMode):
 
     def may_fuse(self, u: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         """Whether a BatchNorm of ``u`` may begin a chain."""
-        return bool(self.activations) and fusable(u, weight, bias) and not in_checkpoint()
+        return (
+            bool(self.activations)
+            and fusable(u, weight, bias)
+            and native(u.device)
+            and not in_checkpoint()
+        )
 
     def may_add(self, chain: Chain, other: Tensor) -> bool:
         """Whether ``other`` may become the chain's residual."""
@@ -191,7 +198,7 @@ class Fusion(TorchFunctionMode):
                 value = function(*args, **kwargs)
         else:
             value = function(*args, **kwargs)
-        if convolution and self.activations and value.requires_grad:
+        if convolution and self.activations and value.requires_grad and native(value.device):
             self._note_convolution(value, *args, **kwargs)
         return value
 
