@@ -45,8 +45,7 @@ HOST_FLAGS = [
     # GCC 12 says it of its own intrinsics, and of a tap's fields that a pass has not asked for.
     "-Wno-maybe-uninitialized",
 ]
-NVCC_FLAGS = ["-std=c++20", "-O3"]
-# Those that the toolkit knows, and PTX of the last for what comes after.
+# Those that the toolkit has, and PTX of the last for what comes after.
 CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
@@ -124,6 +123,15 @@ def cpu_extension(cpp_extension):
 
 
 def cuda_architectures(nvcc: Path) -> str:
+    """TORCH_CUDA_ARCH_LIST, else all that the toolkit has of ours, and PTX of the last."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        architectures = ";".join(re.split(r"[ ;]+", asked.strip(" ;")))
+        if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?(;|$))+", architectures):
+            sys.exit(
+                "fastjac: TORCH_CUDA_ARCH_LIST must list compute capabilities (8.0;9.0+PTX), got "
+                f"{asked!r}"
+            )
+        return architectures
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = listed.stdout.split()
     return (
@@ -131,18 +139,22 @@ def cuda_architectures(nvcc: Path) -> str:
     )
 
 
-def cuda_extension(cpp_extension):
-    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(nvcc)
+def cuda_flags(architectures: str) -> dict[str, list[str]]:
+    """By the compiler; csrc/cuda/build.cpp keeps the architectures in the library."""
+    bound = [*STABLE_ABI, "-DUSE_CUDA"]
+    return {
+        "cxx": [*HOST_FLAGS, *bound, f"-DFASTJAC_CUDA_ARCHITECTURES={architectures}"],
+        "nvcc": ["-std=c++20", "-O3", "--threads=2", *bound],
+    }
+
+
+def cuda_extension(cpp_extension, architectures: str):
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     extension = cpp_extension.CUDAExtension(
         "fastjac._cuda",
         sources("cuda"),
         depends=headers(),
-        extra_compile_args={
-            "cxx": [*HOST_FLAGS, *STABLE_ABI, "-DUSE_CUDA"],
-            "nvcc": [*NVCC_FLAGS, "--threads=2", *STABLE_ABI, "-DUSE_CUDA"],
-        },
+        extra_compile_args=cuda_flags(architectures),
         py_limited_api=True,
     )
     # The static runtime, so that the library asks for no CUDA release at run time.
@@ -201,8 +213,8 @@ def main() -> None:
         record["libraries"]["cpu"] = {"compiler": cpp_extension.get_cxx_compiler()}
         try:
             release = cuda_toolkit(cpp_extension)
-            extensions.append(cuda_extension(cpp_extension))
-            architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+            architectures = cuda_architectures(Path(cpp_extension.CUDA_HOME, "bin", "nvcc"))
+            extensions.append(cuda_extension(cpp_extension, architectures))
             record["libraries"]["cuda"] = {"toolkit": release, "architectures": architectures}
         except Unavailable as reason:
             record["missing"]["cuda"] = str(reason)

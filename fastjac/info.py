@@ -26,6 +26,9 @@ def _version(package: str) -> str:
 def _built(library: _library.NativeLibrary, record: dict) -> str:
     if library.path is None:
         return "no"
+    if library.build is not None:
+        build = library.build
+        return f"{library.path}, with CUDA {build.toolkit}, for {build.architectures}"
     details = record.get("libraries", {}).get(library.name)
     if details is None:
         return f"{library.path}, by an earlier build"
@@ -33,10 +36,18 @@ def _built(library: _library.NativeLibrary, record: dict) -> str:
     return f"{library.path}, with PyTorch {record['torch']}, {shown}"
 
 
+def _cuda_loaded(cuda: _library.NativeLibrary) -> str:
+    if not cuda.loaded:
+        return f"no: {cuda.problem}"
+    refused = [f"not on cuda:{i}: {reason}" for i, reason in _library.unsupported_cards().items()]
+    return "; ".join(["yes", *refused])
+
+
 def report() -> str:
     """The text that ``python -m fastjac.info`` prints."""
     cpu, cuda, record = _library.CPU, _library.CUDA, _library.build_record()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    devices = [f"{p.name} ({p.major}.{p.minor})" for p in found]
     rows = {
         "fastjac": f"{_version('fastjac')} in {_library.PACKAGE}",
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -46,7 +57,7 @@ def report() -> str:
         "cpu built": _built(cpu, record),
         "cpu loaded": f"yes, {_library.cpu_isa()}" if cpu.loaded else f"no: {cpu.problem}",
         "cuda built": _built(cuda, record),
-        "cuda loaded": "yes" if cuda.loaded else f"no: {cuda.problem}",
+        "cuda loaded": _cuda_loaded(cuda),
     }
     if cpu.path is None or cuda.path is None or cpu.broken or cuda.broken:
         rows["to build"] = _library.REBUILD

@@ -79,17 +79,18 @@ def oldest_headers() -> Path:
 def failures(setup: ModuleType, headers: Path, sources: list[Path]) -> dict[str, str]:
     """What the compilers say of the sources that do not compile, by their names."""
     extension = setup.torch_extension()
-    cuda = extension.CUDA_HOME
-    nvcc = [f"{cuda}/bin/nvcc", *setup.NVCC_FLAGS, *CUDA_SYNTAX, "-o", os.devnull]
-    cxx = [extension.get_cxx_compiler(), *setup.HOST_FLAGS, *SYNTAX, f"-I{cuda}/include"]
+    cxx, nvcc = extension.get_cxx_compiler(), f"{extension.CUDA_HOME}/bin/nvcc"
+    includes = [f"-I{headers}", f"-I{extension.CUDA_HOME}/include"]
+    cuda = setup.cuda_flags("9.0")
 
     def compiled(source: Path) -> subprocess.CompletedProcess:
-        words = nvcc if source.suffix == ".cu" else cxx
-        return subprocess.run(
-            [*words, *setup.STABLE_ABI, "-DUSE_CUDA", f"-I{headers}", source],
-            capture_output=True,
-            text=True,
-        )
+        if source.suffix == ".cu":
+            words = [nvcc, *cuda["nvcc"], *CUDA_SYNTAX, "-o", os.devnull]
+        elif source.parent.name == "cuda":
+            words = [cxx, *cuda["cxx"], *SYNTAX]
+        else:
+            words = [cxx, *setup.HOST_FLAGS, *setup.STABLE_ABI, *SYNTAX]
+        return subprocess.run([*words, *includes, source], capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = zip(sources, pool.map(compiled, sources), strict=True)

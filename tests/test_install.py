@@ -136,6 +136,36 @@ def test_a_library_that_does_not_load_gives_the_reason(source):
     assert "invalid ELF header" in line or "file too short" in line
 
 
+FOR_CUDA_12 = b"\x7fELF\0fastjac CUDA build: 12080 9.0\0"
+
+
+@pytest.mark.parametrize(
+    ("library", "problem"),
+    [
+        (FOR_CUDA_12, "it was built with CUDA 12.8, and PyTorch's CUDA is 13.0"),
+        (b"\x7fELF\0", "it was built from other sources"),
+    ],
+)
+@pytest.mark.skipif(not _library.CPU.loaded, reason=f"not loaded: {_library.CPU.problem}")
+def test_a_cuda_library_for_another_cuda_is_not_loaded(source, library, problem):
+    """So its references run, and nothing more is said where they do."""
+    shutil.copy(_library.CPU.path, source / "fastjac")
+    (source / "fastjac" / "_cuda.abi3.so").write_bytes(library)
+    run = python(
+        "import torch; torch.version.cuda = '13.0'; import fastjac; "
+        "from fastjac.ops import _library; from torch._subclasses import FakeTensorMode\n"
+        "with FakeTensorMode(): x = torch.empty(2, device='cuda'); "
+        "print(_library.native(x.device), _library._stand_in('some_op', lambda x: x)(x) is x)",
+        source,
+    )
+    assert run.stdout.split() == ["False", "True"]
+    (line,) = run.stderr.splitlines()
+    assert line == (
+        "fastjac:1: RuntimeWarning: running without CUDA operators (_cuda.abi3.so is not loaded: "
+        f"{problem}); to rebuild: pip install --no-build-isolation ."
+    )
+
+
 def test_a_library_from_other_sources_is_refused():
     with pytest.raises(ImportError, match=r"built from other sources.*jacobian_match\(Tensor js,"):
         _library.define("jacobian_match(Tensor js, Tensor jt) -> Tensor", jacobian_match_ref)
@@ -189,6 +219,16 @@ def test_without_a_compiler_the_wheel_is_pure(source):
     reason = "no C++ compiler was found ('no-such-compiler' is not on the PATH)"
     assert f"fastjac: building without CPU operators: {reason}" in said
     assert reason in warning(python(MATCH, source / "unpacked"))
+
+
+def test_architectures_without_numbers_are_refused(source):
+    run = wheel(source, FASTJAC_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;Hopper")
+    said = run.stdout + run.stderr
+    if "FASTJAC_CUDA=1 asks for the CUDA operators, but " in said:
+        pytest.skip(said[said.index("fastjac: FASTJAC_CUDA=1") :].splitlines()[0])
+    assert run.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST must list compute capabilities (8.0;9.0+PTX)" in said
+    assert "got '8.0;Hopper'" in said
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from fastjac.ops._cuda_build import CudaBuild
+
 ROOT = Path(__file__).parents[1]
 OTHER_TORCH = "torch==2.13.0"
 # Tests of what needs more than PyTorch, of the source tree, or of pure Python that takes its time.
@@ -67,6 +69,15 @@ def test_it_holds_the_package_the_operators_and_no_pytorch(wheel, record):
         for path in (ROOT / "fastjac").rglob(f"*.{kind}"):
             assert str(path.relative_to(ROOT)) in files
     assert all(f.startswith(("fastjac/", "fastjac-")) for f in files)
+
+
+def test_the_cuda_library_tells_what_it_was_built_for(wheel, record, tmp_path):
+    if "cuda" in record["missing"]:
+        pytest.skip(f"no CUDA operators: {record['missing']['cuda']}")
+    with zipfile.ZipFile(wheel) as archive:
+        build = CudaBuild.read(Path(archive.extract("fastjac/_cuda.abi3.so", tmp_path)))
+    noted = record["libraries"]["cuda"]
+    assert (str(build.toolkit), build.architectures) == (noted["toolkit"], noted["architectures"])
 
 
 class Resources(NamedTuple):

@@ -1,7 +1,9 @@
 """Loads the native operators, and puts their references in the place of those that are missing.
 
 Every operator exists, with the same derivative and the same errors, whatever could be loaded. On a
-device that has no native kernel for it, its reference runs, and says so once.
+device that has no native kernel for it, its reference runs, and says so once. So it does on a card for
+which the CUDA library holds no code: that is found out when CUDA is first used, since an import that
+initialised CUDA would break every process that forks.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import torch.overrides
 from torch.autograd import forward_ad
 
 from fastjac.errors import FastjacError
+from fastjac.ops import _cuda_build
+from fastjac.ops._cuda_build import CudaBuild
 
 PACKAGE = Path(__file__).resolve().parent.parent
 REBUILD = "pip install --no-build-isolation ."
@@ -34,6 +38,7 @@ class NativeLibrary:
     path: Path | None
     problem: str | None
     broken: bool = False  # it is there, and should have loaded
+    build: CudaBuild | None = None  # of the CUDA library: what it was built for
 
     @property
     def loaded(self) -> bool:
@@ -59,13 +64,21 @@ def _load(name: str, needs: NativeLibrary | None = None) -> NativeLibrary:
         return NativeLibrary(name, None, reason)
     if needs is not None and not needs.loaded:
         return NativeLibrary(name, path, f"{needs.name} is not loaded: {needs.problem}")
+    build = None
+    if name == "cuda":
+        build, problem = CudaBuild.read(path), "it was built from other sources"
+        if build is not None:
+            problem = build.pytorch_problem(torch.version.cuda)
+        if problem is not None:
+            problem = f"{path.name} is not loaded: {problem}"
+            return NativeLibrary(name, path, problem, broken=True, build=build)
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         # PyTorch says that it failed, and its cause says why.
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        return NativeLibrary(name, path, f"{path.name} does not load: {reason}", broken=True)
-    return NativeLibrary(name, path, None)
+        return NativeLibrary(name, path, f"{path.name} does not load: {reason}", True, build)
+    return NativeLibrary(name, path, None, build=build)
 
 
 def _warn(message: str) -> None:
@@ -85,10 +98,66 @@ elif CUDA.broken:
     _warn(f"running without CUDA operators ({CUDA.problem}); to rebuild: {REBUILD}")
 
 
+_unsupported: dict[int, str] = {}  # by a card's index: why the CUDA library cannot run on it
+_references: dict[str, Callable] = {}  # by the operator's name
+_overrides = torch.library.Library("fastjac", "FRAGMENT")
+
+
 def native(device: torch.device) -> bool:
-    """Whether the operators are native on a device, and so faster than PyTorch's own."""
+    """Whether the operators are native on a tensor's device, and so faster than PyTorch's own."""
     library = {"cpu": CPU, "cuda": CUDA}.get(device.type)
-    return library is not None and library.loaded
+    if library is None or not library.loaded:
+        return False
+    return device.type != "cuda" or device.index not in _unsupported
+
+
+def unsupported_cards() -> dict[int, str]:
+    """Why the CUDA library cannot run on cards, by their index; CUDA is initialised."""
+    return dict(_unsupported)
+
+
+def _inspect_cards() -> None:
+    """Route the operators past the CUDA library on those cards that it cannot run on."""
+    driver, cards = _cuda_build.machine()
+    capabilities = set()
+    for index, card in enumerate(cards):
+        problem = CUDA.build.card_problem(driver, card.capability)
+        if problem is not None:
+            _unsupported[index] = problem
+            capabilities.add(card.capability)
+    if not _unsupported:
+        return
+    named = ", ".join(f"cuda:{i} ({cards[i].name}, {cards[i].capability})" for i in _unsupported)
+    problems = "; ".join(dict.fromkeys(_unsupported.values()))
+    wanted = ";".join(map(str, sorted(capabilities)))
+    _warn(
+        f"running without CUDA operators on {named}, on their PyTorch references: {problems}; "
+        f"to build them: TORCH_CUDA_ARCH_LIST='{wanted}' {REBUILD}; for details: {EXPLAIN}"
+    )
+    for name in _references:
+        _route(name)
+
+
+def _route(name: str, key: str = "CUDA") -> None:
+    """Run the operator's reference on unsupported cards, and its kernel on the others."""
+    qualified, reference = f"fastjac::{name}", _references[name]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+        return
+    kernel = torch.library.get_kernel(qualified, key)
+
+    def run(keys: torch.DispatchKeySet, *args: Any) -> Any:
+        if args[0].get_device() in _unsupported:
+            return reference(*args)
+        return kernel.call_boxed(keys, *args)
+
+    with warnings.catch_warnings():
+        # PyTorch 2.11 warns of every override, this one too, which is meant.
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        _overrides.impl(name, run, key, with_keyset=True, allow_override=True)
+
+
+if CUDA.loaded:
+    torch.cuda._lazy_call(_inspect_cards)  # once CUDA is initialised
 
 
 def cpu_isa() -> str:
@@ -123,6 +192,9 @@ def define(schema: str, reference: Callable) -> None:
             _warn(f"{CPU.path} was built before {name} existed; to rebuild it: {REBUILD}")
 
     torch.library.impl(qualified, "default")(_stand_in(name, reference))
+    _references[name] = reference
+    if _unsupported:
+        _route(name)
 
 
 def call(name: str, *args: Any) -> Any:
@@ -164,7 +236,8 @@ def refuse_forward_mode(name: str, *tensors: torch.Tensor) -> None:
 
 def _stand_in(name: str, reference: Callable) -> Callable:
     """``reference``, saying once for each device type that it runs and why."""
-    said = {"cpu"}  # the import has said it
+    # Of these, the import has said it.
+    said = {"cpu", *(["cuda"] if CUDA.broken else [])}
 
     def run(*args):
         device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
