@@ -62,7 +62,8 @@ std::tuple<Tensor, Tensor> batch_norm_statistics_cuda(
     };
     if (training && u.numel() > 0) return statistics<decltype(zero)>(u, g, out);
     const auto blocks = static_cast<unsigned>((g.channels + kThreads - 1) / kThreads);
-    Stream(u)({blocks, kThreads}, fixed_statistics<acc_t>, g.channels, training, out);
+    const Stream launch(u);
+    launch({blocks, kThreads}, fixed_statistics<acc_t>, g.channels, training, out);
   });
   return {mean, invstd};
 }
