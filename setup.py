@@ -46,6 +46,9 @@ HOST_FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 # Those that the toolkit has, and PTX of the last for what comes after.
+# Some compilers link their own C++ runtime statically. PyTorch's must not take the place of half of it:
+# then an error's text is cut short, or the process dies.
+LINK_FLAGS = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
 CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
@@ -118,6 +121,7 @@ def cpu_extension(cpp_extension):
         sources(".", "cpu"),
         depends=headers(),
         extra_compile_args={"cxx": [*HOST_FLAGS, *STABLE_ABI]},
+        extra_link_args=LINK_FLAGS,
         py_limited_api=True,
     )
 
@@ -155,6 +159,7 @@ def cuda_extension(cpp_extension, architectures: str):
         sources("cuda"),
         depends=headers(),
         extra_compile_args=cuda_flags(architectures),
+        extra_link_args=LINK_FLAGS,
         py_limited_api=True,
     )
     # The static runtime, so that the library asks for no CUDA release at run time.

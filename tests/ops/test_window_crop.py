@@ -194,7 +194,7 @@ def test_fill_is_rounded_to_the_dtype(device):
         for fill in (0.1, 1e5, -1e-7, -0.0, 3e38):
             x = maps(1, 1, 2, 2, device=device, dtype=dtype)
             got = window_crop(x, torch.tensor([[9, 9]], device=device), (1, 1), fill)
-            same(got, torch.full((1, 1, 1, 1), fill, dtype=dtype, device=device))
+            same(got, torch.full((1, 1, 1, 1), fill, dtype=dtype).to(device))
             assert torch.signbit(got).item() == (math.copysign(1, fill) < 0)
 
 
