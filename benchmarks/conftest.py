@@ -5,11 +5,16 @@ CPU the page faults of large tensors can cost more than the arithmetic. A machin
 change from minute to minute, so a large copy and what the operator replaces are timed beside it, in
 turn, and the ratios are medians over those rounds. A share above 100 % of the copy's bandwidth means
 that the tensors stayed in a cache.
+
+On a GPU batches are larger, so that it is filled and its cache is not enough, and its own events take
+the time, behind copies that keep it busy until the call is launched: pytest-benchmark's own figures
+have those copies in them.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import statistics
 import time
@@ -23,6 +28,10 @@ from fastjac.info import report
 
 ROWS: list[tuple[str, ...]] = []
 SHAPE = (8, 64, 224, 224)  # the first block of a VGG
+LEAST = 2**26  # elements that a call moves on a GPU
+AHEAD = (
+    6  # large copies before a timed call on a GPU: about a millisecond, for the host to launch it
+)
 FEWEST, MOST = 9, 40  # rounds; between them, as many as --benchmark-max-time allows
 
 
@@ -31,12 +40,21 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(device: str, f: Callable[[], object]) -> float:
+def seconds(device: str, f: Callable[[], object], ahead: Callable[[], object]) -> float:
+    """Of the device, for a call of f; on a GPU behind calls of ``ahead``."""
     synchronise(device)
-    start = time.perf_counter()
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(AHEAD):
+            ahead()
+        start.record()
+        f()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
     f()
-    synchronise(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - begin
 
 
 def quantiles(times: list[float]) -> tuple[float, ...]:
@@ -59,17 +77,35 @@ def large_copy() -> Callable[[str], tuple[int, Callable[[], object]]]:
 
 
 @pytest.fixture
-def maps(device, request):
+def timed(request) -> bool:
+    config = request.config
+    return config.getoption("benchmark_enable") or config.getoption("benchmark_only")
+
+
+@pytest.fixture
+def filling(device, timed) -> Callable[[tuple[int, ...], int], tuple[int, ...]]:
+    """``filling(shape, moved)``: with more of a batch, where a GPU is timed.
+
+    ``moved``: the elements that the call moves for the shape as it is; then it moves :data:`LEAST`.
+    """
+
+    def fill(shape: tuple[int, ...], moved: int) -> tuple[int, ...]:
+        factor = -(-LEAST // moved) if timed and device == "cuda" else 1
+        return (factor * shape[0], *shape[1:])
+
+    return fill
+
+
+@pytest.fixture
+def maps(device, timed, filling):
     """Makes maps of a VGG's first block; a small batch where nothing is timed."""
-    generator = torch.Generator().manual_seed(0)
-    timed = request.config.getoption("benchmark_enable") or request.config.getoption(
-        "benchmark_only"
-    )
-    shape = SHAPE if timed else (2, 24, 20, 20)
+    generator = torch.Generator(device).manual_seed(0)
+    shape = filling(SHAPE, math.prod(SHAPE)) if timed else (2, 24, 20, 20)
 
     def make(layout, dtype, size=None):
-        x = torch.randn(shape if size is None else size, generator=generator)
-        return x.to(device, dtype).contiguous(memory_format=layout)
+        size = shape if size is None else size
+        x = torch.randn(size, generator=generator, device=device)
+        return x.to(dtype).contiguous(memory_format=layout)
 
     return make
 
@@ -122,26 +158,27 @@ def measure(benchmark, large_copy, request):
         copied, copy = large_copy(device)
         others = {"copy": copy, **replaced}
         times: dict[str, list[float]] = {name: [] for name in others}
+        own: list[float] = []
 
         def beside() -> None:
             for name, g in others.items():
                 g()
-                times[name].append(seconds(device, g))
+                times[name].append(seconds(device, g, copy))
             f()
-            synchronise(device)
 
         def call() -> None:
-            f()
-            synchronise(device)
+            own.append(seconds(device, f, copy))
 
         beside()
         longest = float(request.config.getoption("benchmark_max_time"))
-        rounds = longest / seconds(device, beside)
-        for taken in times.values():
+        start = time.perf_counter()
+        beside()
+        call()
+        rounds = longest / (time.perf_counter() - start)
+        for taken in (own, *times.values()):
             taken.clear()
         benchmark.pedantic(call, setup=beside, rounds=min(max(round(rounds), FEWEST), MOST))
 
-        own = benchmark.stats.stats.data
         low, median, high = quantiles(own)
         bandwidths = (copied / t for t in times["copy"])
         share = statistics.median(

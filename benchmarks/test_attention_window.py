@@ -6,6 +6,8 @@ bend out.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -31,8 +33,8 @@ def features(shape, dtype, layout, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "k"), SHAPES, ids=IDS)
-def test_attention_window(measure, device, shape, k, dtype, layout):
-    z = features(shape, dtype, layout, device)
+def test_attention_window(measure, filling, device, shape, k, dtype, layout):
+    z = features(filling(shape, math.prod(shape)), dtype, layout, device)
     position, value = attention_window(z, k)
     expected_position, expected_value = attention_window_ref(z.double(), k)
     torch.testing.assert_close(value.double(), expected_value, rtol=1e-5, atol=0)
@@ -44,8 +46,9 @@ def test_attention_window(measure, device, shape, k, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "k"), SHAPES, ids=IDS)
-def test_attention_window_slope(measure, window_bytes, device, shape, k, dtype, layout):
-    z = features(shape, dtype, layout, device)
+def test_attention_window_slope(measure, filling, window_bytes, device, shape, k, dtype, layout):
+    moved = 3 * shape[0] * shape[1] * k * k
+    z = features(filling(shape, moved), dtype, layout, device)
     position, _ = attention_window(z, k)
     args = (z, position, k)
     slope, bend = attention_window_slope(*args)

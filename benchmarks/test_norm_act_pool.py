@@ -86,11 +86,11 @@ def test_norm_act_pool_backward(measure, device, maps, layout, dtype, kind):
 
 
 @LAYOUT
+@DTYPE
 @KIND
 @pytest.mark.parametrize("statistics", ["fixed", "batch"])
-def test_norm_act_pool_pushforward(measure, device, maps, layout, kind, statistics):
+def test_norm_act_pool_pushforward(measure, device, maps, layout, dtype, kind, statistics):
     activation, pool, with_residual = kind
-    dtype = torch.float32
     u, tu = maps(layout, dtype), maps(layout, dtype)
     residual, tresidual = (maps(layout, dtype) if with_residual else None for _ in range(2))
     options = (u, residual, *parameters(u), activation, 0.01, pool)

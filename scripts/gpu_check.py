@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,28 +238,33 @@ def stages(logs: Path, architecture: str) -> list[list[Step]]:
         command += [*pytest, "-x", f"--junitxml={report}", SANITIZED]
         return Step(tool, command, 140, {**UNCACHED, "OMP_NUM_THREADS": "2"}, sanitized(report))
 
-    def whole_step(name: str, limit: float, *options: str) -> Step:
+    def whole_step(name: str, limit: float, configurations: Sequence[str], *options: str) -> Step:
         report = logs / f"{name}.json"
-        command = [python, "-m", "benchmarks.step", *CONFIGURATIONS, "--device", "cuda", "--amp"]
+        command = [python, "-m", "benchmarks.step", *configurations, "--device", "cuda", "--amp"]
         command += ["--layouts", "channels_last", *options, "--json", str(report)]
         return Step(name, command, limit, {}, json_of(report))
+
+    def memory(configuration: str) -> Step:
+        # It compiles, too, and what is compiled is kept for the stage that times the steps.
+        options = ("--contenders", *CONTENDERS, "--measure", "memory")
+        return whole_step(f"memory of {configuration}", 140, [configuration], *options)
 
     ops = logs / "operators.json"
     timed = ["benchmarks", "--benchmark-enable", "--benchmark-only", "--benchmark-max-time=0.2"]
     operators = [*pytest, *timed, "-k", TIMED, f"--benchmark-json={ops}"]
-    # Compiled code is kept: nothing waits for it in the stage that times the steps.
-    compiled = ("--contenders", "compiled", "--rounds", "1", "--measure", "time")
+    timing = ("--contenders", *CONTENDERS, "--measure", "time", "--rounds", "30")
+    host = ("--contenders", *(c for c in CONTENDERS if c != "compiled"), "--measure", "host")
     found = [
         [Step("build", [python, "setup.py", "build"], 170, build, required=True)],
         [Step("loaded", [python, "-c", loaded], 30, {}, built, required=True)],
         [
             *map(tests, CUDA_TESTS),
             *map(sanitizer, SANITIZERS),
-            whole_step("compiling", 140, *compiled),
+            *map(memory, CONFIGURATIONS),
         ],
         [Step("operators", operators, 70, {}, bandwidth_of(ops))],
-        [whole_step("step", 120, "--contenders", *CONTENDERS)],
-        [whole_step("host", 60, "--contenders", "plain", "naive", "fastjac", "--measure", "host")],
+        [whole_step("step", 120, CONFIGURATIONS, *timing)],
+        [whole_step("host", 60, CONFIGURATIONS, *host)],
     ]
     return found[1:] if carried() else found
 

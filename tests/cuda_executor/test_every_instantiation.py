@@ -94,7 +94,9 @@ def kernels_among(symbols: set[str]) -> set[str]:
     """Those mangled names that are kernels of csrc/cuda."""
     kernel = "|".join(f"{len(name)}{name}" for name in written_kernels())
     mangled = re.compile(rf"_ZN7fastjac(?:\d+[a-z_]+?)??(?:{kernel})[IE]")
-    return {symbol for symbol in symbols if mangled.match(symbol)}
+    # nvcc's functions for the host have variables, whose names begin like the kernel's.
+    variable = re.compile(r"E\d+__(handle|tmp)$")
+    return {s for s in symbols if mangled.match(s) and not variable.search(s)}
 
 
 def readable(symbols: set[str]) -> str:
