@@ -247,7 +247,7 @@ def stages(logs: Path, architecture: str) -> list[list[Step]]:
     def memory(configuration: str) -> Step:
         # It compiles, too, and what is compiled is kept for the stage that times the steps.
         options = ("--contenders", *CONTENDERS, "--measure", "memory")
-        return whole_step(f"memory of {configuration}", 140, [configuration], *options)
+        return whole_step(f"memory-{configuration}", 140, [configuration], *options)
 
     ops = logs / "operators.json"
     timed = ["benchmarks", "--benchmark-enable", "--benchmark-only", "--benchmark-max-time=0.2"]

@@ -267,7 +267,7 @@ def test_its_steps_exist(gpu_check, tmp_path):
     assert "--tool=racecheck" in listed["racecheck"].command
     assert listed["memcheck"].command[-1] in listed["test_every_instantiation"].command
     assert collected(listed["memcheck"])
-    for name in ("step", "host", "memory of vgg9-224"):
+    for name in ("step", "host", "memory-vgg9-224"):
         words = listed[name].command
         assert words[1:4] == ["-m", "benchmarks.step", "vgg9-224"]  # none named: all, for hours
         subprocess.run([*words, "--help"], cwd=ROOT, check=True, capture_output=True)

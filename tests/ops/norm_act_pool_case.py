@@ -64,7 +64,7 @@ class Case:
             return x if grid is None else (x / grid).round() * grid
 
         def maps(*size: int) -> Tensor:
-            x = random(*size).to(device, dtype).contiguous(memory_format=layout)
+            x = random(*size).to(dtype).contiguous(memory_format=layout).to(device)
             assert x.device.type == device
             return x
 
@@ -76,7 +76,7 @@ class Case:
         self.gy = maps(*out_shape(shape, pool))
         if grid is None:
             self.weight, self.bias = random(channels) + 0.1, random(channels)
-            self.mean, var = channel_statistics_ref(self.u.double().cpu())
+            self.mean, var = channel_statistics_ref(self.u.cpu().double())
             self.invstd = (var + EPS).rsqrt()
         else:
             sign = torch.tensor([1.0, -1.0]).repeat(channels)[:channels].double()
@@ -84,7 +84,7 @@ class Case:
             self.mean, self.invstd = random(channels), torch.full_like(sign, 0.5)
         self.coefficient = random(channels)
         for name in ("weight", "bias", "mean", "invstd", "coefficient"):
-            setattr(self, name, getattr(self, name).to(device, acc))
+            setattr(self, name, getattr(self, name).to(acc).to(device))
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
