@@ -1,5 +1,6 @@
-// channel_statistics, batch_norm_statistics and norm_act_pool on CUDA: allocation, launches and registration. The device
-// code, and what it does, is in norm_act_pool_statistics.cuh and norm_act_pool_forward.cuh.
+// channel_statistics, batch_norm_statistics and norm_act_pool on CUDA: allocation, launches and
+// registration. The device code, and what it does, is in norm_act_pool_statistics.cuh and
+// norm_act_pool_forward.cuh.
 
 #include <string>
 #include <tuple>
@@ -61,9 +62,7 @@ std::tuple<Tensor, Tensor> batch_norm_statistics_cuda(
         channels(running_var), momentum, unbiased(g.count()), eps
     };
     if (training && u.numel() > 0) return statistics<decltype(zero)>(u, g, out);
-    const auto blocks = static_cast<unsigned>((g.channels + kThreads - 1) / kThreads);
-    const Stream launch(u);
-    launch({blocks, kThreads}, fixed_statistics<acc_t>, g.channels, training, out);
+    without_values(Stream(u), g.channels, training, out);
   });
   return {mean, invstd};
 }

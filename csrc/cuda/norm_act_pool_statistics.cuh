@@ -156,4 +156,13 @@ void statistics(
   );
 }
 
+// What needs no values: see the kernel.
+template <typename acc_t, typename Launch>
+void without_values(
+    const Launch& launch, int64_t channels, bool training, const Statistics<acc_t>& out
+) {
+  const auto blocks = static_cast<unsigned>((channels + kThreads - 1) / kThreads);
+  launch(fastjac::Geometry{blocks, kThreads}, fixed_statistics<acc_t>, channels, training, out);
+}
+
 } // namespace fastjac::norm_act_pool

@@ -64,7 +64,7 @@ template <typename scalar_t>
 Plan run(const NormActPoolCall& call, const Shape& shape) {
   using acc_t = fastjac::accumulator_t<scalar_t>;
   Tensors<scalar_t> t(call, shape);
-  if (call.op == "statistics") {
+  if (call.op == "statistics" || call.op == "statistics without values") {
     const auto* u = t.like_u("u");
     const Statistics<acc_t> out{
         t.channels("mean", true),
@@ -77,6 +77,12 @@ Plan run(const NormActPoolCall& call, const Shape& shape) {
         1e-3
     };
     const Plan plan = plan_statistics(shape, u);
+    if (call.op != "statistics") {
+      without_values(
+          executor::Device(call.seed, t.buffers), shape.channels, call.flag, out
+      );
+      return plan;
+    }
     auto* partial = t.template scratch<Moments<double>>("partial", plan.partials(1));
     statistics(executor::Device(call.seed, t.buffers), plan, u, partial, out);
     return plan;

@@ -54,6 +54,8 @@ def _case(call: Call, pool: str):
 def _statistics(executor: ModuleType, call: Call) -> None:
     case = _case(call, "none")
     NORM_ACT_POOL.launch(executor, "statistics", case, "none", case.results("mean", "var"))
+    fixed = case.results("mean", "invstd", "running_mean", "running_var")
+    NORM_ACT_POOL.launch(executor, "statistics without values", case, "none", fixed)
 
 
 def _norm_act_pool(executor: ModuleType, call: Call) -> None:

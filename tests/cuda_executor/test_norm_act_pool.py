@@ -80,7 +80,7 @@ class Case:
 def launch(executor, op, case, activation, results, *, flag=False, seed=0, **tensors):
     names = ("u", "residual", "weight", "bias", "mean", "invstd")
     named = dict(zip(names, case.inputs(), strict=True))
-    if op == "statistics":
+    if op.startswith("statistics"):
         named = {"u": case.u}
     pointers = {
         name: x.data_ptr() for name, x in {**named, **tensors, **results}.items() if x is not None
@@ -196,6 +196,22 @@ def test_running_statistics(executor, layout, dtype):
         return *ops.batch_norm_statistics_ref(u, *kept, True, 0.25, 1e-3), *kept
 
     check(tuple(out.values()), reference, case.u, *running)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels", [1, 300])
+@each_dtype
+def test_statistics_without_values(executor, dtype, channels, training):
+    """Of a map without pixels, zeros; not in training, the running ones, which stay."""
+    case = Case((1, channels, 1, 1), dtype, "contiguous", "none")
+    out = case.results("mean", "invstd", "running_mean", "running_var")
+    running = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
+    out["running_mean"].copy_(running[0]), out["running_var"].copy_(running[1])
+    launch(executor, "statistics without values", case, "none", out, flag=training)
+    mean, var = (0 * x if training else x for x in running)
+    expected = (mean, (var + 1e-3).rsqrt(), *running)
+    for got, x in zip(out.values(), expected, strict=True):
+        torch.testing.assert_close(got, x.to(got.dtype), rtol=1e-6, atol=0)
 
 
 @each_format

@@ -20,6 +20,8 @@ from fastjac.ops import (
     attention_window_ref,
     attention_window_slope,
     attention_window_slope_ref,
+    batch_norm_statistics,
+    batch_norm_statistics_ref,
     channel_statistics,
     channel_statistics_ref,
     jacobian_match,
@@ -90,8 +92,17 @@ def _beside(
 
 def _statistics(call: Call, device: str) -> dict[str, tuple[Tensor, Tensor]]:
     u = maps(call)
-    got = channel_statistics(u.to(device))
-    return _beside(got, channel_statistics_ref(u.double()), "mean", "var")
+    there, wide = u.to(device), u.double()
+    found = _beside(channel_statistics(there), channel_statistics_ref(wide), "mean", "var")
+    acc = torch.float64 if call.dtype == torch.float64 else torch.float32
+    for training in (True, False):
+        running = [torch.linspace(low, 2, u.shape[1], dtype=acc) for low in (-1, 0.5)]
+        updated, exact = [x.to(device) for x in running], [x.double() for x in running]
+        got = batch_norm_statistics(there, *updated, training, 0.1, 1e-5)
+        expected = batch_norm_statistics_ref(wide, *exact, training, 0.1, 1e-5)
+        names = (f"{n} {training}" for n in ("mean", "invstd", "running_mean", "running_var"))
+        found |= _beside((*got, *updated), (*expected, *exact), *names)
+    return found
 
 
 def _norm_act_pool(call: Call, device: str) -> dict[str, tuple[Tensor, Tensor]]:
