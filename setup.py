@@ -45,10 +45,10 @@ HOST_FLAGS = [
     # GCC 12 says it of its own intrinsics, and of a tap's fields that a pass has not asked for.
     "-Wno-maybe-uninitialized",
 ]
-# Those that the toolkit has, and PTX of the last for what comes after.
 # Some compilers link their own C++ runtime statically. PyTorch's must not take the place of half of it:
 # then an error's text is cut short, or the process dies.
 LINK_FLAGS = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
+# Those that the toolkit has, and PTX of the last for what comes after.
 CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 

@@ -145,11 +145,12 @@ class Chain:
         """
         if torch.promote_types(other.dtype, self.u.dtype) != self.u.dtype:
             return None
-        try:
-            if torch.broadcast_shapes(other.shape, self.shape) != self.shape:
+        if other.shape != self.shape:
+            try:
+                if torch.broadcast_shapes(other.shape, self.shape) != self.shape:
+                    return None
+            except RuntimeError:  # the addition itself says so
                 return None
-        except RuntimeError:  # the addition itself says so
-            return None
         residual = other
         if (other.shape, other.dtype) != (self.shape, self.u.dtype):
             residual = other.to(self.u.dtype).expand(self.shape)
