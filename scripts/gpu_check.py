@@ -22,14 +22,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 590  # seconds, for all stages' limits together
 LOGS = "gpu_check"  # what the steps print and write themselves, beside the JSON
-# By file: each runs in a process of its own, and shares the GPU with the others.
-ON_A_CPU = {"test_empty_map.py", "test_large_maps.py", "test_winograd.py"}
-OPERATORS = sorted(p.name for p in (ROOT / "tests" / "ops").glob("test_*.py"))
-CUDA_TESTS = (
-    *(f"tests/ops/{name}" for name in OPERATORS if name not in ON_A_CPU),
-    "tests/cuda_graphs",
-    "tests/engine",
-)
+# By file: each runs in a process of its own, and shares the GPU with the others. A test of an operator
+# takes the root conftest's `device`, and others are marked.
+ON_A_GPU = re.compile(r"pytest\.mark\.cuda|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+CUDA_TESTS = [
+    str(path.relative_to(ROOT))
+    for folder in ("cuda_graphs", "engine", "ops", "train")
+    for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))
+    if ON_A_GPU.search(path.read_text())
+]
 # Under a tool that takes tens of times as long: the smallest calls that launch every instantiation.
 SANITIZED = "tests/ops/test_every_instantiation.py"
 # Every tool looks at fastjac's kernels alone, but for initcheck, which must see who writes what they
@@ -224,7 +225,7 @@ def stages(logs: Path, architecture: str) -> list[list[Step]]:
     loaded += "; print(report()); sys.exit(not _library.native(torch.device('cuda', 0)))"
 
     def tests(path: str) -> Step:
-        name = Path(path).stem
+        name = path.removeprefix("tests/").removesuffix(".py").replace("/", "-")
         report = logs / f"{name}.xml"
         command = [*pytest, f"--junitxml={report}", path]
         return Step(name, command, 140, {"OMP_NUM_THREADS": "2"}, tests_of(report))
@@ -325,7 +326,7 @@ def check(listed: list[list[Step]], record: dict[str, Any], out: Path) -> int:
         record["steps"][done.step.name] = result
         verdict = "passed" if result["passed"] else "FAILED"
         why = "" if result["passed"] else f" ({result.get('problem', result['status'])})"
-        print(f"{done.step.name:30}{verdict}, {result['seconds']} s{why}", flush=True)
+        print(f"{done.step.name:32}{verdict}, {result['seconds']} s{why}", flush=True)
         record["seconds"] = round(time.monotonic() - start, 1)
         record["passed"] = len(record["steps"]) == count and all(
             step["passed"] for step in record["steps"].values()
