@@ -234,8 +234,7 @@ def stages(logs: Path, architecture: str) -> list[list[Step]]:
         report = logs / f"{tool}.xml"
         port = 49152 + 64 * list(SANITIZERS).index(tool)  # their own: they run at the same time
         command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", f"--port={port}"]
-        command += ["--target-processes=application-only", *SANITIZERS[tool]]
-        command += [*pytest, "-x", f"--junitxml={report}", SANITIZED]
+        command += [*SANITIZERS[tool], *pytest, "-x", f"--junitxml={report}", SANITIZED]
         return Step(tool, command, 140, {**UNCACHED, "OMP_NUM_THREADS": "2"}, sanitized(report))
 
     def whole_step(name: str, limit: float, configurations: Sequence[str], *options: str) -> Step:
