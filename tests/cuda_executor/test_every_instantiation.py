@@ -7,7 +7,6 @@ own code, on the CPU, and the kernels that ran are compared, by name, with those
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import instantiations
+import kernels
 import pytest
 import torch
 from instantiations import CALLS, CROPS, LENGTHS, SHAPES, Call
@@ -22,7 +22,6 @@ from instantiations import CALLS, CROPS, LENGTHS, SHAPES, Call
 from fastjac.ops import _library
 
 HERE = Path(__file__).parent
-CUDA = HERE.parents[1] / "csrc" / "cuda"
 
 
 def sibling(operator: str) -> ModuleType:
@@ -84,30 +83,6 @@ def _jacobian_match(executor: ModuleType, call: Call) -> None:
     JACOBIAN_MATCH.run(executor, *pair, call.option)
 
 
-def written_kernels() -> list[str]:
-    sources = [path.read_text() for path in sorted(CUDA.iterdir())]
-    written = re.compile(r"__global__ void (?:__launch_bounds__\((?:[^()]|\([^()]*\))*\) )?(\w+)\(")
-    names = [name for source in sources for name in written.findall(source)]
-    assert len(names) == sum(source.count("__global__") for source in sources)
-    return names
-
-
-def kernels_among(symbols: set[str]) -> set[str]:
-    """Those mangled names that are kernels of csrc/cuda."""
-    kernel = "|".join(f"{len(name)}{name}" for name in written_kernels())
-    mangled = re.compile(rf"_ZN7fastjac(?:\d+[a-z_]+?)??(?:{kernel})[IE]")
-    # nvcc's functions for the host have variables, whose names begin like the kernel's.
-    variable = re.compile(r"E\d+__(handle|tmp)$")
-    return {s for s in symbols if mangled.match(s) and not variable.search(s)}
-
-
-def readable(symbols: set[str]) -> str:
-    names = subprocess.run(
-        ["c++filt"], input="\n".join(sorted(symbols)), capture_output=True, text=True, check=True
-    ).stdout
-    return re.sub(r"\(fastjac.*|fastjac::|^void ", "", names, flags=re.MULTILINE)
-
-
 @pytest.fixture(scope="module")
 def launched(executor: ModuleType) -> set[str]:
     """Mangled names of the kernels that the calls launch."""
@@ -115,13 +90,6 @@ def launched(executor: ModuleType) -> set[str]:
     for call in CALLS:
         launch(executor, call)
     return executor.take_launched()
-
-
-def assert_the_same(launched: set[str], compiled: set[str]) -> None:
-    assert compiled, "no kernel was found"
-    missing, unknown = compiled - launched, launched - compiled
-    assert not missing, f"no call launches\n{readable(missing)}"
-    assert not unknown, f"not among the compiled kernels:\n{readable(unknown)}"
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
@@ -133,17 +101,15 @@ def test_the_calls_launch_all_that_the_sources_can(native_build, launched):
         check=True,
     ).stdout
     symbols = {line.split()[-1] for line in listed.splitlines()}
-    compiled = kernels_among(symbols)
-    for name in written_kernels():
+    compiled = kernels.among(symbols)
+    for name in kernels.written():
         assert any(f"{len(name)}{name}" in symbol for symbol in compiled), name
-    assert_the_same(launched, compiled)
+    kernels.assert_the_same(launched, compiled)
 
 
 @pytest.mark.skipif(_library.CUDA.path is None, reason="the CUDA operators are not built")
 def test_the_calls_launch_all_that_the_library_holds(launched):
-    """Which registers each kernel by its mangled name, in plain text."""
-    found = re.findall(rb"_ZN7fastjac\w+(?=\0)", _library.CUDA.path.read_bytes())
-    assert_the_same(launched, kernels_among({name.decode() for name in found}))
+    kernels.assert_the_same(launched, kernels.registered(_library.CUDA.path))
 
 
 def test_a_call_that_is_left_out_is_named(executor, launched):
@@ -159,4 +125,4 @@ def test_a_call_that_is_left_out_is_named(executor, launched):
             launch(executor, call)
     fewer = executor.take_launched()
     with pytest.raises(AssertionError, match=r"write_backward<.*Traits<float, 4, 2, false>"):
-        assert_the_same(fewer, launched)
+        kernels.assert_the_same(fewer, launched)
