@@ -163,7 +163,7 @@ def test_on_a_stream_of_its_own(device):
     with torch.cuda.stream(side):
         step(*there, x, y, target)  # what is loaded, chosen and allocated once waits for the device
     torch.cuda.synchronize()
-    torch.cuda._sleep(2**31)  # about a second
+    torch.cuda._sleep(2**33)  # some seconds, since other tests may share the GPU
     done.record()
     with torch.cuda.stream(side):
         got = {k: None if v is None else v.cpu() for k, v in step(*there, x, y, target).items()}
