@@ -26,12 +26,16 @@ INPUT = 0  # the number of x
 
 @dataclass
 class CropPlan:
-    """Where sweeps run on crops: each value's region, and what each call sees of its sources."""
+    """Where sweeps run on crops: each value's region, and what each call sees of its sources.
+
+    ``masked``: the values of which some call would see what lies outside of the map.
+    """
 
     crops: Crops
     regions: dict[int, Region]
     sizes: dict[int, tuple[int, int]]
     seen: list[list[Region]]
+    masked: set[int]
 
     def read(self, value: int, seen: Region, tensor: Tensor) -> Tensor:
         """The part of a value's crop that a call sees."""
@@ -42,7 +46,9 @@ class CropPlan:
         return widen(tensor, seen, self.regions[value])
 
     def inside(self, value: int, tensor: Tensor) -> Tensor:
-        """``tensor`` with zeros where the value's crop reaches outside its map."""
+        """``tensor`` with zeros where the value's crop reaches outside its map, if a call sees that."""
+        if value not in self.masked:
+            return tensor
         return self.crops.inside(tensor, self.regions[value], self.sizes[value])
 
     def spread(self, value: int, seen: Region, tensor: Tensor) -> Tensor:
@@ -370,7 +376,8 @@ def _on_crops(
     sizes = {n: region.map_size(tape.shapes[n]) for n, region in regions.items()}
     cropped = [call.on_crops(call.rule.crop(crops, regions[call.outputs[0]])) for call in calls]
     crops.forget()
-    return cropped, CropPlan(crops, regions, sizes, seen)
+    masked = {n for call in calls if not call.rule.stays_inside for n in call.rule.sources}
+    return cropped, CropPlan(crops, regions, sizes, seen, masked | {INPUT})
 
 
 def _regions(

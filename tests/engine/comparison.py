@@ -59,10 +59,13 @@ def relative_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[f
 def assert_exact(
     student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, target: Any, **options: Any
 ) -> None:
-    """In float64, loss, gradients and running statistics equal the double backward's to 1e-9."""
+    """In float64, loss, gradients and running statistics equal the double backward's to 1e-9.
+
+    ``tolerance``: for a network whose double backward itself moves by more where x does by a rounding.
+    """
     student, teacher, x = student.double(), teacher.double(), x.double()
-    strategy = options.pop("strategy", "auto")
+    strategy, tolerance = options.pop("strategy", "auto"), options.pop("tolerance", 1e-9)
     wanted = step(student, teacher, x, y, target, strategy="autograd", **options)
     got = step(student, teacher, x, y, target, strategy=strategy, **options)
     assert float(wanted["loss"]) > 0
-    assert relative_error(got, wanted) < (1e-9, "")
+    assert relative_error(got, wanted) < (tolerance, "")

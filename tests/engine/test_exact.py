@@ -227,7 +227,7 @@ def test_channels_last():
 def test_float32(target, batch_stats, native, monkeypatch):
     """The error against float64 is at most twice that of the double backward in float32."""
     if not native:
-        monkeypatch.setattr("fastjac.jacobian.native", lambda device: False)
+        monkeypatch.setattr("fastjac.fusion.mode.native", lambda device: False)
     student, teacher = pair(networks.vgg, width=16)
     x, y = batch(4, 32, 32)
     options = {"batch_stats": batch_stats}
@@ -254,7 +254,7 @@ def test_float32(target, batch_stats, native, monkeypatch):
 @pytest.mark.parametrize(("network", "layer"), [(networks.vgg, "7"), (networks.Residual, "last")])
 def test_without_native_operators(network, layer, mode, batch_stats, strategy, monkeypatch):
     """Every BatchNorm, addition, activation and pool is then a call of its own."""
-    monkeypatch.setattr("fastjac.jacobian.native", lambda device: False)
+    monkeypatch.setattr("fastjac.fusion.mode.native", lambda device: False)
     student, teacher = pair(network)
     MODES[mode](student)
     options = {"batch_stats": batch_stats, "strategy": strategy}

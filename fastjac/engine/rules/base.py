@@ -58,6 +58,9 @@ class Rule:
     recomputes_cotangent: ClassVar[bool] = False
     """Whether ``vjp`` is so cheap that its result is recomputed in the forward sweep, not stored."""
 
+    stays_inside: ClassVar[bool] = False
+    """Whether on crops, no pixel inside of a map is linked with one outside of another."""
+
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
         """Run the call with ``site.run`` and record it.
@@ -97,6 +100,8 @@ class Rule:
 @dataclass
 class Pointwise(Rule):
     """A rule whose output at a pixel sees the same pixel of each source."""
+
+    stays_inside: ClassVar[bool] = True
 
     def input_regions(self, region: Region) -> list[Region]:
         return [region] * len(self.sources)

@@ -48,6 +48,7 @@ class NormActPool(Rule):
     share: float = 1.0
 
     recomputes_cotangent: ClassVar[bool] = True
+    stays_inside: ClassVar[bool] = True
 
     def needs_delta(self) -> bool:
         return any(self.receives)
