@@ -25,10 +25,10 @@ def command(*words: str | Path) -> str:
     return run.stdout
 
 
-def build(folder: Path, *options: str) -> Path:
+def build(folder: Path, *options: str, target: str = "tests") -> Path:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     command("cmake", "-S", ROOT, "-B", folder, *generator, *options)
-    command("cmake", "--build", folder, "--target", "tests", "--parallel", "2")
+    command("cmake", "--build", folder, "--target", target, "--parallel", "2")
     return folder
 
 
