@@ -118,7 +118,7 @@ class Tape(Fusion):
         self._constants: dict[int, Any] = {}
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            self.x = torch._lazy_clone(leaf)
+            self.x = _clone_on_write(leaf)
         self._leaf = weakref.ref(leaf)
         self._nodes: set[int] = set()  # the autograd nodes of what was recorded
         self._outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
@@ -501,6 +501,13 @@ class _Slot(torch.autograd.Function):
         if cotangent is None or slot is None:
             return slot if cotangent is None else cotangent
         return cotangent + slot
+
+
+def _clone_on_write(leaf: Tensor) -> Tensor:
+    try:
+        return torch._lazy_clone(leaf)
+    except RuntimeError:  # memory of another allocator: numpy's, or shared with a loader's worker
+        return leaf.clone()
 
 
 def _observed(hook: Any) -> Any:

@@ -347,3 +347,17 @@ def test_examples_of_docstrings_run(module):
     result = doctest.testmod(module, extraglobs=names)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("source", ["numpy", "shared"])
+def test_memory_that_pytorch_did_not_allocate(source):
+    """An input from numpy, or from a DataLoader's worker; the model writes to it."""
+    x = images()
+    given = torch.from_numpy(x.numpy().copy()) if source == "numpy" else x.clone().share_memory_()
+    model = nn.Sequential(nn.ReLU(inplace=True), network())
+    wanted = with_jacobian(model, x, LabelLogit(), LABELS).jacobian
+    before = given.clone()
+    torch.testing.assert_close(
+        with_jacobian(model, given, LabelLogit(), LABELS).jacobian, wanted, **EXACT
+    )
+    assert torch.equal(given, before)
