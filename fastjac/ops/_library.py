@@ -88,6 +88,7 @@ def _warn(message: str) -> None:
 
 CPU = _load("cpu")
 CUDA = _load("cuda", needs=CPU)  # the schemas are in the CPU's
+LIBRARIES = {"cpu": CPU, "cuda": CUDA}  # by the type of device
 
 if not CPU.loaded:
     _warn(
@@ -105,7 +106,7 @@ _overrides = torch.library.Library("fastjac", "FRAGMENT")
 
 def native(device: torch.device) -> bool:
     """Whether the operators are native on a tensor's device, and so faster than PyTorch's own."""
-    library = {"cpu": CPU, "cuda": CUDA}.get(device.type)
+    library = LIBRARIES.get(device.type)
     if library is None or not library.loaded:
         return False
     return device.type != "cuda" or device.index not in _unsupported

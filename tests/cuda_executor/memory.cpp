@@ -105,7 +105,6 @@ void Memory::begin_launch(const std::vector<Buffer>& buffers, size_t dynamic_sha
     r.begin = reinterpret_cast<uintptr_t>(b.data);
     r.end = r.begin + b.bytes;
     r.writable = b.writable;
-    r.bytes.resize(b.bytes); // what stamps it has are of earlier launches, and count for nothing
   }
   last_ = 0;
   unavailable_.clear();
@@ -218,6 +217,10 @@ std::string Memory::access(const void* address, size_t bytes, Access access, Acc
     if (end > unavailable_[i] && begin < unavailable_[i + 1]) {
       return std::string(verb(access)) + " more dynamic shared memory than the launch asks for";
     }
+  }
+  // Many are never accessed. What stamps it has are of earlier launches, and count for nothing.
+  if (region->bytes.size() < region->end - region->begin) {
+    region->bytes.resize(region->end - region->begin);
   }
   const size_t first = begin - region->begin;
   for (size_t i = first; i < first + bytes; ++i) {

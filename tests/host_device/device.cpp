@@ -13,6 +13,10 @@ namespace host_device {
 namespace {
 
 std::atomic<bool> refuses_synchronisation = false;
+std::atomic<uint64_t> launches = 0;
+
+// Faults that a test plants.
+std::atomic<bool> ignores_guards = false, launches_wrongly = false;
 
 // All that a device does is done when its call returns: streams and events have nothing to wait for.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -21,7 +25,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   c10::Device exchangeDevice(c10::Device device) const override {
     const c10::Device before = getDevice();
-    setDevice(device);
+    if (!ignores_guards) setDevice(device);
     return before;
   }
   c10::Device getDevice() const override {
@@ -153,6 +157,9 @@ TORCH_LIBRARY(host_device, m) {
   m.def("refuse_synchronisation", [](bool refuse) {
     return refuses_synchronisation.exchange(refuse);
   });
+  m.def("launches", [] { return int64_t(launches); });
+  m.def("ignore_guards", [](bool ignore) { ignores_guards = ignore; });
+  m.def("launch_wrongly", [](bool wrongly) { launches_wrongly = wrongly; });
   m.def("seed", [](int64_t device, int64_t seed) {
     at::Generator(default_generator(int(device))).set_current_seed(uint64_t(seed));
   });
@@ -163,6 +170,14 @@ TORCH_LIBRARY(host_device, m) {
 }
 
 } // namespace
+
+uint64_t count_launch() {
+  return launches++;
+}
+
+void plant_wrong_launch(unsigned& threads) {
+  if (launches_wrongly) threads *= 2;
+}
 
 void note_synchronisation(const std::string& what) {
   TORCH_CHECK(!refuses_synchronisation, what, ": the host would wait for the device");

@@ -1,7 +1,7 @@
 """The device ``host``: memory of the host under another device type, with two indices.
 
-Importing registers it with PyTorch, for good: only in a process of its own. ``BUILT`` says where the
-libraries are.
+Importing it registers the device with PyTorch, and our operators on it unless ``FASTJAC_NATIVE`` is
+0. That is for good: only in a process of its own. ``FASTJAC_HOST_DEVICE`` says where CMake has built it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from fastjac.ops import _library
 
 NAME = "host"
 _built = Path(os.environ["FASTJAC_HOST_DEVICE"])
@@ -74,6 +76,14 @@ def _module() -> ModuleType:
 torch.utils.rename_privateuse1_backend(NAME)
 torch._register_device_module(NAME, _module())
 
+NATIVE = os.environ.get("FASTJAC_NATIVE") != "0"
+if NATIVE:
+    _operators = _built / "libhost_operators.so"
+    torch.ops.load_library(_operators)
+    _library.LIBRARIES[NAME] = _library.NativeLibrary(NAME, _operators, None)
+
+launches = _calls.launches  # how many kernels of fastjac's ran there
+
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
@@ -83,3 +93,23 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         _calls.refuse_synchronisation(before)
+
+
+@contextmanager
+def no_guards() -> Iterator[None]:
+    """Plants a fault: the current device stays what it is."""
+    _calls.ignore_guards(True)
+    try:
+        yield
+    finally:
+        _calls.ignore_guards(False)
+
+
+@contextmanager
+def wrong_launches() -> Iterator[None]:
+    """Plants a fault: kernels are launched with twice the threads."""
+    _calls.launch_wrongly(True)
+    try:
+        yield
+    finally:
+        _calls.launch_wrongly(False)

@@ -2,9 +2,13 @@
 
 #include "device.h"
 
+#include <condition_variable>
 #include <cstring>
+#include <future>
 #include <map>
 #include <mutex>
+#include <queue>
+#include <thread>
 
 #include <c10/core/CPUAllocator.h>
 
@@ -35,6 +39,41 @@ void release(void* data) {
 
 thread_local int current = 0;
 
+// Runs what it is given, one after another.
+class Worker {
+ public:
+  Worker() {
+    std::thread([this] { work(); }).detach();
+  }
+
+  void run(const std::function<void()>& kernel) {
+    std::packaged_task<void()> task(kernel);
+    std::future<void> done = task.get_future();
+    {
+      const std::lock_guard lock(mutex_);
+      tasks_.push(std::move(task));
+    }
+    waiting_.notify_one();
+    done.get(); // and throws what the kernel threw
+  }
+
+ private:
+  void work() {
+    while (true) {
+      std::unique_lock lock(mutex_);
+      waiting_.wait(lock, [this] { return !tasks_.empty(); });
+      std::packaged_task<void()> task = std::move(tasks_.front());
+      tasks_.pop();
+      lock.unlock();
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable waiting_;
+  std::queue<std::packaged_task<void()>> tasks_;
+};
+
 } // namespace
 
 std::vector<Allocation> allocations(int device) {
@@ -48,6 +87,11 @@ std::vector<Allocation> allocations(int device) {
 
 int current_device() {
   return current;
+}
+
+void run(const std::function<void()>& kernel) {
+  static auto* worker = new Worker; // its thread ends with the process
+  worker->run(kernel);
 }
 
 void set_current_device(int device) {

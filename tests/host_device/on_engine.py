@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import host_device
 import networks
 import pytest
@@ -39,10 +41,77 @@ def test_jacobian_matching(device, network, target, batch_stats):
     wanted = step(student, teacher, x, y, target, batch_stats=batch_stats, strategy="autograd")
     there = [n.to(device, memory_format=LAST) for n in (student, teacher)]
     x, y = x.to(device, memory_format=LAST), y.to(device)
+    before = host_device.launches()
     with host_device.no_synchronisation():
         got = step(*there, x, y, target, batch_stats=batch_stats)
+    assert (host_device.launches() > before) == host_device.NATIVE
     assert float(wanted["loss"]) > 0
     assert_equal(got, wanted, device)
+
+
+@pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
+@pytest.mark.parametrize("strategy", ["auto", "autograd"])
+def test_with_jacobian_draws_the_devices_random_numbers(strategy, batch_stats):
+    """The same numbers in each of its runs and sweeps: both strategies give the same."""
+    found = []
+    for how in ("dense", strategy):
+        torch.manual_seed(1)
+        stem = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.GELU(),
+        )
+        model = nn.Sequential(*stem, nn.RReLU(), nn.Flatten(), nn.LazyLinear(5)).double()
+        x, y = images()
+        model.eval()(x)
+        model, x, y = model.train().to("host"), x.to("host"), y.to("host")
+        out = fastjac.with_jacobian(
+            model, x, LabelLogit(), y, strategy=how, batch_stats=batch_stats
+        )
+        (out.jacobian.square().sum() + out.output.square().sum()).backward()
+        found.append((out.jacobian, model[0].weight.grad))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_autocast():
+    """As near to float64's as on a CPU."""
+    torch.manual_seed(1)
+    student, teacher = networks.Residual(), networks.Residual()
+    x, y = images()
+    exact = step(student.double(), teacher.double(), x, y, LabelLogit())
+    errors = {}
+    for device in ("cpu", "host"):
+        there = [n.float().to(device, memory_format=LAST) for n in (student, teacher)]
+        given = x.float().to(device, memory_format=LAST), y.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            got = step(*there, *given, LabelLogit())
+        errors[device] = relative_error({k: g.cpu() for k, g in got.items()}, exact)[0]
+    assert 0 < errors["host"] <= 2 * errors["cpu"]
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Tensor], object]) -> None:
+    """A step where the target also runs ``fault`` on the features."""
+    position = AttentionWindow.position
+    monkeypatch.setattr(
+        AttentionWindow, "position", lambda self, z: (fault(z), position(self, z))[1]
+    )
+    student, teacher = (networks.vgg().double().to("host") for _ in range(2))
+    x, y = (t.to("host") for t in images())
+    with host_device.no_synchronisation():
+        step(student, teacher, x, y, AttentionWindow("7", window=0.4))
+
+
+def test_a_planted_synchronisation_is_seen(monkeypatch):
+    with pytest.raises(RuntimeError, match="the host would wait for the device"):
+        planted(monkeypatch, lambda z: float(z.detach().max()))
+
+
+def test_a_planted_tensor_on_the_cpu_is_seen(monkeypatch):
+    with pytest.raises(RuntimeError, match="on the same device"):
+        planted(monkeypatch, lambda z: z * torch.ones(z.shape[1:], dtype=z.dtype))
 
 
 def plain_step(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -65,6 +134,8 @@ def test_fuse(device, network, training):
     x, y = images()
     here = plain_step(plain, x, y)
     x, y = x.to(device, memory_format=LAST), y.to(device)
+    before = host_device.launches()
     with host_device.no_synchronisation():
         got = plain_step(fused, x, y)
+    assert (host_device.launches() > before) == host_device.NATIVE
     assert_equal(got, here, device)
