@@ -109,7 +109,7 @@ def random_state(x: Tensor) -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     return (
         torch.get_rng_state(),
-        torch.cuda.get_rng_state(x.device) if x.is_cuda else None,
+        None if (module := _device_module(x)) is None else module.get_rng_state(x.device),
         random.getstate(),
         None if numpy is None else numpy.random.get_state(),
     )
@@ -126,11 +126,17 @@ def same_random_numbers(x: Tensor, state: tuple[Any, ...]) -> Iterator[None]:
         _set_random_state(x, now)
 
 
+def _device_module(x: Tensor) -> Any:
+    """PyTorch's module for x's type of device, if each of those has a generator; else None."""
+    module = getattr(torch, x.device.type, None)
+    return module if hasattr(module, "get_rng_state_all") else None
+
+
 def _set_random_state(x: Tensor, state: tuple[Any, ...]) -> None:
     cpu, device, python, numpy = state
     torch.set_rng_state(cpu)
     if device is not None:
-        torch.cuda.set_rng_state(device, x.device)
+        _device_module(x).set_rng_state(device, x.device)
     random.setstate(python)
     if numpy is not None:
         sys.modules["numpy"].random.set_state(numpy)

@@ -247,7 +247,8 @@ class Training:
             yield writer
 
     def _state(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        # None where the device draws from torch's own generator.
+        states = getattr(torch.get_device_module(self.device), "get_rng_state_all", list)()
         return {
             "about": describe(self.spec, self.data),
             "options": asdict(self.options),
@@ -258,7 +259,11 @@ class Training:
             "epoch": self.epoch,
             "best": self.best,
             "history": self.history,
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "order": self.order.get_state()},
+            "rng": {
+                "torch": torch.get_rng_state(),
+                "device": states,
+                "order": self.order.get_state(),
+            },
         }
 
     def _resume(self) -> None:
@@ -283,6 +288,6 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
         torch.set_rng_state(state["rng"]["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        if states := state["rng"]["device"]:
+            torch.get_device_module(self.device).set_rng_state_all(states)
         self.order.set_state(state["rng"]["order"])

@@ -59,7 +59,7 @@ def tabulate(options: TableOptions) -> str:
         prepare(_resumed(teacher)).run()
     _check_methods(todo)
     RunFolder(options.output, str(options.experiment)).open(asdict(options))
-    jobs = options.jobs or (1 if device.type == "cuda" else cpu_count())
+    jobs = options.jobs or (cpu_count() if device.type == "cpu" else 1)
     _train_all(todo, jobs, str(options.experiment), path)
     from fastjac.train.plots import draw_jacobians, draw_table
 
