@@ -261,7 +261,7 @@ class Training:
             "history": self.history,
             "rng": {
                 "torch": torch.get_rng_state(),
-                "device": states,
+                "devices": {self.device.type: states},
                 "order": self.order.get_state(),
             },
         }
@@ -288,6 +288,6 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
         torch.set_rng_state(state["rng"]["torch"])
-        if states := state["rng"]["device"]:
+        if states := state["rng"]["devices"].get(self.device.type):
             torch.get_device_module(self.device).set_rng_state_all(states)
         self.order.set_state(state["rng"]["order"])

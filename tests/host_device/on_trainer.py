@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import host_device
 import pytest
 import torch
+from torch import Tensor
 
 from fastjac.train.__main__ import main
+from fastjac.train.commands import prepare
+from fastjac.train.objective import Step
+from fastjac.train.options import StudentOptions
 
 SMALL = ["--dataset", "digits", "--model", "vgg", "--plan", "4 M 8 M", "--lr", "0.01"]
 SMALL += ["--batch-size", "4", "--epoch-steps", "2", "--threads", "1", "--val-interval", "9"]
@@ -41,6 +46,52 @@ def test_gives_what_it_gives_on_a_cpu(tmp_path, teacher, device, target):
     assert host_device.launches() > before
 
 
+@pytest.mark.parametrize("amp", [False, True], ids=["", "amp"])
+def test_a_step_never_waits(tmp_path, teacher, amp):
+    """From the loss to the optimiser's end."""
+    options = StudentOptions(
+        model="vgg",
+        plan="4 M 8 M",
+        batch_size=4,
+        epoch_steps=3,
+        epochs=1,
+        device="host",
+        amp=amp,
+        output=str(tmp_path),
+        experiment="run",
+        teacher=str(teacher),
+        jacobians=1.0,
+        activations=1.0,
+        attention=1.0,
+        target="attention-window",
+    )
+    training = prepare(options)
+    objective, update = training.objective, training.scaler.update
+    steps = ExitStack()
+
+    def begin(x: Tensor, y: Tensor) -> Step:
+        if torch.is_grad_enabled():  # no evaluation
+            steps.enter_context(host_device.no_synchronisation())
+        return objective(x, y)
+
+    def end() -> None:
+        update()
+        steps.close()
+        finished.append(True)
+
+    finished: list[bool] = []
+    training.objective, training.scaler.update = begin, end
+    training.run(bar=False)
+    assert len(finished) == 3
+
+
+def test_an_evaluation_of_what_was_trained_elsewhere(teacher, capsys):
+    assert main(["evaluate", str(teacher), "--device", "cpu"]) == 0
+    wanted = capsys.readouterr().out
+    assert main(["evaluate", str(teacher), "--device", "host"]) == 0
+    assert capsys.readouterr().out == wanted
+
+
 def test_mixed_precision(tmp_path, teacher):
     words = ("--teacher", teacher, "--jacobians", "1", "--amp")
     wanted = run("student", tmp_path / "here", "cpu", *words)
@@ -52,11 +103,12 @@ def test_a_resumed_run_draws_what_the_device_would_have_drawn(tmp_path):
     run("teacher", folder, "host", epochs=1)
     state = torch.load(folder / "last.pt")
     states = [torch.Generator("host").manual_seed(n).get_state() for n in (7, 8)]
-    assert not torch.equal(states[0], state["rng"]["device"][0])
-    state["rng"]["device"] = states
+    assert not torch.equal(states[0], state["rng"]["devices"]["host"][0])
+    state["rng"]["devices"]["host"] = states
     torch.save(state, folder / "last.pt")
     assert len(run("teacher", folder, "host", "--resume", epochs=2)) == 2
     assert all(map(torch.equal, torch.host.get_rng_state_all(), states))
+    assert len(run("teacher", folder, "cpu", "--resume", epochs=3)) == 3
 
 
 def test_an_unknown_device_is_bad_input(tmp_path, capsys):

@@ -68,7 +68,7 @@ class Call {
 
   void check() const {
     TORCH_CHECK(
-        !(device_ && on_cpu_), name_, ": a tensor is on the CPU, and another on ", *device_
+        !(device_ && on_cpu_), name_, ": a tensor is on cpu, and another on ", *device_
     );
   }
 
