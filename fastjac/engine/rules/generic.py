@@ -17,7 +17,7 @@ instance or batch norm takes its statistics as constants, and says nothing.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastjac.engine.crops import Crops
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import NotLocalError, Receiver, Recorded, Rule, register_rule
+from fastjac.engine.rules.random_numbers import RecordDraws, ReplayDraws
 from fastjac.errors import FastjacError
 from fastjac.fusion.mode import function_name, tensors_in, writes_in_place
 
@@ -95,24 +96,20 @@ class Generic(Rule):
             else:
                 leaves.append(site.keep(tensor))
                 receivers.append(site.receives(tensor, source))
-        device = ordered[0].device
-        state = _random_state(device)
-        if overwrites is written:
-            # Each attention kernel draws its own dropout: take the one that the sweeps run.
-            drops = _drops_attention(function, args, kwargs)
-            with sdpa_kernel(SDPBackend.MATH) if drops else nullcontext():
+        context = _Context(function, ordered[0].device)
+        with context.recorded(args, kwargs):
+            if overwrites is written:
                 y = site.run(*args, **kwargs)
-        else:
-            site.run(overwrites, *args[1:], **kwargs)
+            else:
+                site.run(overwrites, *args[1:], **kwargs)
+        if overwrites is not written:
             y = written.copy_(overwrites)
-        drew = any(not torch.equal(a, b) for a, b in zip(state, _random_state(device), strict=True))
         for tensor, version in constants:
             if tensor is not written and tensor._version == version:
                 place[id(tensor)] = site.keep(tensor)
             elif tensor is not written:  # running statistics: a sweep must not update them again
                 place[id(tensor)] = tensor.detach().clone()
         template = _map_tensors(lambda t: place.get(id(t), t), (args, kwargs))
-        context = _Context(function, device, state if drew else None)
         sources = tuple(n for n in numbers if n is not None)
         rule = cls(
             *(sources, function, template, leaves, list(map(bool, receivers))),
@@ -296,49 +293,57 @@ class LayerNorm(ForwardOverReverse):
 
 
 class _Context:
-    """The surroundings of a call: autocast, and the random numbers that it drew."""
+    """The surroundings of a call: autocast, its kernels, and the random numbers that it drew."""
 
-    def __init__(
-        self, function: Any, device: torch.device, random_state: tuple[Tensor, ...] | None
-    ) -> None:
-        self.device, self.random_state = device, random_state
+    def __init__(self, function: Any, device: torch.device) -> None:
+        self.device, self.draws = device, []
         kind = device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.dropout_position = _ATTENTION.get(function)
         self.attention = function in _ATTENTION
         self.recurrent = function in _RECURRENT
 
     @contextmanager
+    def recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """The first run: the random numbers that it draws are kept."""
+        with ExitStack() as stack:
+            if self.attention or self.recurrent:
+                if not self._drops(args, kwargs):
+                    yield
+                    return
+                # Each library draws its own dropout: take the kernels that the sweeps run.
+                self._choose_kernels(stack)
+            recorder = stack.enter_context(RecordDraws())
+            yield
+            self.draws = recorder.draws
+
+    @contextmanager
     def __call__(self) -> Iterator[None]:
         with ExitStack() as stack:
-            kind = self.device.type
             dtype = self.autocast
             stack.enter_context(
-                torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+                torch.autocast(
+                    self.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False
+                )
             )
-            if self.attention:  # only this kernel has second derivatives
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self.recurrent:  # nor have these libraries'
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            if self.random_state is not None:
-                cuda = [self.device] if kind == "cuda" else []
-                stack.enter_context(torch.random.fork_rng(cuda))
-                torch.set_rng_state(self.random_state[0])
-                if cuda:
-                    torch.cuda.set_rng_state(self.random_state[1], self.device)
+            self._choose_kernels(stack)
+            if self.draws:
+                stack.enter_context(ReplayDraws(self.draws))
             yield
 
+    def _choose_kernels(self, stack: ExitStack) -> None:
+        if self.attention:  # only this kernel has second derivatives
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if self.recurrent:  # nor have these libraries'
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
 
-def _drops_attention(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    position = _ATTENTION.get(function)
-    if position is None:
-        return False
-    return (args[position] if len(args) > position else kwargs.get("dropout_p", 0.0)) > 0
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+    def _drops(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an attention or recurrent function has dropout."""
+        if self.recurrent:  # its dropout is its one float
+            return any(isinstance(a, float) and a > 0 for a in args)
+        position = self.dropout_position
+        return (args[position] if len(args) > position else kwargs.get("dropout_p", 0.0)) > 0
 
 
 def _is_leaf(site: Site, tensor: Tensor) -> bool:
