@@ -252,7 +252,7 @@ class Forward:
             seeds = []
             for k in range(phi.shape[1]):
                 seeds.append(torch.zeros_like(phi.detach()))
-                seeds[-1][:, k] = 1
+                seeds[-1][:, k].fill_(1)
         return [engine.linearize(tape, number, s, None, None, strategy) for s in seeds], stacked
 
     def _number(self, target: Target, tensor: Tensor) -> int:

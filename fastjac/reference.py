@@ -104,12 +104,16 @@ def _ran_differently() -> FastjacError:
 def random_state(x: Tensor) -> tuple[Any, ...]:
     """The state of the global generators that a network on ``x`` draws from.
 
-    They are PyTorch's for the CPU and for x's device, Python's, and numpy's where it is imported.
+    They are PyTorch's for the CPU and for x's device, Python's, and numpy's where it is imported. The
+    device's has no state to be read while a CUDA graph is captured.
     """
     numpy = sys.modules.get("numpy")
+    module = _device_module(x)
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    device = None if module is None or capturing else module.get_rng_state(x.device)
     return (
         torch.get_rng_state(),
-        None if (module := _device_module(x)) is None else module.get_rng_state(x.device),
+        device,
         random.getstate(),
         None if numpy is None else numpy.random.get_state(),
     )
@@ -227,6 +231,11 @@ def forward_and_jacobian(
             )
         output_again, features_again = output, features
         if statistics.recorded:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise FastjacError(
+                    "strategy='autograd' with batch_stats='frozen' runs the model twice with the same "
+                    "random numbers, which a CUDA graph cannot capture; expected strategy='auto'"
+                )
             # The statistics belong to the first run, whose own input is not differentiated.
             leaf = x.detach().requires_grad_()
             statistics.replay = iter(statistics.recorded)

@@ -7,6 +7,7 @@ computed. Subclass :class:`Target` for a new one, or wrap a function in :class:`
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -172,15 +173,8 @@ class LabelLogit(Target):
             raise FastjacError(
                 f"labels y are on {y.device}; the model's logits are on {logits.device}"
             )
-        if (
-            y.device.type == "cpu"
-            and len(y)
-            and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]
-        ):
-            raise FastjacError(
-                f"labels y: expected 0 to {logits.shape[1] - 1}, "
-                f"got {int(y.min())} to {int(y.max())}"
-            )
+        if y.device.type == "cpu":
+            _check_range(y, logits.shape[1])
 
 
 @dataclass(frozen=True)
@@ -257,7 +251,8 @@ class AttentionWindow(Target):
     def at(self, position: Tensor) -> AttentionWindow:
         """The same target with its window at ``position``: first row and column, ``[B, 2]`` int64.
 
-        The position is checked when the features are there. In ``JacobianMatching`` with
+        The position is checked when the features are there; on a GPU, without making the host wait, by
+        a device-side assertion, after which the process cannot use the GPU. In ``JacobianMatching`` with
         ``anchor="teacher"`` it is a position on the teacher's map.
 
         >>> import torch
@@ -366,6 +361,11 @@ class AttentionWindow(Target):
         if not len(position):
             return
         last = [features.shape[2] - k, features.shape[3] - k]
+        if position.device.type == "cuda":  # checked there, without making the host wait
+            for axis in range(2):
+                column = position[:, axis]
+                torch._assert_async(((column >= 0) & (column <= last[axis])).all())
+            return
         low, high = position.amin(0).tolist(), position.amax(0).tolist()
         if min(low) < 0 or high[0] > last[0] or high[1] > last[1]:
             raise FastjacError(f"position: expected 0 to {last}, got {low} to {high}")
@@ -434,7 +434,7 @@ class Logits(Target):
             raise FastjacError(
                 f"Logits: expected indices from 0 to {output.shape[1] - 1}, got {max(self.indices)}"
             )
-        return output.index_select(1, torch.tensor(self.indices, device=output.device))
+        return output.index_select(1, _index(self.indices, output.device))
 
 
 @dataclass(frozen=True)
@@ -445,9 +445,10 @@ class Projection(Target):
     sum_k ||J_ik||^2 is ``||d output_i / dx_i||_F^2``, for the cost of n gradients. (Hoffman, Roberts &
     Yaida, "Robust Learning with Jacobian Regularization", 2019, with unit vectors.)
 
-    ``output``: ``[B, ...]``. The rows are drawn anew for each call: a seed from ``generator`` (None:
-    PyTorch's CPU generator), and from it float32 numbers on the output's device. :meth:`drawn` fixes
-    the seed, so outputs of one shape on one device, student's and teacher's, get the same rows.
+    ``output``: ``[B, ...]``. The rows are float32 numbers, drawn anew for each call from ``generator``,
+    on its device; None: PyTorch's generator of the output's device, the only one that a CUDA graph
+    takes. :meth:`drawn` keeps them, so outputs of one shape on one device, student's and teacher's, get
+    the same rows.
 
     >>> import torch
     >>> target = Projection(2, torch.Generator().manual_seed(0)).drawn()
@@ -459,7 +460,10 @@ class Projection(Target):
     n: int
     generator: torch.Generator | None = None
 
-    _seed: int | None = field(default=None, init=False, repr=False, compare=False)
+    # The rows of a target that is drawn(), by their outputs' shape and device; None: drawn anew.
+    _drawn: dict[tuple[torch.Size, torch.device], Tensor] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or self.n < 1:
@@ -474,21 +478,39 @@ class Projection(Target):
 
     def rows(self, flat: Tensor) -> Tensor:
         """w, ``[B, n, D]``, for outputs ``[B, D]``."""
-        seed = self.drawn()._seed
-        make = torch.Generator(flat.device).manual_seed(seed)
-        shape = (flat.shape[0], self.n, flat.shape[1])
-        rows = torch.randn(shape, generator=make, device=flat.device, dtype=torch.float32)
-        return (rows / math.sqrt(self.n)).to(flat.dtype)
+        key = (flat.shape, flat.device)
+        rows = None if self._drawn is None else self._drawn.get(key)
+        if rows is None:
+            make = self.generator
+            shape = (flat.shape[0], self.n, flat.shape[1])
+            device = flat.device if make is None else make.device
+            rows = torch.randn(shape, generator=make, device=device, dtype=torch.float32)
+            rows = (rows / math.sqrt(self.n)).to(flat.device)
+            if self._drawn is not None:
+                self._drawn[key] = rows
+        return rows.to(flat.dtype)
 
     def drawn(self) -> Projection:
         """The same target with its rows fixed."""
-        if self._seed is not None:
+        if self._drawn is not None:
             return self
         target = copy.copy(self)
-        device = "cpu" if self.generator is None else self.generator.device
-        seed = torch.randint(2**63 - 1, (), generator=self.generator, device=device).item()
-        object.__setattr__(target, "_seed", seed)  # the class is frozen
+        object.__setattr__(target, "_drawn", {})  # the class is frozen
         return target
+
+
+def _check_range(y: Tensor, classes: int) -> None:
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise FastjacError(
+            f"labels y: expected 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _index(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """``indices`` on the device, where they are copied once: a copy makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(indices, device=device)
 
 
 def _check_logits(name: str, logits: Any) -> None:
