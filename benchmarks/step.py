@@ -135,6 +135,10 @@ class Contender:
 
     def step(self) -> float:
         """Take the step; the loss."""
+        return float(self.take(self.x, self.y))  # waits for the device
+
+    def take(self, x: Any, y: Any) -> Any:
+        """The step on a batch; the loss, for which nothing waits."""
         import torch
         import torch.nn.functional as F
 
@@ -143,22 +147,22 @@ class Contender:
         self.student.zero_grad(set_to_none=True)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
             if self.jacobians:
-                out = self.matcher(self.x, self.y)
+                out = self.matcher(x, y)
                 logits, logits_t = out.student_logits, out.teacher_logits
                 features, features_t = out.student_features, out.teacher_features
                 loss = out.jacobian_loss
             else:
                 student, teacher = self.forwards
                 with torch.no_grad():
-                    logits_t, features_t = teacher(self.x)
-                logits, features = student(self.x)
+                    logits_t, features_t = teacher(x)
+                logits, features = student(x)
                 loss = 0.0
-            loss = loss + F.cross_entropy(logits, self.y)
+            loss = loss + F.cross_entropy(logits, y)
             loss = loss + fastjac.activation_match_loss(logits, logits_t)
             if features is not None:
                 loss = loss + fastjac.attention_match_loss(features, features_t)
         loss.backward()
-        return float(loss.detach())  # waits for the device
+        return loss.detach()
 
 
 def validate(config: Configuration, device: str) -> float:

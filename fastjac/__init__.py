@@ -3,6 +3,7 @@
 from fastjac.engine.rules import register_rule
 from fastjac.errors import FastjacError
 from fastjac.fusion import FusedModel, fuse
+from fastjac.graphs import graphed
 from fastjac.jacobian import JacobianOutput, input_jacobian, with_jacobian
 from fastjac.losses import (
     activation_match_loss,
@@ -32,6 +33,7 @@ __all__ = [
     "attention_match_loss",
     "fuse",
     "gradient_penalty",
+    "graphed",
     "input_jacobian",
     "jacobian_cosine_loss",
     "jacobian_match_loss",
