@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastjac.data import ImageData, load_data
@@ -120,14 +120,22 @@ def describe(spec: ModelSpec, data: ImageData) -> dict[str, Any]:
 
 
 def build_optimizer(options: RunOptions, model: nn.Module) -> Optimizer:
-    """The optimiser over all parameters of ``model``."""
+    """The optimiser over all parameters of ``model``.
+
+    For ``cuda_graphs`` its learning rate and counters are tensors on the GPU, where a replay reads them.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    lr: float | Tensor = options.lr
+    sgd, adam = {}, {"foreach": True}
+    if options.cuda_graphs:
+        lr = torch.tensor(options.lr, device=parameters[0].device)
+        sgd["fused"] = adam["capturable"] = True
     if options.opt == "sgd":
         return torch.optim.SGD(
-            parameters, options.lr, options.momentum, weight_decay=options.weight_decay
+            parameters, lr, options.momentum, weight_decay=options.weight_decay, **sgd
         )
-    adam = torch.optim.Adam if options.opt == "adam" else torch.optim.AdamW
-    return adam(parameters, options.lr, weight_decay=options.weight_decay, foreach=True)
+    kind = torch.optim.Adam if options.opt == "adam" else torch.optim.AdamW
+    return kind(parameters, lr, weight_decay=options.weight_decay, **adam)
 
 
 def lr_factor(options: RunOptions, steps_per_epoch: int) -> Callable[[int], float]:

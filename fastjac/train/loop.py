@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastjac.data import ImageData, class_balanced, epoch_batches
 from fastjac.errors import FastjacError
+from fastjac.graphs import graphed
 from fastjac.models import ModelSpec, load_weights
 from fastjac.models.weights import read_checkpoint
 from fastjac.train.build import build_optimizer, describe, lr_factor, pick_device
@@ -70,6 +71,8 @@ class Training:
     ) -> None:
         self.options, self.data, self.spec = options, data, spec
         self.device = pick_device(options.device)
+        if options.cuda_graphs and self.device.type != "cuda":
+            raise FastjacError(f"--cuda-graphs needs a GPU; the device is {self.device}")
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.layout = layout
         self.model = model.to(self.device, memory_format=layout)
@@ -96,6 +99,7 @@ class Training:
         self.amp_dtype = getattr(torch, options.amp_dtype)
         scaled = options.amp and self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.step = graphed(self._step) if options.cuda_graphs else self._step
         self.order = torch.Generator().manual_seed(options.seed)
         self.epoch, self.history, self.best = 0, [], -1.0
         self.folder = RunFolder(options.output, str(options.experiment))
@@ -167,22 +171,16 @@ class Training:
             pin_memory=self.device.type == "cuda",
             generator=self.order,
         )
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = float(self.optimizer.param_groups[0]["lr"])
         for step, (x, y) in enumerate(loader, 1):
             x = x.to(self.device, non_blocking=True).contiguous(memory_format=self.layout)
             y = y.to(self.device, non_blocking=True)
-            with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options.amp):
-                out = self.objective(x, y)
-            self.optimizer.zero_grad()
-            self.scaler.scale(out.loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            logits, terms = self.step(x, y)
             self.scheduler.step()
-            with torch.no_grad():
-                seen += len(y)
-                correct += (out.logits.argmax(1) == y).sum()
-                for name, value in {"loss": out.loss, **out.terms}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().float() * len(y)
+            seen += len(y)
+            correct += (logits.argmax(1) == y).sum()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.float() * len(y)
             bar.update()
             if step % CHECK_EVERY == 0 or step == len(batches):
                 self._check(sums["loss"] / seen, step)
@@ -212,6 +210,17 @@ class Training:
         self.history.append(row)
         self.folder.save_state(self._state(), best)
         return row
+
+    def _step(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take one step; the logits, and the loss and its terms, detached."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options.amp):
+            out = self.objective(x, y)
+        self.optimizer.zero_grad()
+        self.scaler.scale(out.loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        terms = {"loss": out.loss, **out.terms}
+        return out.logits.detach(), {name: value.detach() for name, value in terms.items()}
 
     def _check(self, loss: Tensor, step: int) -> None:
         if not math.isfinite(loss.item()):
@@ -284,6 +293,9 @@ class Training:
             raise FastjacError(f"{path} is of a run with other options: {', '.join(different)}")
         load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.options.cuda_graphs:  # a tensor, which the file gives on the CPU
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["lr"].to(self.device)
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]

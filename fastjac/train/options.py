@@ -53,6 +53,7 @@ class RunOptions:
     amp: bool = _option(False, "mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "type for --amp")
     channels_last: bool = _option(False, "channels-last memory layout")
+    cuda_graphs: bool = _option(False, "on a GPU: capture a step once, then replay it")
     torchcompile: bool = _option(False, "compile the network (not with --attention or --jacobians)")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     seed: int = _option(0, "of weights, batches, augmentation and the subset")
@@ -81,6 +82,13 @@ class RunOptions:
             raise FastjacError("--decay-milestones goes with --sched multistep, and only with it")
         if self.pretrained and self.weights:
             raise FastjacError("--pretrained and --weights: give one of them")
+        if self.cuda_graphs and self.torchcompile:
+            raise FastjacError("--cuda-graphs and --torchcompile: give one of them")
+        if self.cuda_graphs and self.amp and self.amp_dtype == "float16":
+            raise FastjacError(
+                "--cuda-graphs does not go with --amp-dtype float16, whose loss scale is read on the "
+                "host; expected bfloat16"
+            )
 
 
 @dataclass(kw_only=True)

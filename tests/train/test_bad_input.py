@@ -54,6 +54,15 @@ def images(tmp_path):
         (["teacher", "--workers", "-1"], "--workers: expected 0 or more, got -1"),
         (["teacher", "--sched", "multistep"], "--decay-milestones goes with --sched multistep"),
         (["teacher", "--device", "gpu"], "--device gpu is not to be had"),
+        (
+            ["teacher", "--cuda-graphs", "--device", "cpu"],
+            "--cuda-graphs needs a GPU; the device is cpu",
+        ),
+        (["teacher", "--cuda-graphs", "--torchcompile"], "--torchcompile: give one of them"),
+        (
+            ["teacher", "--cuda-graphs", "--amp", "--amp-dtype", "float16"],
+            "--cuda-graphs does not go with --amp-dtype float16, whose loss scale is read on the host",
+        ),
         (["teacher", "--num-classes", "5"], "--num-classes 5: digits has 10 classes"),
         (["teacher", "--model", "vgg9"], "1 x 16 x 16 images are too small: the 5 max-pools"),
         (["teacher", "--img-size", "4", "--model", "vgg4"], "need at least 8 x 8"),
