@@ -6,6 +6,8 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ class NoSynchronisation(TorchDispatchMode):
 
     Args:
         device_type: whose tensors the host must not wait for.
+        raises: False only notes the first such operator, in ``refused``.
 
     >>> import torch
     >>> with NoSynchronisation("cpu"):
@@ -38,24 +41,24 @@ class NoSynchronisation(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, device_type: str = "cuda") -> None:
+    def __init__(self, device_type: str = "cuda", raises: bool = True) -> None:
         super().__init__()
-        self.device_type = device_type
+        self.device_type, self.raises = device_type, raises
         self.refused: FastjacError | None = None
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if isinstance(operator, OpOverload):
+        if isinstance(operator, OpOverload) and self.refused is None:
             reason = self._reason(operator, args, kwargs)
             if reason is not None:
-                name = str(operator.overloadpacket)
                 self.refused = FastjacError(
-                    f"{name} {reason}, for which the host waits: a CUDA graph cannot hold it; expected "
-                    "a step without it (the traceback says where it is)"
+                    f"{operator.overloadpacket} {reason}, for which the host waits{_place()}: a CUDA "
+                    "graph cannot hold it; expected a step without it"
                 )
-                raise self.refused
+                if self.raises:
+                    raise self.refused
         return operator(*args, **kwargs)
 
     def _reason(self, operator: OpOverload, args: Any, kwargs: Any) -> str | None:
@@ -85,6 +88,17 @@ class NoSynchronisation(TorchDispatchMode):
         return None
 
 
+def _place() -> str:
+    """The line that is at work outside of PyTorch and of this file."""
+    inside, frame = str(Path(torch.__file__).parent), sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name != __file__ and not name.startswith((inside, "<")):
+            return f", at {name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
 _COPIES = (_aten._to_copy, _aten.copy_, _aten.copy)
 _WRITES = (_aten.index_put, _aten.index_put_)
 _READS = (_aten._local_scalar_dense, _aten.item, _aten.equal, _aten.is_nonzero, _aten.allclose)
@@ -110,8 +124,9 @@ def graphed(step: Callable[..., Any], warmup: int = 3) -> GraphedStep:
     Args:
         step: called with tensors on one GPU, and other arguments that never change; in lists, tuples
             and dicts, if need be. It gives tensors, likewise.
-        warmup: how many calls run as they are, on a stream of their own. They make what is made once
-            (an optimiser's state, a library's workspace), which a capture must find there.
+        warmup: how many calls run as they are, on a stream of their own. The first makes what is made
+            once (an optimiser's state, a library's workspace), which a capture must find there; the
+            last is watched for operators that make the host wait.
 
     Returns:
         A callable that takes what the first call took, in tensors of the same shapes, dtypes and
@@ -128,9 +143,9 @@ def graphed(step: Callable[..., Any], warmup: int = 3) -> GraphedStep:
     wait: bfloat16 needs none.
 
     Raises :class:`fastjac.FastjacError` where there is no GPU; for arguments that differ from the first
-    ones; in the capture, for an operator that makes the host wait, or random numbers drawn on the host;
-    and before a replay, for an optimiser's Python number that has changed. An error in the capture
-    leaves the weights as they were before that step.
+    ones; in the call that captures, for an operator that makes the host wait, naming it and its line,
+    for what CUDA cannot capture, and for random numbers drawn on the host; and before a replay, for an
+    optimiser's Python number that has changed. A step that raised has changed no weights.
 
     >>> import torch
     >>> def train(x, y):
@@ -146,10 +161,10 @@ def graphed(step: Callable[..., Any], warmup: int = 3) -> GraphedStep:
     """
     if not callable(step):
         raise FastjacError(f"graphed: step must be callable; got {type(step).__name__}")
-    if not isinstance(warmup, int) or warmup < 1:
+    if not isinstance(warmup, int) or warmup < 2:
         raise FastjacError(
-            f"graphed: warmup must be an int, at least 1 (what is made once must be there before the "
-            f"capture); got {warmup!r}"
+            "graphed: warmup must be an int, at least 2 (the first call makes what is made once, the "
+            f"last shows whether the host waits); got {warmup!r}"
         )
     if not torch.cuda.is_available():
         raise FastjacError(
@@ -164,6 +179,7 @@ class GraphedStep:
     def __init__(self, step: Callable[..., Any], warmup: int) -> None:
         self.step, self.left = step, warmup
         self.graph: torch.cuda.CUDAGraph | None = None
+        self._waits: FastjacError | None = None
         self._stream: torch.cuda.Stream | None = None
         self._example: list[Any] = []
         self._structure: Any = None
@@ -209,7 +225,8 @@ class GraphedStep:
         """Raise unless the arguments are like the first ones."""
         if structure != self._structure:
             raise FastjacError(
-                f"graphed: expected arguments of the structure {self._structure}, got {structure}"
+                f"graphed: expected arguments of the structure {_line(self._structure)}, as in the "
+                f"first call, got {_line(structure)}"
             )
         for place, (known, value) in enumerate(zip(self._example, given, strict=True)):
             expected, came = _described(known), _described(value)
@@ -223,14 +240,19 @@ class GraphedStep:
         """The step as it is, on the stream that will be captured."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), warnings.catch_warnings():
+        watch = NoSynchronisation(raises=False) if self.left == 0 else nullcontext()
+        with torch.cuda.stream(self._stream), warnings.catch_warnings(), watch:
             warnings.filterwarnings("ignore", ".*constructed with capturable=True")
             results = _detached(self.step(*args, **kwargs))
+        if self.left == 0:
+            self._waits = watch.refused
         current.wait_stream(self._stream)
         return results
 
     def _capture(self, given: list[Any]) -> None:
         """Record the step's kernels on copies of the arguments; nothing of it runs yet."""
+        if self._waits is not None:
+            raise self._waits
         static = [v.clone() if isinstance(v, Tensor) else v for v in given]
         args, kwargs = torch.utils._pytree.tree_unflatten(static, self._structure)
         before, current = _host_random_state(), torch.cuda.current_stream()
@@ -241,26 +263,30 @@ class GraphedStep:
             options.append((optimizer, _options(optimizer)))
 
         hook = register_optimizer_step_pre_hook(note)
+        failure: Exception | None = None
         try:
             # thread_local: a data loader's threads go on with their own calls.
-            with (
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-                mode,
-            ):
-                results = _detached(self.step(*args, **kwargs))
-            if mode.refused is not None:  # the step went on
-                raise mode.refused
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                try:
+                    with mode:
+                        results = _detached(self.step(*args, **kwargs))
+                    if mode.refused is not None:  # the step went on
+                        raise mode.refused
+                except Exception as error:
+                    failure = error
+                    raise
         except Exception as error:
-            if mode.refused is not None and error is not mode.refused:
-                raise mode.refused from error
-            if isinstance(error, FastjacError) or not isinstance(error, RuntimeError):
+            if error is failure and not _is_plain(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            if error is not failure:
+                _BROKEN.append(graph)
+            reason = str(failure or error).strip().splitlines()[0]
             raise FastjacError(
                 f"graphed: the step cannot be captured ({reason}); expected a step that neither waits "
                 "for the GPU nor uses another stream, and optimisers with capturable=True "
-                "(SGD: fused=True)"
-            ) from error
+                "(SGD: fused=True). Where CUDA broke the capture off, PyTorch captures no more in this "
+                "process"
+            ) from (failure or error)
         finally:
             hook.remove()
             torch.cuda.set_stream(current)  # a capture that fails leaves its own
@@ -288,11 +314,20 @@ class GraphedStep:
                     if came is value or (not isinstance(value, Tensor) and came == value):
                         continue
                     raise FastjacError(
-                        f"graphed: {name} of {kind} was {_shown(value)} in the capture and is now "
-                        f"{_shown(came)}, which a replay does not see; expected a tensor on the GPU "
+                        f"graphed: {name} of {kind} was {_shown(value, 'a')} in the capture and is now "
+                        f"{_shown(came, 'another')}, which a replay does not see; expected a tensor on the GPU "
                         f"that is written in place, with capturable=True (SGD: fused=True); or call "
                         "graphed again"
                     )
+
+
+# Captures that CUDA broke off: PyTorch's allocators still refer to these graphs.
+_BROKEN: list[torch.cuda.CUDAGraph] = []
+
+
+def _is_plain(error: Exception) -> bool:
+    """Whether an error of the step is one of PyTorch's or CUDA's, which says nothing of graphs."""
+    return isinstance(error, RuntimeError) and not isinstance(error, FastjacError)
 
 
 class _Kind(NamedTuple):
@@ -331,8 +366,12 @@ def _option(value: Any) -> Any:
     return tuple(map(_option, value)) if isinstance(value, tuple | list) else value
 
 
-def _shown(value: Any) -> Any:
-    return "a tensor" if isinstance(value, Tensor) else value
+def _shown(value: Any, article: str) -> Any:
+    return f"{article} tensor" if isinstance(value, Tensor) else value
+
+
+def _line(structure: Any) -> str:
+    return " ".join(str(structure).split())
 
 
 def _host_random_state() -> tuple[Any, ...]:

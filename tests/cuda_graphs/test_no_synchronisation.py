@@ -222,6 +222,15 @@ def test_refuses_in_a_backward():
         Reads.apply(x).sum().backward()
 
 
+def test_notes_and_goes_on():
+    x = torch.ones(3)
+    with NoSynchronisation("cpu", raises=False) as mode:
+        assert x.sum().item() == 3
+        torch.equal(x, x)
+    with pytest.raises(FastjacError, match=rf"_local_scalar_dense .* at {__file__}:\d+: a CUDA"):
+        raise mode.refused
+
+
 def test_a_swallowed_error_is_found():
     with (
         pytest.raises(AssertionError),

@@ -16,6 +16,7 @@ instance or batch norm takes its statistics as constants, and says nothing.)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -340,8 +341,9 @@ class _Context:
 
     def _drops(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an attention or recurrent function has dropout."""
-        if self.recurrent:  # its dropout is its one float
-            return any(isinstance(a, float) and a > 0 for a in args)
+        if self.recurrent:  # its dropout is its one float, and whether it trains follows
+            pairs = itertools.pairwise(args)
+            return any(isinstance(p, float) and p > 0 and trains for p, trains in pairs)
         position = self.dropout_position
         return (args[position] if len(args) > position else kwargs.get("dropout_p", 0.0)) > 0
 
