@@ -315,9 +315,9 @@ class GraphedStep:
                         continue
                     raise FastjacError(
                         f"graphed: {name} of {kind} was {_shown(value, 'a')} in the capture and is now "
-                        f"{_shown(came, 'another')}, which a replay does not see; expected a tensor on the GPU "
-                        f"that is written in place, with capturable=True (SGD: fused=True); or call "
-                        "graphed again"
+                        f"{_shown(came, 'another')}, which a replay does not see; expected a tensor on "
+                        "the GPU that is written in place, with capturable=True (SGD: fused=True); or "
+                        "call graphed again"
                     )
 
 
