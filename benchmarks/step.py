@@ -9,7 +9,8 @@ cross-entropy, squared error of the logits and, for a window, attention matching
 configuration, since frozen statistics would cost it a second forward. ``--contenders plain fused``
 compares the plain step with itself on networks that ``fastjac.fuse`` has rewritten; in a configuration
 without a layer, since a layer's features end a chain. ``compiled`` is the plain step with both networks
-under ``torch.compile``; on a CPU its memory has the compiler's in it.
+under ``torch.compile``; on a CPU its memory has the compiler's in it. On a GPU, ``plain-graphed``,
+``fastjac-graphed`` and so on are those steps under ``fastjac.graphed``.
 
 Time: all contenders in turn in one process, each in its better memory layout; median with 20 % and
 80 % quantiles, and the ratio to plain round by round. On a CPU it is taken under two allocator
@@ -104,6 +105,7 @@ class Contender:
         import fastjac
         from fastjac.features import forward_with_features
 
+        name, graphed = name.removesuffix("-graphed"), name.endswith("-graphed")
         torch.manual_seed(0)
         nets = [network(n, config) for n in (config.student, config.teacher)]
         form = measuring.memory_format(layout)
@@ -132,10 +134,11 @@ class Contender:
         if self.jacobians:
             ways = {"naive": naive, "fastjac": ours, "reference": reference}
             self.matcher = fastjac.JacobianMatching(student, teacher, target, **ways[name])
+        self.taken = fastjac.graphed(self.take, warmup=2) if graphed else self.take
 
     def step(self) -> float:
         """Take the step; the loss."""
-        return float(self.take(self.x, self.y))  # waits for the device
+        return float(self.taken(self.x, self.y))  # waits for the device
 
     def take(self, x: Any, y: Any) -> Any:
         """The step on a batch; the loss, for which nothing waits."""
