@@ -211,7 +211,9 @@ def test_behind_the_window_and_in_the_teacher_it_is_as_it_is(name):
 
 
 def test_a_custom_function_behind_a_norm_of_a_fused_network():
-    student = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), Apply(Double.apply)).double()
+    student = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), Apply(Double.apply)
+    ).double()
     x, _ = batch()
     results = []
     for model in (fuse(copy.deepcopy(student)), copy.deepcopy(student)):
