@@ -48,6 +48,8 @@ UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 TIMED = "not contiguous and not torch.float and not block"
 CONFIGURATIONS = ("vgg9-224", "resnet18-224")
 CONTENDERS = ("plain", "compiled", "naive", "fastjac")
+GRAPHED = ("plain-graphed", "fastjac-graphed")
+BATCHES = ("8", "64")  # what the host bounds, and what fills the GPU
 # Shares of a copy's bandwidth, each in the same run. What is below the goal is listed; what is below
 # its floor fails: by the benchmark's name, or for all others.
 GOAL = 0.8
@@ -243,15 +245,16 @@ def stages(logs: Path, architecture: str) -> list[list[Step]]:
         command += ["--layouts", "channels_last", *options, "--json", str(report)]
         return Step(name, command, limit, {}, json_of(report))
 
-    def memory(configuration: str) -> Step:
+    def memory(configuration: str, batch: str) -> Step:
         # It compiles, too, and what is compiled is kept for the stage that times the steps.
-        options = ("--contenders", *CONTENDERS, "--measure", "memory")
-        return whole_step(f"memory-{configuration}", 140, [configuration], *options)
+        options = ("--batch", batch, "--contenders", *CONTENDERS, "--measure", "memory")
+        return whole_step(f"memory-{configuration}-{batch}", 140, [configuration], *options)
 
     ops = logs / "operators.json"
     timed = ["benchmarks", "--benchmark-enable", "--benchmark-only", "--benchmark-max-time=0.2"]
     operators = [*pytest, *timed, "-k", TIMED, f"--benchmark-json={ops}"]
-    timing = ("--contenders", *CONTENDERS, "--measure", "time", "--rounds", "30")
+    timing = ("--batch", *BATCHES, "--contenders", *CONTENDERS, *GRAPHED)
+    timing += ("--measure", "time", "--rounds", "30")
     host = ("--contenders", *(c for c in CONTENDERS if c != "compiled"), "--measure", "host")
     found = [
         [Step("build", [python, "setup.py", "build"], 170, build, required=True)],
@@ -259,13 +262,23 @@ def stages(logs: Path, architecture: str) -> list[list[Step]]:
         [
             *map(tests, CUDA_TESTS),
             *map(sanitizer, SANITIZERS),
-            *map(memory, CONFIGURATIONS),
+            *(memory(name, batch) for name in CONFIGURATIONS for batch in BATCHES),
         ],
         [Step("operators", operators, 70, {}, bandwidth_of(ops))],
         [whole_step("step", 120, CONFIGURATIONS, *timing)],
         [whole_step("host", 60, CONFIGURATIONS, *host)],
     ]
     return found[1:] if carried() else found
+
+
+def chosen(listed: list[list[Step]], names: Sequence[str]) -> list[list[Step]]:
+    """The steps of these names; all, if there is none."""
+    known = [step.name for stage in listed for step in stage]
+    for name in names:
+        if name not in known:
+            refuse(f"there is no step {name!r}; expected of: {', '.join(known)}")
+    found = [[step for step in stage if not names or step.name in names] for stage in listed]
+    return [stage for stage in found if stage]
 
 
 def said(*command: str) -> str | None:
@@ -302,7 +315,7 @@ def machine() -> dict[str, Any]:
         "nvcc": nvcc.splitlines()[-1] if nvcc else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "command": ["scripts/gpu_check.sh"],
+        "command": ["scripts/gpu_check.sh", *sys.argv[2:]],
     }
 
 
@@ -363,7 +376,8 @@ def main() -> int:
     if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME") and not carried():
         refuse("there is no CUDA toolkit: put nvcc on the PATH, or set CUDA_HOME")
     out = Path(sys.argv[1]).resolve()
-    return check(stages(out / LOGS, found["architecture"]), found, out)
+    listed = chosen(stages(out / LOGS, found["architecture"]), sys.argv[2:])
+    return check(listed, found, out)
 
 
 if __name__ == "__main__":

@@ -267,11 +267,22 @@ def test_its_steps_exist(gpu_check, tmp_path):
     assert "--tool=racecheck" in listed["racecheck"].command
     assert gpu_check.SANITIZED[0] in listed["ops-test_every_instantiation"].command
     assert collected(listed["memcheck"])
-    for name in ("step", "host", "memory-vgg9-224"):
+    for name in ("step", "host", "memory-vgg9-224-8"):
         words = listed[name].command
         assert words[1:4] == ["-m", "benchmarks.step", "vgg9-224"]  # none named: all, for hours
         subprocess.run([*words, "--help"], cwd=ROOT, check=True, capture_output=True)
     assert {"plain", "compiled", "fastjac"} <= {*listed["step"].command}
+
+
+def test_some_steps_alone(gpu_check, tmp_path, capsys):
+    listed = gpu_check.stages(tmp_path, "9.0")
+    found = gpu_check.chosen(listed, ["step", "memcheck"])
+    assert [[step.name for step in stage] for stage in found] == [["memcheck"], ["step"]]
+    assert gpu_check.chosen(listed, []) == listed
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.chosen(listed, ["steps"])
+    assert ended.value.code == 2
+    assert "there is no step 'steps'; expected of: build, loaded" in capsys.readouterr().err
 
 
 def test_every_file_of_tests_that_need_a_gpu_is_run(gpu_check):

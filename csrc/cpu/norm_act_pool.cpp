@@ -301,10 +301,10 @@ std::tuple<Tensor, Tensor> batch_norm_statistics_cpu(
     const auto channels = [](const MaybeTensor& x) { // [C], or null
       return x ? static_cast<acc_t*>(x->mutable_data_ptr()) : nullptr;
     };
-    const Statistics<acc_t> out{
-        channels(mean), nullptr, channels(invstd), channels(running_mean), channels(running_var),
-        momentum, unbiased(g.count()), eps
-    };
+    const Statistics<acc_t> out{channels(mean),        nullptr,
+                                channels(invstd),      channels(running_mean),
+                                channels(running_var), momentum,
+                                unbiased(g.count()),   eps};
     if (!training) {
       for (int64_t c = 0; c < g.channels; ++c) out.copy_running(c);
     } else if (u.numel() == 0) {

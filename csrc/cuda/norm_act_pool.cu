@@ -57,10 +57,10 @@ std::tuple<Tensor, Tensor> batch_norm_statistics_cuda(
     const auto channels = [](const MaybeTensor& x) { // [C], or null
       return x ? output<acc_t>(*x) : nullptr;
     };
-    const Statistics<acc_t> out{
-        output<acc_t>(mean), nullptr, output<acc_t>(invstd), channels(running_mean),
-        channels(running_var), momentum, unbiased(g.count()), eps
-    };
+    const Statistics<acc_t> out{output<acc_t>(mean),   nullptr,
+                                output<acc_t>(invstd), channels(running_mean),
+                                channels(running_var), momentum,
+                                unbiased(g.count()),   eps};
     if (training && u.numel() > 0) return statistics<decltype(zero)>(u, g, out);
     without_values(Stream(u), g.channels, training, out);
   });

@@ -17,9 +17,7 @@ class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& x) {
     void* stream = nullptr;
-    FASTJAC_CHECK_CALL(
-        aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream)
-    );
+    FASTJAC_CHECK_CALL(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

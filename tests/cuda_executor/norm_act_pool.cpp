@@ -66,21 +66,13 @@ Plan run(const NormActPoolCall& call, const Shape& shape) {
   Tensors<scalar_t> t(call, shape);
   if (call.op == "statistics" || call.op == "statistics without values") {
     const auto* u = t.like_u("u");
-    const Statistics<acc_t> out{
-        t.channels("mean", true),
-        t.channels("var", true),
-        t.channels("invstd", true),
-        t.channels("running_mean", true),
-        t.channels("running_var", true),
-        0.25,
-        unbiased(shape.count()),
-        1e-3
-    };
+    const Statistics<acc_t> out{t.channels("mean", true),        t.channels("var", true),
+                                t.channels("invstd", true),      t.channels("running_mean", true),
+                                t.channels("running_var", true), 0.25,
+                                unbiased(shape.count()),         1e-3};
     const Plan plan = plan_statistics(shape, u);
     if (call.op != "statistics") {
-      without_values(
-          executor::Device(call.seed, t.buffers), shape.channels, call.flag, out
-      );
+      without_values(executor::Device(call.seed, t.buffers), shape.channels, call.flag, out);
       return plan;
     }
     auto* partial = t.template scratch<Moments<double>>("partial", plan.partials(1));

@@ -67,9 +67,7 @@ class Call {
   }
 
   void check() const {
-    TORCH_CHECK(
-        !(device_ && on_cpu_), name_, ": a tensor is on cpu, and another on ", *device_
-    );
+    TORCH_CHECK(!(device_ && on_cpu_), name_, ": a tensor is on cpu, and another on ", *device_);
   }
 
   at::Tensor to_device(const at::Tensor& x) {
