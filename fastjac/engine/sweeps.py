@@ -264,7 +264,8 @@ def _pushed(row: Linearization, v: Tensor, whole: bool, release: bool) -> list[T
         largest = v.abs().amax().to(torch.promote_types(v.dtype, torch.float32))
         scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)
         found = row.forward_sweep((v / scale).to(v.dtype), release)
-        return [None if g is None else g.to(scale.dtype) * scale for g in found]
+        scaled = iter(torch._foreach_mul([g.to(scale.dtype) for g in found if g is not None], scale))
+        return [None if g is None else next(scaled) for g in found]
 
 
 def _plain_arithmetic(device: torch.device) -> Any:
