@@ -2,14 +2,17 @@
 //
 // Layout: the crop is dense, contiguous or channels-last; the source is read through its strides.
 // A block writes a strip of rows of one output plane, so that what depends on the sample and on the
-// plane is the same for all of its threads. Stores are of 16 bytes where rows are whole vectors, and
-// so are loads where the source's rows are too, and aligned: channels-last with whole vectors of
-// channels. Must move the crop's part of the source, and the output.
+// plane is the same for all of its threads. A thread loads four vectors, and then stores them.
+// Stores are of 16 bytes where rows are whole vectors, and so are loads where the source's rows are
+// too, and aligned: channels-last with whole vectors of channels. Where the source's rows are dense, an
+// element's place is a sum; where pixels of several channels are not, a division for each vector finds
+// it. Must move the crop's part of the source, and the output.
 //
 // Includes nothing of PyTorch.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../common/window_crop.h"
@@ -20,7 +23,7 @@ namespace fastjac::window_crop {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 3; // 80 registers: on 10.0 and 12.0, 64 are not enough
-constexpr int64_t kVectorsPerThread = 4; // loads in flight
+constexpr int kVectorsPerThread = 4; // loaded before the first is stored
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1; // of a grid
 
 // How a grid covers the output: block `plane * strips + strip` has the plane's rows
@@ -28,6 +31,55 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1; // of a grid
 struct Strips {
   int64_t strips, strip_rows;
 };
+
+// An output row's vector, from its element i on. row: the source's, or null; first: the source row's
+// element under the output row's first.
+template <int kVector, bool kWholeLoads, typename T>
+__device__ inline Vector<T, kVector> read_vector(
+    const Crop& g, const T* __restrict__ row, int64_t first, int64_t i, T fill
+) {
+  const int64_t at = first + i, source_length = g.source_width * g.unit;
+  Vector<T, kVector> z;
+  if constexpr (kWholeLoads) { // a vector lies inside or outside as a whole
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) z.x[k] = fill;
+    // As words: a choice between narrower elements would wait for the load.
+    using Words = Vector<unsigned, sizeof(z) / sizeof(unsigned)>;
+    Words words;
+    memcpy(&words, &z, sizeof(z));
+    if (row != nullptr && at >= 0 && at < source_length) {
+      words = *reinterpret_cast<const Words*>(row + at);
+    }
+    memcpy(&z, &words, sizeof(z));
+  } else {
+    // Outside of the row a place may be any: unsigned, since it may overflow.
+    uint64_t place = at, step = 1, to_next_pixel = 0;
+    int64_t left = kVector + 1; // elements of the pixel
+    if (!g.dense()) {
+      const int64_t pixel = g.unit == 1 ? i : i / g.unit, channel = i - pixel * g.unit;
+      place = uint64_t(at - channel) * g.pixel_stride;
+      step = g.pixel_stride;
+      if (g.unit > 1) {
+        const uint64_t first_pixel = first / g.unit;
+        place = (first_pixel + pixel) * g.pixel_stride + uint64_t(channel) * g.unit_stride;
+        step = g.unit_stride;
+        to_next_pixel = g.pixel_stride - uint64_t(g.unit) * g.unit_stride;
+        left = g.unit - channel;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const bool inside = row != nullptr && at + k >= 0 && at + k < source_length;
+      z.x[k] = inside ? row[int64_t(place)] : fill;
+      place += step;
+      if (--left == 0) {
+        place += to_next_pixel;
+        left = g.unit;
+      }
+    }
+  }
+  return z;
+}
 
 // Calls write(i, z) for each vector of the block's strip: z is what goes to the output's element i.
 template <int kVector, bool kWholeLoads, typename T, typename F>
@@ -39,36 +91,37 @@ __device__ inline void gather(
     T fill,
     const F& write
 ) {
-  const int64_t plane = blockIdx.x / s.strips, strip = blockIdx.x % s.strips;
-  const int64_t sample = plane / g.planes, length = g.length();
+  // Of 32 bits, as the grid is: strips and planes are factors of its blocks.
+  const unsigned strips = unsigned(s.strips), planes = unsigned(g.planes);
+  const unsigned block_plane = blockIdx.x / strips, block_sample = block_plane / planes;
+  const int64_t plane = block_plane, strip = blockIdx.x - block_plane * strips;
+  const int64_t sample = block_sample, length = g.length();
   const int64_t first_row = g.first_row(start[2 * sample]);
   const int64_t first = g.first_element(start[2 * sample + 1]);
-  const int64_t source_length = g.source_width * g.unit;
   const int64_t end = Crop::bounded((strip + 1) * s.strip_rows, 0, g.rows);
-#pragma unroll kVectorsPerThread
-  for (int64_t row = strip * s.strip_rows + threadIdx.y; row < end; row += blockDim.y) {
-    const int64_t y = first_row + row;
-    const bool in_map = y >= 0 && y < g.source_rows;
-    const T* __restrict__ from = source + g.row_offset(sample, plane % g.planes, in_map ? y : 0);
-    const int64_t to = (plane * g.rows + row) * length;
-    for (int64_t i = threadIdx.x * kVector; i < length; i += blockDim.x * kVector) {
-      Vector<T, kVector> z;
-      if constexpr (kWholeLoads) { // a vector lies inside or outside as a whole
-        if (in_map && first + i >= 0 && first + i < source_length) {
-          z = load_vector<kVector>(from + first + i);
-        } else {
+  const T* __restrict__ map = source + g.row_offset(sample, block_plane - block_sample * planes, 0);
+  const int64_t begin = threadIdx.x * kVector;
+  int64_t row = begin < length ? strip * s.strip_rows + threadIdx.y : end, i = begin;
+  while (row < end) {
+    Vector<T, kVector> z[kVectorsPerThread];
+    int64_t to[kVectorsPerThread];
 #pragma unroll
-          for (int k = 0; k < kVector; ++k) z.x[k] = fill;
-        }
-      } else {
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) {
-          const int64_t at = first + i + k;
-          const bool inside = in_map && at >= 0 && at < source_length;
-          z.x[k] = inside ? from[g.offset(at)] : fill;
-        }
+    for (int n = 0; n < kVectorsPerThread; ++n) {
+      const int64_t y = first_row + row;
+      const bool there = row < end, in_map = there && y >= 0 && y < g.source_rows;
+      z[n] = read_vector<kVector, kWholeLoads>(
+          g, in_map ? map + y * g.row_stride : nullptr, first, i, fill
+      );
+      to[n] = there ? (plane * g.rows + row) * length + i : -1;
+      i += blockDim.x * kVector;
+      if (i >= length) {
+        i = begin;
+        row += blockDim.y;
       }
-      write(to + i, z);
+    }
+#pragma unroll
+    for (int n = 0; n < kVectorsPerThread; ++n) {
+      if (to[n] >= 0) write(to[n], z[n]);
     }
   }
 }
