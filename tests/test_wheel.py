@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 OTHER_TORCH = "torch==2.13.0"
 # Tests of what needs more than PyTorch, of the source tree, or of pure Python that takes its time.
 # All others run beside OTHER_TORCH.
-ELSEWHERE = {"data", "models", "train", "cuda_executor", "host_device", "cpu_kernels"}
+ELSEWHERE = {"data", "models", "train", "cuda_executor", "host_device", "cpu_kernels", "sass"}
 ELSEWHERE |= {
     "test_install.py",
     "test_wheel.py",

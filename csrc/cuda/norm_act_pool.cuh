@@ -1,27 +1,5 @@
 // norm_act_pool on CUDA: what its kernels share. The formulas are in common/norm_act_pool.h.
 //
-// Layout: maps are dense, [B, H, W, C] or [B, C, H, W]. They are cut into cells, and a thread works
-// on the cells of kLanes channels at a time (channels-last), or on kLanes neighbouring cells of one
-// channel (contiguous), so that an access has 16 bytes where rows are whole vectors and aligned, and
-// one element elsewhere. Narrower are those that take the registers of too many lanes (8 bytes: 3x3 pools
-// and the pushforward in 16 bits), float64's (8 bytes: it is for checks), and one element's where 3x3
-// windows of a contiguous map overlap. A cell owns, for a pool of
-//
-//   none  the same pixel of kPixels cells: that many loads are in flight before the first is used;
-//   2x2   a window. In a map of odd size the last cells are cut off, and own no window;
-//   3x3   2x2 pixels, which up to four windows share: the cell's own, to the right, below, and both.
-//
-// Each pixel belongs to one cell, and each window too. Whatever a pixel gets, its thread gathers: it
-// finds the choice of each window that holds the pixel from u. So there are no atomics, nothing is
-// saved for the backward, and u is read from memory once per pass: what neighbouring cells share is
-// in the L1 cache.
-//
-// Block `chunk * tiles + tile` works on a tile of channels (kWarp vectors at most, or one channel if
-// contiguous) and on a chunk of the cells of the whole batch. `across` of its threads stand side by
-// side along the channels, the others one cell further each. Sums over the threads of a block, a
-// tree, go to `partial`, and a block per channel adds up the chunks in order, in float64. Chunks
-// depend on the shapes alone, and so the results are the same from run to run.
-//
 // z is (u - mean) scale + bias, and not scale u + shift: where the mean is large that cancels, and
 // d = u - mean is needed anyway. Every kernel computes it alike, so that all agree on what a window
 // chose.
@@ -37,29 +15,12 @@
 
 #include "../common/norm_act_pool.h"
 #include "launch.h"
+#include "norm_act_pool_cells.cuh"
 #include "scalar.cuh"
 
 namespace fastjac::norm_act_pool {
 
-constexpr int kThreads = 128;
 constexpr int kSums = 5; // members of Sums
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kMaxBlocks = 4096; // several waves on any device; then a thread has more cells
-constexpr int64_t kCellsPerThread = 4; // at least, to pay for its start
-
-struct Shape {
-  int64_t batch, channels, height, width, out_height, out_width;
-  Pool pool;
-  bool channels_last;
-
-  int64_t count() const { // values per channel
-    return batch * height * width;
-  }
-  FASTJAC_HOST_DEVICE int64_t pixel_stride() const {
-    return channels_last ? channels : 1;
-  }
-};
 
 // What the kernels normalise, and how.
 template <typename scalar_t>
@@ -80,40 +41,13 @@ struct Inputs {
   }
 };
 
-// How a grid covers the cells.
-struct Cells {
-  int64_t rows, columns, count; // of a map; count: of the batch
-  int64_t first; // row and column of a map's first cell
-  int64_t chunk, chunks;
-  int64_t step, step_batch, step_row, step_column; // from a thread's cell to its next
-  int tiles, across;
-};
-
-// A kernel's specialisation. With one lane the layout is a matter of strides alone: then kLast.
-template <typename scalar, int kLanes_, int kKernel_, bool kLast_>
-struct Traits {
-  using scalar_t = scalar;
-  using acc_t = accumulator_t<scalar_t>;
-  static constexpr int kLanes = kLanes_;
-  static constexpr int kKernel = kKernel_; // of the pool; 1: none
-  static constexpr int kChannels = kLast_ ? kLanes : 1; // of a thread
-  static constexpr int kAlong = kLast_ ? 1 : kLanes; // neighbouring cells of a thread
-  static constexpr int kPixels = kKernel == 1 && kLanes > 1 ? 2 : 4; // of a cell
-  static constexpr int kOwn = kKernel == 1 ? kPixels : 1; // windows that a cell owns
-  // Whether what a thread keeps of its channels and windows is much.
-  static constexpr bool kWide = kLanes == 8 || (kKernel == 3 && kLanes > 1);
-  // Pixels that are stored together: where a row's elements alternate between a cell's left and
-  // right pixels, both.
-  static constexpr int kGroup = kKernel == 2 && kAlong > 1 ? 2 : 1;
-};
-
 // Some pixels of one map.
 template <typename T, int kCount>
 struct Values {
   Vector<typename T::scalar_t, T::kLanes> x[kCount];
 
   __device__ typename T::acc_t operator()(int i, int lane) const {
-    return to_acc(x[i].x[lane]);
+    return element(x[i], lane);
   }
 };
 template <typename T>
@@ -121,104 +55,24 @@ using Pixels = Values<T, T::kPixels>; // of a cell, row by row
 template <typename T>
 using Windows = Values<T, T::kOwn>; // that a cell owns: of y
 
-// Where a cell's pixels and windows are: the offset of the first lane; -1 where there is none.
+// Where `at` is negative, zero. As words: a choice between elements of 16 bits takes one instruction
+// for each, and waits for the load.
 template <typename T>
-struct Cell {
-  int64_t pixel[T::kPixels]; // row by row
-  int64_t window[T::kOwn];
-  // With a pool: its first pixel, and its own window.
-  int64_t batch, row, column, window_row, window_column;
-};
-
-// A thread's place in the grid, and its cells, one after another.
-template <typename T>
-class Worker {
- public:
-  const Shape& shape;
-  const Cells& cells;
-  int64_t chunk, channel; // the first of its channels
-
-  __device__ Worker(const Shape& s, const Cells& c) : shape(s), cells(c) {
-    const unsigned tile = blockIdx.x % unsigned(c.tiles);
-    chunk = blockIdx.x / unsigned(c.tiles);
-    channel = (int64_t(tile) * c.across + threadIdx.x % unsigned(c.across)) * T::kChannels;
-    index_ = chunk * c.chunk + threadIdx.x / unsigned(c.across);
-    end_ = (chunk + 1) * c.chunk < c.count ? (chunk + 1) * c.chunk : c.count;
-    if (channel >= s.channels) end_ = index_;
-    b_ = index_ / c.columns;
-    j_ = index_ - b_ * c.columns;
-    i_ = b_ % c.rows;
-    b_ /= c.rows;
+__device__ inline Vector<typename T::scalar_t, T::kLanes> load_or_zero(
+    const typename T::scalar_t* __restrict__ map, int64_t at
+) {
+  using Loaded = Vector<typename T::scalar_t, T::kLanes>;
+  if constexpr (sizeof(Loaded) % sizeof(unsigned) != 0) {
+    return at < 0 ? Loaded{} : load_vector<T::kLanes>(map + at);
+  } else {
+    using Words = Vector<unsigned, sizeof(Loaded) / sizeof(unsigned)>;
+    Words words{};
+    if (at >= 0) words = *reinterpret_cast<const Words*>(map + at);
+    Loaded loaded;
+    memcpy(&loaded, &words, sizeof(loaded));
+    return loaded;
   }
-
-  __device__ bool has_cells() const {
-    return index_ < end_;
-  }
-
-  __device__ Cell<T> next() {
-    Cell<T> cell;
-    if constexpr (T::kKernel == 1) {
-#pragma unroll
-      for (int p = 0; p < T::kPixels; ++p) {
-        cell.pixel[p] = cell.window[p] = has_cells() ? pixel(b_, i_, j_ * T::kAlong) : -1;
-        advance();
-      }
-    } else {
-      cell.batch = b_;
-      cell.window_row = i_ + cells.first;
-      cell.window_column = (j_ + cells.first) * T::kAlong;
-      // 3x3: the pixels that no window before the cell's own holds.
-      const int shift = T::kKernel == 3 ? 1 - shape.pool.padding : 0;
-      cell.row = 2 * cell.window_row + shift;
-      cell.column = 2 * cell.window_column + shift;
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        const int64_t row = cell.row + p / 2, column = cell.column + p % 2;
-        cell.pixel[p] = inside(row, column) ? pixel(b_, row, column) : -1;
-      }
-      cell.window[0] = window(cell, 0);
-      advance();
-    }
-    return cell;
-  }
-
-  __device__ bool inside(int64_t row, int64_t column) const {
-    return row >= 0 && row < shape.height && column >= 0 && column < shape.width;
-  }
-  __device__ int64_t pixel(int64_t b, int64_t row, int64_t column) const {
-    return offset(shape.height, shape.width, b, row, column);
-  }
-  // The cell's own window, those to the right and below, and the one to the right below.
-  __device__ int64_t window(const Cell<T>& cell, int w) const {
-    const int64_t i = cell.window_row + w / 2, j = cell.window_column + w % 2;
-    const bool there = i >= 0 && i < shape.out_height && j >= 0 && j < shape.out_width;
-    return there ? offset(shape.out_height, shape.out_width, cell.batch, i, j) : -1;
-  }
-
- private:
-  __device__ int64_t offset(int64_t h, int64_t w, int64_t b, int64_t i, int64_t j) const {
-    return b * h * w * shape.channels + channel * (shape.channels_last ? 1 : h * w) +
-           (i * w + j) * shape.pixel_stride();
-  }
-
-  // Without a division.
-  __device__ void advance() {
-    index_ += cells.step;
-    j_ += cells.step_column;
-    i_ += cells.step_row;
-    b_ += cells.step_batch;
-    if (j_ >= cells.columns) {
-      j_ -= cells.columns;
-      ++i_;
-    }
-    if (i_ >= cells.rows) {
-      i_ -= cells.rows;
-      ++b_;
-    }
-  }
-
-  int64_t index_, end_, b_, i_, j_;
-};
+}
 
 // kCount of the cell's pixels of a map, from `first` on, in whole groups; zero where there is none,
 // or no map.
@@ -231,10 +85,10 @@ __device__ inline Values<T, kCount> load_pixels(
 #pragma unroll
   for (int p = 0; p < kCount; p += T::kGroup) {
     const int64_t at = cell.pixel[first + p];
-    if (at < 0) continue;
     if constexpr (T::kGroup == 1) {
-      v.x[p] = load_vector<T::kLanes>(map + at);
+      v.x[p] = load_or_zero<T>(map, at);
     } else {
+      if (at < 0) continue;
       const auto left = load_vector<T::kLanes>(map + at);
       const auto right = load_vector<T::kLanes>(map + at + T::kLanes);
 #pragma unroll
@@ -247,15 +101,15 @@ __device__ inline Values<T, kCount> load_pixels(
 }
 
 // A group of the cell's pixels, from `first` on.
-template <typename T>
+template <typename T, typename AnyCell>
 __device__ inline void store_group(
     typename T::scalar_t* __restrict__ map,
-    const Cell<T>& cell,
+    const AnyCell& cell,
     int first,
     const Values<T, T::kGroup>& v
 ) {
-  const int64_t at = cell.pixel[first];
-  if (map == nullptr || at < 0) return;
+  if (map == nullptr || !cell.has_pixel(first)) return;
+  const int64_t at = cell.pixel_offset(first);
   if constexpr (T::kGroup == 1) {
     store_vector<T::kLanes>(map + at, v.x[0]);
   } else {
@@ -270,14 +124,14 @@ __device__ inline void store_group(
 }
 
 // The cell's own windows of y's cotangent; zero where there is none.
-template <typename T>
+template <typename T, typename AnyCell>
 __device__ inline Windows<T> load_windows(
-    const typename T::scalar_t* __restrict__ y, const Cell<T>& cell
+    const typename T::scalar_t* __restrict__ y, const AnyCell& cell
 ) {
   Windows<T> v{};
 #pragma unroll
   for (int w = 0; w < T::kOwn; ++w) {
-    if (cell.window[w] >= 0) v.x[w] = load_vector<T::kLanes>(y + cell.window[w]);
+    v.x[w] = load_or_zero<T>(y, cell.has_window(w) ? cell.window_offset(w) : -1);
   }
   return v;
 }
@@ -301,8 +155,8 @@ struct Norm {
   __device__ acc_t d(acc_t u, int lane) const {
     return u - mean[lane % T::kChannels];
   }
-  __device__ acc_t z(acc_t d, acc_t residual, int lane) const {
-    return std::fma(d, scale[lane % T::kChannels], bias[lane % T::kChannels]) + residual;
+  __device__ acc_t z(acc_t d, int lane) const {
+    return std::fma(d, scale[lane % T::kChannels], bias[lane % T::kChannels]);
   }
 };
 
@@ -338,11 +192,15 @@ __device__ inline acc_t gated(Activation kind, acc_t slope, acc_t z, acc_t x) {
 // How a call is launched: the widest accesses that its maps allow, and the grid.
 struct Plan {
   Shape shape;
-  Cells cells;
+  Cells cells; // of a kernel with sums
+  Cells unsummed; // of one without
   int lanes;
 
   fastjac::Geometry blocks() const {
     return {static_cast<unsigned>(cells.tiles * cells.chunks), kThreads};
+  }
+  fastjac::Geometry unsummed_blocks() const {
+    return {static_cast<unsigned>(unsummed.tiles * unsummed.chunks), kThreads};
   }
   fastjac::Geometry channels() const {
     return {static_cast<unsigned>(shape.channels), kThreads};
@@ -401,31 +259,55 @@ Plan make_plan(Shape s, bool windows_only, std::initializer_list<const void*> ma
 
   Cells c{};
   const int64_t along = s.channels_last ? 1 : lanes;
-  c.rows = windows_only ? s.out_height : kernel == 1 ? 1 : (s.height + 1) / 2;
-  c.columns = windows_only ? s.out_width : kernel == 1 ? s.width : (s.width + 1) / 2;
-  if (!windows_only && kernel == 3 && s.pool.padding == 0) { // the first pixels are before a window
-    c.first = -1;
-    c.rows = s.height / 2 + 1;
-    c.columns = s.width / 2 + 1;
-  }
-  c.columns /= along;
-  c.count = s.batch * c.rows * c.columns;
-
+  const int most_across = kernel == 3 ? kStripAcross : kWarp;
   const int64_t vectors_across = s.channels_last ? s.channels / lanes : s.channels;
   c.across = 1;
-  while (s.channels_last && c.across < kWarp && c.across < vectors_across) c.across *= 2;
+  while (s.channels_last && c.across < most_across && c.across < vectors_across) c.across *= 2;
   const int64_t tiles = (vectors_across + c.across - 1) / c.across;
   c.tiles = static_cast<int>(tiles);
+
+  // The cells that hold all of the pixels, the first of which are in the padding.
+  const auto cells = [&](int64_t size) {
+    return kernel == 1 ? size : (size + s.pool.padding + 1) / 2;
+  };
+  c.rows = windows_only ? s.out_height : cells(s.height);
+  c.columns = (windows_only ? s.out_width : cells(s.width)) / along;
+  c.strip = 1;
+  int64_t least = kThreads / c.across * kCellsPerThread;
   c.step = kThreads / c.across;
-  const int64_t least = c.step * kCellsPerThread;
-  const int64_t most_chunks = tiles < kMaxBlocks ? kMaxBlocks / tiles : 1;
-  const int64_t chunks = (c.count + least - 1) / least;
-  c.chunk = chunks <= most_chunks ? least : (c.count + most_chunks - 1) / most_chunks;
-  c.chunks = (c.count + c.chunk - 1) / c.chunk;
+  if (kernel == 3) {
+    // A window begins in the last row of the one above; and to a pixel, the windows above and to the
+    // left of its cell's give too.
+    c.lead = windows_only ? 1 : 2;
+    c.halo = windows_only ? 0 : 1;
+    least = c.step -= c.halo;
+    const int64_t rows = c.rows;
+    const auto cut = [&](int64_t strip) {
+      c.strip = strip;
+      c.rows = (rows + strip - 1) / strip;
+    };
+    const auto blocks = [&] {
+      return tiles * ((s.batch * c.rows * c.columns + least - 1) / least);
+    };
+    cut(rows);
+    while (c.strip >= 2 * kStripRows && blocks() < kMaxSummingBlocks) cut((c.strip + 1) / 2);
+    if (!windows_only) cut(c.strip + c.strip % 2); // with those before it, even
+  }
+  c.count = s.batch * c.rows * c.columns;
+
+  const auto split = [&](int64_t most_blocks) {
+    const int64_t most_chunks = tiles < most_blocks ? most_blocks / tiles : 1;
+    const int64_t chunks = (c.count + least - 1) / least;
+    Cells cut = c;
+    cut.chunk = chunks <= most_chunks ? least : (c.count + most_chunks - 1) / most_chunks;
+    if (kernel == 3) cut.chunk = (cut.chunk + c.step - 1) / c.step * c.step; // no turn in part
+    cut.chunks = (c.count + cut.chunk - 1) / cut.chunk;
+    return cut;
+  };
   c.step_column = c.step % c.columns;
   c.step_row = c.step / c.columns % c.rows;
   c.step_batch = c.step / c.columns / c.rows;
-  return {s, c, lanes};
+  return {s, split(kMaxSummingBlocks), split(kMaxBlocks), lanes};
 }
 
 } // namespace fastjac::norm_act_pool

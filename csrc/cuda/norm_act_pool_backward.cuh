@@ -4,17 +4,17 @@
 //   combine        -> the sums per channel, weight's and bias's cotangents
 //   write_backward gy, u, the sums -> gu = of_g g + of_d d + constant + curvature, residual's g
 //
-// The sums need the windows' choices alone: each adds gy at its own choice, so that a 3x3 pool costs
-// reduce 9 pixels per window. write_backward gathers. Must move u and gy in twice, gu out once, and
-// residual, its cotangent and the curvature where there are any. Without sums, u and gy once. 128
-// registers, or 168 where a thread has eight channels or overlapping windows: no spills.
+// The sums need the windows' choices alone: each adds gy at its own choice. write_backward gathers.
+// Must move u and gy in twice, gu out once, and residual, its cotangent and the curvature where there
+// are any. Without sums, u and gy once. 128 registers, or 168 where a thread has eight channels or
+// overlapping windows, or 255 where those are of 32 or 64 bits: no spills.
 //
 // Includes nothing of PyTorch.
 #pragma once
 
 #include "norm_act_pool.cuh"
 #include "norm_act_pool_sums.cuh"
-#include "norm_act_pool_windows.cuh"
+#include "norm_act_pool_strips.cuh"
 
 namespace fastjac::norm_act_pool {
 
@@ -32,28 +32,26 @@ __global__ void __launch_bounds__(kThreads, 4 - T::kWide - kTangent) reduce(
   constexpr int kCount = kTangent ? kSums : 2;
   Worker<T> worker(shape, cells);
   const Norm<T> norm(x, worker);
+  Windowing<T> windows(x, norm, worker);
   acc_t sums[kCount][T::kChannels] = {};
-  while (worker.has_cells()) {
-    const Cell<T> cell = worker.next();
-    Pixels<T> u{}, residual{}, t{};
-    if constexpr (T::kKernel != 3 || kTangent) u = load_pixels(x.u, cell);
-    if constexpr (T::kKernel != 3) residual = load_pixels(x.residual, cell);
-    if constexpr (kTangent) t = load_pixels(tu, cell);
-    const Windows<T> cotangent = load_windows(gy, cell);
-    Choice<T> choice[T::kOwn];
-    choose(x, norm, worker, cell, u, residual, choice);
+  worker.for_each_cell([&](const auto& cell) {
+    windows.load(cell);
+    Pixels<T> t{};
+    if constexpr (kTangent) t = windows.pixels(tu, cell);
+    const auto cotangent = load_windows<T>(gy, cell);
+    windows.choose(cell);
     Windows<T> t_chosen{};
-    if constexpr (kTangent) t_chosen = chosen(tu, worker, cell, t, choice);
+    if constexpr (kTangent) t_chosen = windows.chosen(tu, cell, t);
     with_activation(x.activation, [&](auto kind) {
 #pragma unroll
       for (int w = 0; w < T::kOwn; ++w) {
-        if (cell.window[w] < 0) continue;
+        if (!cell.has_window(w)) continue;
 #pragma unroll
         for (int k = 0; k < T::kLanes; ++k) {
           const int c = k % T::kChannels;
-          const acc_t g = gated<acc_t>(kind.value, x.slope, choice[w].z[k], cotangent(w, k));
+          const acc_t g = gated<acc_t>(kind.value, x.slope, windows.choice[w].z[k], cotangent(w, k));
           sums[0][c] += g;
-          sums[1][c] += g * choice[w].d[k];
+          sums[1][c] += g * windows.choice[w].d[k];
           if constexpr (kTangent) sums[2][c] += g * t_chosen(w, k);
         }
       }
@@ -61,16 +59,17 @@ __global__ void __launch_bounds__(kThreads, 4 - T::kWide - kTangent) reduce(
     if constexpr (kTangent) {
 #pragma unroll
       for (int p = 0; p < T::kPixels; ++p) {
-        if (cell.pixel[p] < 0) continue;
+        if (!cell.has_pixel(p)) continue;
 #pragma unroll
         for (int k = 0; k < T::kLanes; ++k) {
           const int c = k % T::kChannels;
           sums[3][c] += t(p, k);
-          sums[4][c] += t(p, k) * norm.d(u(p, k), k);
+          sums[4][c] += t(p, k) * windows.d(p, k);
         }
       }
     }
-  }
+    windows.leave();
+  });
   block_sums(sums, worker, [&](int s, int64_t channel, acc_t sum) {
     partial[(s * shape.channels + channel) * cells.chunks + worker.chunk] = sum;
   });
@@ -88,7 +87,9 @@ struct BackwardOutputs {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, T::kWide ? 3 : 4) write_backward(
+__global__ void __launch_bounds__(
+    kThreads, !T::kWide ? 4 : T::kKernel == 3 && sizeof(typename T::scalar_t) > 2 ? 2 : 3
+) write_backward(
     Inputs<typename T::scalar_t> x,
     const typename T::scalar_t* __restrict__ gy, // [B, C, h, w]
     const typename T::scalar_t* __restrict__ curvature, // [B, C, H, W]; or null
@@ -116,23 +117,25 @@ __global__ void __launch_bounds__(kThreads, T::kWide ? 3 : 4) write_backward(
     of_d[k] = affine.of_d;
     constant[k] = affine.constant;
   }
-  while (worker.has_cells()) {
-    const Cell<T> cell = worker.next();
-    const Pixels<T> u = load_pixels(x.u, cell);
-    const Unpooled<T> unpooled = unpool(gy, x, norm, worker, cell, u);
+  Windowing<T> windows(x, norm, worker);
+  worker.for_each_cell([&](const auto& cell) {
+    windows.load(cell);
+    windows.load_cotangents(gy, cell);
+    if constexpr (T::kKernel > 1) windows.choose(cell);
+    windows.unpool(cell);
     with_activation(x.activation, [&](auto kind) {
 #pragma unroll
       for (int p = 0; p < T::kPixels; p += T::kGroup) {
-        const auto residual = load_pixels<T, T::kGroup>(x.residual, cell, p);
-        const auto added = load_pixels<T, T::kGroup>(curvature, cell, p);
+        const auto residual = windows.residual(cell, p);
+        const auto added = windows.group(curvature, cell, p);
         Values<T, T::kGroup> out, g_out;
 #pragma unroll
         for (int i = 0; i < T::kGroup; ++i) {
 #pragma unroll
           for (int k = 0; k < T::kLanes; ++k) {
             const int c = k % T::kChannels;
-            const acc_t d = norm.d(u(p + i, k), k), z = norm.z(d, residual(i, k), k);
-            const acc_t g = gated<acc_t>(kind.value, x.slope, z, unpooled(p + i, k));
+            const acc_t d = windows.d(p + i, k), z = windows.z(p + i, k, residual(i, k));
+            const acc_t g = gated<acc_t>(kind.value, x.slope, z, windows.unpooled(p + i, k));
             acc_t cotangent = norm.scale[c] * g;
             // Not of a d that is not finite, where nothing is of d.
             if (has_d) cotangent += of_d[c] * d + constant[c];
@@ -144,7 +147,8 @@ __global__ void __launch_bounds__(kThreads, T::kWide ? 3 : 4) write_backward(
         store_group(gresidual, cell, p, g_out);
       }
     });
-  }
+    windows.leave();
+  });
 }
 
 constexpr int kBackwardLanes = 8;
@@ -198,8 +202,8 @@ void backward(
     }
     if (out.gu == nullptr && out.gresidual == nullptr) return;
     launch(
-        plan.blocks(), write_backward<T>, x, gy, curvature, coefficient, sums,
-        training && out.gu != nullptr, count, out.gu, out.gresidual, plan.shape, plan.cells
+        plan.unsummed_blocks(), write_backward<T>, x, gy, curvature, coefficient, sums,
+        training && out.gu != nullptr, count, out.gu, out.gresidual, plan.shape, plan.unsummed
     );
   });
 }

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "norm_act_pool.cuh"
-#include "norm_act_pool_windows.cuh"
+#include "norm_act_pool_strips.cuh"
 
 namespace fastjac::norm_act_pool {
 
@@ -21,28 +21,24 @@ __global__ void __launch_bounds__(kThreads, T::kWide ? 4 : 6) normalise_activate
 ) {
   Worker<T> worker(shape, cells);
   const Norm<T> norm(x, worker);
-  while (worker.has_cells()) {
-    const Cell<T> cell = worker.next();
-    Pixels<T> u{}, residual{};
-    if constexpr (T::kKernel != 3) {
-      u = load_pixels(x.u, cell);
-      residual = load_pixels(x.residual, cell);
-    }
-    Choice<T> choice[T::kOwn];
-    choose(x, norm, worker, cell, u, residual, choice);
+  Windowing<T> windows(x, norm, worker);
+  worker.for_each_cell([&](const auto& cell) {
+    windows.load(cell);
+    windows.choose(cell);
     with_activation(x.activation, [&](auto kind) {
 #pragma unroll
       for (int w = 0; w < T::kOwn; ++w) {
-        if (cell.window[w] < 0) continue;
+        if (!cell.has_window(w)) continue;
         Vector<typename T::scalar_t, T::kLanes> out;
 #pragma unroll
         for (int k = 0; k < T::kLanes; ++k) {
-          assign(out.x[k], value<typename T::acc_t>(kind.value, x.slope, choice[w].z[k]));
+          assign(out.x[k], value<typename T::acc_t>(kind.value, x.slope, windows.choice[w].z[k]));
         }
-        store_vector<T::kLanes>(y + cell.window[w], out);
+        store_vector<T::kLanes>(y + cell.window_offset(w), out);
       }
     });
-  }
+    windows.leave();
+  });
 }
 
 constexpr int kForwardLanes = 8;
@@ -56,7 +52,7 @@ template <typename scalar_t, typename Launch>
 void forward(const Launch& launch, const Plan& plan, const Inputs<scalar_t>& x, scalar_t* y) {
   with_traits<scalar_t, kForwardLanes>(plan, [&](auto traits) {
     using T = decltype(traits);
-    launch(plan.blocks(), normalise_activate_pool<T>, x, y, plan.shape, plan.cells);
+    launch(plan.unsummed_blocks(), normalise_activate_pool<T>, x, y, plan.shape, plan.unsummed);
   });
 }
 

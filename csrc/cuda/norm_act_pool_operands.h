@@ -35,6 +35,15 @@ inline void check_grid(const char* op, const Geometry& g) {
       g.channels <= std::numeric_limits<int32_t>::max(), op, ": u must have at most ",
       std::numeric_limits<int32_t>::max(), " channels on CUDA, got ", g.channels
   );
+  if (g.pool.kernel < 3) return;
+  // Within a window, places are bytes in 32 bits.
+  constexpr int64_t most = int64_t{1} << 27;
+  const int64_t row = g.width * (g.channels_last ? g.channels : 1);
+  STD_TORCH_CHECK(
+      g.height <= most && row <= most, op, ": for a 3x3 pool on CUDA, u must have at most ", most,
+      " rows, of as many elements each, got ", g.height, " of ", row,
+      "; crop it, or pool it in parts"
+  );
 }
 
 inline Shape shape(const Geometry& g) {

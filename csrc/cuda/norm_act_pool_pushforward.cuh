@@ -49,63 +49,62 @@ __global__ void __launch_bounds__(kThreads, !kBatch ? 4 : T::kWide ? 2 : 3) push
     if (kBatch) of_kappa[k] = curvature(s, norm.scale[k], x.invstd[c], acc_t(count));
   }
   acc_t sum[1][T::kChannels] = {};
-  while (worker.has_cells()) {
-    const Cell<T> cell = worker.next();
-    const bool pixels = T::kKernel != 3 || (kBatch && kappa != nullptr);
-    Pixels<T> u{}, residual{}, t{}, t_residual{};
-    if (pixels) {
-      u = load_pixels(x.u, cell);
-      t = load_pixels(tangents.tu, cell);
-    }
+  Windowing<T> windows(x, norm, worker);
+  const bool curved = kBatch && kappa != nullptr;
+  worker.template for_each_cell<kBatch ? 2 : 1>([&](const auto& cell) {
+    windows.load(cell);
+    Pixels<T> t{}, t_residual{};
     if constexpr (T::kKernel != 3) {
-      residual = load_pixels(x.residual, cell);
+      t = load_pixels(tangents.tu, cell);
       t_residual = load_pixels(tangents.tresidual, cell);
     }
-    const Windows<T> gy = kBatch ? Windows<T>{} : load_windows(tangents.gy, cell);
-    Choice<T> choice[T::kOwn];
-    choose(x, norm, worker, cell, u, residual, choice);
-    const auto t_chosen = chosen(tangents.tu, worker, cell, t, choice);
-    const auto r_chosen = chosen(tangents.tresidual, worker, cell, t_residual, choice);
+    const auto gy = kBatch ? Windows<T>{} : load_windows<T>(tangents.gy, cell);
+    windows.choose(cell);
+    const auto t_chosen = windows.chosen(tangents.tu, cell, t);
+    const auto r_chosen = windows.chosen(tangents.tresidual, cell, t_residual);
     with_activation(x.activation, [&](auto kind) {
 #pragma unroll
       for (int w = 0; w < T::kOwn; ++w) {
-        if (cell.window[w] < 0) continue;
+        if (!cell.has_window(w)) continue;
         Vector<scalar_t, T::kLanes> out;
 #pragma unroll
         for (int k = 0; k < T::kLanes; ++k) {
           const int c = k % T::kChannels;
-          const acc_t z = choice[w].z[k], tu = t_chosen(w, k);
+          const acc_t z = windows.choice[w].z[k], tu = t_chosen(w, k);
           acc_t tz = of_tn[c].of_tu * tu + r_chosen(w, k);
-          if constexpr (kBatch) tz += of_tn[c].of_d * choice[w].d[k] + of_tn[c].constant;
+          if constexpr (kBatch) tz += of_tn[c].of_d * windows.choice[w].d[k] + of_tn[c].constant;
           assign(out.x[k], gated<acc_t>(kind.value, x.slope, z, tz));
           if constexpr (!kBatch) sum[0][c] += gated<acc_t>(kind.value, x.slope, z, gy(w, k)) * tu;
         }
-        store_vector<T::kLanes>(ty + cell.window[w], out);
+        store_vector<T::kLanes>(ty + cell.window_offset(w), out);
       }
     });
-    if (!kBatch || kappa == nullptr) continue;
-
-    const Unpooled<T> unpooled = unpool(tangents.gy, x, norm, worker, cell, u);
-    with_activation(x.activation, [&](auto kind) {
+    if (curved) {
+      windows.load_cotangents(tangents.gy, cell);
+      if constexpr (T::kKernel == 3) t = windows.pixels(tangents.tu, cell);
+      windows.unpool(cell);
+      with_activation(x.activation, [&](auto kind) {
 #pragma unroll
-      for (int p = 0; p < T::kPixels; p += T::kGroup) {
-        const auto added = load_pixels<T, T::kGroup>(x.residual, cell, p);
-        Values<T, T::kGroup> out;
+        for (int p = 0; p < T::kPixels; p += T::kGroup) {
+          const auto residual = windows.residual(cell, p);
+          Values<T, T::kGroup> out;
 #pragma unroll
-        for (int i = 0; i < T::kGroup; ++i) {
+          for (int i = 0; i < T::kGroup; ++i) {
 #pragma unroll
-          for (int k = 0; k < T::kLanes; ++k) {
-            const Affine<acc_t>& of = of_kappa[k % T::kChannels];
-            const acc_t d = norm.d(u(p + i, k), k), z = norm.z(d, added(i, k), k);
-            const acc_t g = gated<acc_t>(kind.value, x.slope, z, unpooled(p + i, k));
-            const acc_t sum = of.of_g * g + of.of_tu * t(p + i, k);
-            assign(out.x[i].x[k], sum + (of.of_d * d + of.constant));
+            for (int k = 0; k < T::kLanes; ++k) {
+              const Affine<acc_t>& of = of_kappa[k % T::kChannels];
+              const acc_t d = windows.d(p + i, k), z = windows.z(p + i, k, residual(i, k));
+              const acc_t g = gated<acc_t>(kind.value, x.slope, z, windows.unpooled(p + i, k));
+              const acc_t rest = of.of_tu * t(p + i, k) + (of.of_d * d + of.constant);
+              assign(out.x[i].x[k], of.of_g * g + rest);
+            }
           }
+          store_group(kappa, cell, p, out);
         }
-        store_group(kappa, cell, p, out);
-      }
-    });
-  }
+      });
+    }
+    windows.leave();
+  });
   if constexpr (!kBatch) {
     block_sums(sum, worker, [&](int, int64_t channel, acc_t total) {
       partial[channel * cells.chunks + worker.chunk] = total;
@@ -154,11 +153,8 @@ void pushforward(
   const Totals<acc_t> totals{sums, nullptr, nullptr, out.total, out.coefficient};
   with_traits<scalar_t, kPushforwardLanes>(plan, [&](auto traits) {
     using T = decltype(traits);
-    const auto run = [&](auto kernel) {
-      launch(
-          plan.blocks(), kernel, x, t, sums, count, out.ty, out.kappa, partial, plan.shape,
-          plan.cells
-      );
+    const auto run = [&](auto kernel, const fastjac::Geometry& blocks, const Cells& cells) {
+      launch(blocks, kernel, x, t, sums, count, out.ty, out.kappa, partial, plan.shape, cells);
     };
     if (batch) {
       launch(plan.blocks(), reduce<T, true>, x, t.gy, t.tu, partial, plan.shape, plan.cells);
@@ -166,9 +162,9 @@ void pushforward(
           plan.channels(), combine<0, kSums, scalar_t, acc_t>, partial, plan.cells.chunks, x, count,
           true, totals
       );
-      run(push<T, true>);
+      run(push<T, true>, plan.unsummed_blocks(), plan.unsummed);
     } else {
-      run(push<T, false>);
+      run(push<T, false>, plan.blocks(), plan.cells);
       launch(
           plan.channels(), combine<2, 1, scalar_t, acc_t>, partial, plan.cells.chunks, x, count,
           false, totals

@@ -75,7 +75,7 @@ struct Totals {
 };
 
 // Adds up the chunks' sums, kCount from the first-th member of Sums on. A block per channel. Must
-// move them once: at most kMaxBlocks tiles of channels.
+// move them once: of a channel, at most kMaxSummingBlocks.
 template <int kFirst, int kCount, typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kThreads, 4) combine(
     const acc_t* __restrict__ partial, // [kCount, C, chunks]

@@ -3,6 +3,9 @@
 // Includes nothing of PyTorch.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -49,6 +52,19 @@ template <typename scalar_t, int kLanes>
 struct alignas(sizeof(scalar_t) * kLanes) Vector {
   scalar_t x[kLanes];
 };
+
+// An element, to compute with. Of two bfloat16 in a word, one instruction for either.
+template <typename scalar_t, int kLanes>
+__device__ inline accumulator_t<scalar_t> element(const Vector<scalar_t, kLanes>& x, int lane) {
+  if constexpr (std::is_same_v<scalar_t, __nv_bfloat16> && kLanes % 2 == 0) {
+    unsigned words[kLanes / 2];
+    memcpy(words, &x, sizeof(words));
+    const unsigned word = words[lane / 2];
+    return __uint_as_float(lane % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  } else {
+    return to_acc(x.x[lane]);
+  }
+}
 
 template <int kLanes, typename scalar_t>
 __device__ inline Vector<scalar_t, kLanes> load_vector(const scalar_t* address) {
