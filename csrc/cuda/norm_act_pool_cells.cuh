@@ -3,9 +3,9 @@
 // Layout: maps are dense, [B, H, W, C] or [B, C, H, W]. They are cut into cells, and a thread works
 // on the cells of kLanes channels at a time (channels-last), or on kLanes neighbouring cells of one
 // channel (contiguous), so that an access has 16 bytes where rows are whole vectors and aligned, and
-// one element elsewhere. Narrower are those that take the registers of too many lanes (8 bytes: 3x3 pools
-// and the pushforward in 16 bits), float64's (8 bytes: it is for checks), and one element's where 3x3
-// windows of a contiguous map overlap. A cell owns, for a pool of
+// one element elsewhere. Narrower are those that take the registers of too many lanes (8 bytes: 3x3
+// pools and the pushforward in 16 bits), float64's (8 bytes: it is for checks), and one element's where
+// 3x3 windows of a contiguous map overlap. A cell owns, for a pool of
 //
 //   none  the same pixel of kPixels cells: that many loads are in flight before the first is used;
 //   2x2   a window. In a map of odd size the last cells are cut off, and own no window;

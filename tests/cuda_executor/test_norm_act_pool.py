@@ -272,6 +272,24 @@ def test_more_chunks_and_tiles_than_one(executor, dtype, pool, layout):
 
 
 @each_format
+@pytest.mark.parametrize("pool", ["3x3", "3x3-unpadded"])
+def test_strips_that_are_cut_and_shared(executor, pool, layout):
+    """Several strips in a column, and blocks whose first column is a neighbour's."""
+    case = Case((2, 12, 41, 36), torch.float32, layout, pool, residual=True)
+    for kind in ("forward", "backward", "pushforward"):
+        run_check(executor, case, "relu", kind)
+
+
+def test_blocks_with_several_turns(executor):
+    """So many tiles of channels that a block goes on to further strips."""
+    case = Case((1, 16393, 1, 30), torch.float32, "channels-last", "3x3")
+    mask = (True, False, False, False)
+    got = backward(executor, case, "relu", False, False, mask)
+    args = (case.gy, *case.inputs(), "relu", SLOPE, "3x3", False, None, None, mask)
+    check(got, ops.norm_act_pool_backward_ref, *args)
+
+
+@each_format
 @each_pool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_order_of_threads_and_blocks_gives_the_same_bits(executor, dtype, pool, layout):
