@@ -13,8 +13,8 @@
 #pragma once
 
 #include "norm_act_pool.cuh"
-#include "norm_act_pool_sums.cuh"
 #include "norm_act_pool_strips.cuh"
+#include "norm_act_pool_sums.cuh"
 
 namespace fastjac::norm_act_pool {
 
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kThreads, 4 - T::kWide - kTangent) reduce(
 #pragma unroll
         for (int k = 0; k < T::kLanes; ++k) {
           const int c = k % T::kChannels;
-          const acc_t g = gated<acc_t>(kind.value, x.slope, windows.choice[w].z[k], cotangent(w, k));
+          const acc_t g =
+              gated<acc_t>(kind.value, x.slope, windows.choice[w].z[k], cotangent(w, k));
           sums[0][c] += g;
           sums[1][c] += g * windows.choice[w].d[k];
           if constexpr (kTangent) sums[2][c] += g * t_chosen(w, k);

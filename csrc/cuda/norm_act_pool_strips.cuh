@@ -31,7 +31,7 @@ class Windowing<T, true> {
 
   // The window's other rows.
   __device__ void load(const StripCell<T>& cell) {
-    const auto load_rows = [&](const scalar_t* __restrict__ map, Pixel (&out)[2][3]) {
+    const auto load_rows = [&](const scalar_t* __restrict__ map, Pixel(&out)[2][3]) {
 #pragma unroll
       for (int a = 0; a < 2; ++a) {
 #pragma unroll

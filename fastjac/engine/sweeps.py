@@ -264,7 +264,9 @@ def _pushed(row: Linearization, v: Tensor, whole: bool, release: bool) -> list[T
         largest = v.abs().amax().to(torch.promote_types(v.dtype, torch.float32))
         scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)
         found = row.forward_sweep((v / scale).to(v.dtype), release)
-        scaled = iter(torch._foreach_mul([g.to(scale.dtype) for g in found if g is not None], scale))
+        scaled = iter(
+            torch._foreach_mul([g.to(scale.dtype) for g in found if g is not None], scale)
+        )
         return [None if g is None else next(scaled) for g in found]
 
 

@@ -30,11 +30,7 @@ KERNEL cells_of_forward(Inputs<S> x, S* __restrict__ y, Shape shape, Cells cells
 
 template <typename T, typename S = typename T::scalar_t>
 KERNEL cells_of_backward_sums(
-    Inputs<S> x,
-    const S* __restrict__ gy,
-    float* __restrict__ partial,
-    Shape shape,
-    Cells cells
+    Inputs<S> x, const S* __restrict__ gy, float* __restrict__ partial, Shape shape, Cells cells
 ) {
   reduce<T, false>(stem(x), gy, nullptr, partial, shape, cells);
 }
@@ -50,9 +46,7 @@ KERNEL cells_of_backward(
     Shape shape,
     Cells cells
 ) {
-  write_backward<T>(
-      stem(x), gy, curvature, nullptr, sums, true, count, gu, nullptr, shape, cells
-  );
+  write_backward<T>(stem(x), gy, curvature, nullptr, sums, true, count, gu, nullptr, shape, cells);
 }
 
 template <typename T, typename S = typename T::scalar_t>
@@ -99,9 +93,9 @@ KERNEL cells_of_fixed_pushforward(
 template <typename T>
 void instantiate() {
   static const void* volatile kernels[] = {
-      (const void*)cells_of_forward<T>,         (const void*)cells_of_backward_sums<T>,
-      (const void*)cells_of_backward<T>,        (const void*)cells_of_pushforward_sums<T>,
-      (const void*)cells_of_pushforward<T>,     (const void*)cells_of_fixed_pushforward<T>,
+      (const void*)cells_of_forward<T>,     (const void*)cells_of_backward_sums<T>,
+      (const void*)cells_of_backward<T>,    (const void*)cells_of_pushforward_sums<T>,
+      (const void*)cells_of_pushforward<T>, (const void*)cells_of_fixed_pushforward<T>,
   };
   (void)kernels[0];
 }
