@@ -63,7 +63,8 @@ def test_with_jacobian_draws_the_devices_random_numbers(strategy, batch_stats):
             nn.Dropout(),
             nn.GELU(),
         )
-        model = nn.Sequential(*stem, nn.RReLU(), nn.Flatten(), nn.LazyLinear(5)).double()
+        head = (nn.RReLU(), nn.Tanh(), nn.Softmax(1), nn.Flatten(), nn.LazyLinear(5))
+        model = nn.Sequential(*stem, *head).double()
         x, y = images()
         model.eval()(x)
         model, x, y = model.train().to("host"), x.to("host"), y.to("host")

@@ -6,6 +6,7 @@
 // As on other devices: tensors of one call are on one device, but for numbers (no dimensions) of the
 // CPU; an operator whose result's shape depends on values waits for them.
 
+#include <algorithm>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -148,37 +149,26 @@ bool is_mask(const at::Tensor& x) {
 }
 
 // Whether the shape of what it gives depends on values, or it reads them.
-bool waits(const c10::FunctionSchema& schema, const torch::jit::Stack& arguments) {
+bool waits(const std::string& name, const torch::jit::Stack& arguments) {
   constexpr std::string_view names[] = {
-      "aten::nonzero",
-      "aten::masked_select",
+      "aten::_local_scalar_dense",
       "aten::_unique2",
+      "aten::bincount",
       "aten::equal",
+      "aten::masked_select",
+      "aten::nonzero",
       "aten::unique_consecutive",
       "aten::unique_dim",
-      "aten::bincount",
       "aten::unique_dim_consecutive",
-      "aten::nonzero_static",
-      "aten::_local_scalar_dense",
   };
-  const std::string& name = schema.name();
-  for (const auto& n : names) {
-    if (n == name) return true;
-  }
-  if (name == "aten::repeat_interleave") return arguments.back().isNone();
+  if (std::ranges::find(names, name) != std::end(names)) return true;
+  if (name == "aten::repeat_interleave") return arguments.back().isNone(); // its result's size
   if (!name.starts_with("aten::index") && !name.starts_with("aten::_index_put")) return false;
-  for (const auto& argument : arguments) {
-    if (!argument.isOptionalTensorList() && !argument.isTensorList()) continue;
-    for (const at::Tensor& index :
-         argument.isTensorList() ? argument.toTensorVector() : std::vector<at::Tensor>()) {
-      if (is_mask(index)) return true;
-    }
-    if (!argument.isOptionalTensorList()) continue;
-    for (const auto& index : argument.toOptionalTensorVector()) {
-      if (index && is_mask(*index)) return true;
-    }
-  }
-  return false;
+  return std::ranges::any_of(arguments, [](const c10::IValue& argument) {
+    if (!argument.isOptionalTensorList()) return false;
+    const auto indices = argument.toOptionalTensorVector();
+    return std::ranges::any_of(indices, [](const auto& x) { return x && is_mask(*x); });
+  });
 }
 
 // While it exists, what takes no generator draws the device's numbers.
@@ -203,7 +193,7 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const size_t first = stack->size() - schema.arguments().size();
   const torch::jit::Stack arguments(stack->begin() + first, stack->end());
-  if (waits(schema, arguments)) note_synchronisation(schema.name());
+  if (waits(schema.name(), arguments)) note_synchronisation(schema.name());
 
   Call call(schema.name());
   std::optional<size_t> generator;
@@ -295,6 +285,17 @@ at::Tensor empty_strided(
       sizes, strides, &allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
       c10::dtype_or_default(dtype)
   );
+}
+
+// Elsewhere it has no memory.
+at::Tensor zeros(
+    c10::IntArrayRef sizes,
+    std::optional<at::ScalarType> dtype,
+    std::optional<at::Layout> layout,
+    std::optional<c10::Device> device,
+    std::optional<bool> pinned
+) {
+  return empty(sizes, dtype, layout, device, pinned, std::nullopt).zero_();
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
@@ -393,6 +394,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
+  m.impl("_efficientzerotensor", &zeros);
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
