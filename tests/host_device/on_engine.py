@@ -77,6 +77,24 @@ def test_with_jacobian_draws_the_devices_random_numbers(strategy, batch_stats):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
 
 
+def test_group_norm_in_channels_last():
+    """PyTorch's kernels for other devices than the CPU take it contiguous."""
+    torch.manual_seed(1)
+    conv, norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
+    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)).double()
+    x, y = images()
+    model(x)
+    found = []
+    for device in ("cpu", "host"):
+        model.zero_grad()
+        there = model.to(device, memory_format=LAST), x.to(device, memory_format=LAST)
+        out = fastjac.with_jacobian(*there, LabelLogit(), y.to(device))
+        (out.jacobian.square().sum() + out.output.square().sum()).backward()
+        found.append([x.cpu() for x in (out.jacobian, conv.weight.grad, norm.weight.grad)])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_autocast():
     """As near to float64's as on a CPU."""
     torch.manual_seed(1)

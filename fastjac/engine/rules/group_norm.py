@@ -55,7 +55,7 @@ class GroupNorm(Rule):
         size = x.numel() // (batch * channels)
         if channels % num_groups or size * channels // num_groups < 2 or x.dim() < 3:
             return NotImplemented  # PyTorch's own function says what is wrong
-        dense = site.joined(x).contiguous(memory_format=layout(x))
+        dense = site.joined(x).contiguous(memory_format=_dense(x))
         y, mean, rstd = torch.native_group_norm(
             dense, weight, bias, batch, channels, size, num_groups, eps
         )
@@ -71,7 +71,7 @@ class GroupNorm(Rule):
 
     def _projected(self, cotangent: Tensor, weight: Tensor | None) -> Tensor:
         """P(gamma c)."""
-        form = layout(self.x)
+        form = _dense(self.x)
         batch, channels = self.x.shape[:2]
         return aten.native_group_norm_backward(
             *(cotangent.contiguous(memory_format=form), self.x.contiguous(memory_format=form)),
@@ -130,3 +130,8 @@ class GroupNorm(Rule):
 
 
 register_alternatives(F.group_norm, rules=[GroupNorm, ReverseOverForward])
+
+
+def _dense(x: Tensor) -> torch.memory_format:
+    """The layout that PyTorch's kernels expect, as F.group_norm gives it: channels-last on a CPU."""
+    return layout(x) if x.device.type == "cpu" else torch.contiguous_format
