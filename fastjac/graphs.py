@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import warnings
@@ -264,6 +265,10 @@ class GraphedStep:
 
         hook = register_optimizer_step_pre_hook(note)
         failure: Exception | None = None
+        # A graph of an earlier step that Python collects during a capture breaks the capture off.
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
         try:
             # thread_local: a data loader's threads go on with their own calls.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -288,6 +293,8 @@ class GraphedStep:
                 "process"
             ) from (failure or error)
         finally:
+            if collects:
+                gc.enable()
             hook.remove()
             torch.cuda.set_stream(current)  # a capture that fails leaves its own
         if before != _host_random_state():

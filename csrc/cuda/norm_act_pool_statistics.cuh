@@ -1,7 +1,8 @@
 // channel_statistics and batch_norm_statistics on CUDA: the moments of each channel, u read once.
 //
-// A thread adds its values up by Welford's recurrence, of their deviations from the channel's first
-// value, which all threads subtract: what is left of a large mean is as small as the deviations. The
+// A thread adds its values up by Welford's recurrence, of their deviations from a value of the channel
+// that is not its largest or smallest, which all threads subtract: what is left of a large mean is as
+// small as the deviations. The
 // threads of a block, in a tree, and then the chunks of a channel, in order and in float64, are
 // merged pairwise (Chan, Golub and LeVeque). Must move u in, once.
 //
@@ -32,6 +33,22 @@ struct Moments {
   }
 };
 
+// What all threads subtract: of the channel's first, middle and last value the one in between, so that
+// an outlier is never taken. Without a pool, a map is one row.
+template <typename acc_t, typename scalar_t>
+__device__ acc_t pivot(const scalar_t* __restrict__ u, const Shape& shape, int64_t channel) {
+  const auto at = [&](int64_t b, int64_t j) -> acc_t {
+    const int64_t map = b * shape.channels * shape.width;
+    return to_acc(
+        u[map + (shape.channels_last ? j * shape.channels + channel : channel * shape.width + j)]
+    );
+  };
+  const acc_t x = at(0, 0), y = at(shape.batch / 2, shape.width / 2);
+  const acc_t z = at(shape.batch - 1, shape.width - 1);
+  const acc_t low = x < y ? x : y, high = x < y ? y : x;
+  return z < low ? low : z < high ? z : high;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 6) chunk_moments(
     const typename T::scalar_t* __restrict__ u, // [B, C, H, W]
@@ -41,12 +58,11 @@ __global__ void __launch_bounds__(kThreads, 6) chunk_moments(
 ) {
   using acc_t = typename T::acc_t;
   Worker<T> worker(shape, cells);
-  acc_t pivot[T::kChannels];
+  acc_t subtracted[T::kChannels];
 #pragma unroll
   for (int k = 0; k < T::kChannels; ++k) {
     const int64_t c = worker.channel < shape.channels ? worker.channel + k : 0;
-    pivot[k] =
-        to_acc(u[shape.channels_last ? c : c * shape.width]); // without a pool, a map is one row
+    subtracted[k] = pivot<acc_t>(u, shape, c);
   }
   acc_t n = 0, mean[T::kLanes] = {}, squares[T::kLanes] = {};
   while (worker.has_cells()) {
@@ -59,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 6) chunk_moments(
       const acc_t inverse = 1 / n;
 #pragma unroll
       for (int k = 0; k < T::kLanes; ++k) {
-        const acc_t x = v(p, k) - pivot[k % T::kChannels], d = x - mean[k];
+        const acc_t x = v(p, k) - subtracted[k % T::kChannels], d = x - mean[k];
         mean[k] += d * inverse;
         squares[k] += d * (x - mean[k]);
       }
@@ -85,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 6) chunk_moments(
     Moments<acc_t> m = warps[0][c];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) m.merge(warps[w][c]);
-    const double shift = to_acc(u[shape.channels_last ? first + c : (first + c) * shape.width]);
+    const double shift = pivot<acc_t>(u, shape, first + c);
     partial[(first + c) * cells.chunks + worker.chunk] = {
         double(m.n), shift + double(m.mean), double(m.squares)
     };

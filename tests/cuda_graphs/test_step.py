@@ -174,6 +174,28 @@ def test_random_numbers_differ_between_replays(device):
 
 
 @ON_CUDA
+def test_an_older_step_may_be_collected_in_a_capture(device):
+    x = torch.ones(3, device=device)
+
+    def replayed() -> None:
+        step = fastjac.graphed(lambda x: x + 1, warmup=2)
+        for _ in range(4):
+            step(x)
+        step.itself = step  # freed by the collector alone
+
+    def collects(x: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            for _ in range(1000):  # enough new objects for the collector to run, if it may
+                made.append([[] for _ in range(10)])
+        return x + 1
+
+    made: list = []
+    replayed()
+    step = fastjac.graphed(collects, warmup=2)
+    assert [step(x).tolist() for _ in range(4)] == [[2, 2, 2]] * 4
+
+
+@ON_CUDA
 def test_the_results_are_overwritten(device):
     step = fastjac.graphed(lambda x: {"twice": [2 * x]}, warmup=2)
     x = torch.ones(2, device=device)

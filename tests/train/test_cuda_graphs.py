@@ -36,8 +36,9 @@ def test_replays_are_the_eager_steps(trainer, small, teacher, tmp_path, target, 
 
 def test_resumes(trainer, small, tmp_path):
     words = ["teacher", *small, "--device", "cuda", "--cuda-graphs", "--epoch-steps", 8]
-    trainer(*words, "--experiment", "whole", "--epochs", 2)
-    trainer(*words, "--experiment", "halves", "--epochs", 1)
+    for more in (("whole", "--epochs", 2), ("halves", "--epochs", 1)):
+        status, _, err = trainer(*words, "--experiment", *more)
+        assert (status, err) == (0, "")
     status, _, err = trainer(*words, "--experiment", "halves", "--epochs", 2, "--resume")
     assert (status, err) == (0, "")
     whole, halves = (rows(tmp_path / "runs" / name) for name in ("whole", "halves"))
