@@ -1,13 +1,18 @@
-"""The error that says what was wrong with what the caller gave."""
+"""The error that says what was wrong with what the caller gave; it needs no PyTorch."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FastjacError(ValueError):
     """Bad input: one line that names the thing, what was expected and what came."""
+
+
+class TrainingFailed(RuntimeError):
+    """The training itself went wrong, with nothing wrong in what was asked for."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> FastjacError:
@@ -22,3 +27,11 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> Fast
     return FastjacError(
         f"unknown {kind} {name!r}{place}; nearest: {', '.join(map(repr, near)) or 'none'}"
     )
+
+
+def existing_file(path: str | Path, expected: str = "weights (.safetensors, .pth or .pt)") -> Path:
+    """``path``; raises if there is no such file. ``expected`` says what should be in it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FastjacError(f"{path}: no such file; expected {expected}")
+    return path

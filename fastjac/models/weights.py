@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, existing_file
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What a ``.pt`` or ``.pth`` file holds: tensors and plain data, on the CPU; no code is run."""
-    path = Path(path)
-    if not path.is_file():
-        raise FastjacError(f"{path}: no such file; expected weights (.safetensors, .pth or .pt)")
+    path = existing_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:

@@ -7,10 +7,10 @@ three comes with one line on the standard error. Any other exception is a bug, a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pkgutil import resolve_name
 
-from fastjac.errors import FastjacError, unknown
+from fastjac.errors import FastjacError, TrainingFailed, unknown
 from fastjac.train.options import (
     DemoOptions,
     EvaluateOptions,
@@ -18,6 +18,7 @@ from fastjac.train.options import (
     TableOptions,
     TeacherOptions,
 )
+from fastjac.train.sources import check_sources
 
 USAGE = """usage: python -m fastjac.train [COMMAND] [OPTIONS]
 
@@ -32,29 +33,28 @@ On the CPU the process keeps the memory it has had from the system (glibc's mall
 peak: mapping it anew at every step costs more than the arithmetic."""
 
 
-def _commands() -> dict[str, tuple[type, Callable[[Any], str]]]:
-    from fastjac.train.commands import score, train
-    from fastjac.train.table import tabulate
-
-    return {
-        "demo": (DemoOptions, tabulate),
-        "teacher": (TeacherOptions, train),
-        "student": (StudentOptions, train),
-        "table": (TableOptions, tabulate),
-        "evaluate": (EvaluateOptions, score),
-    }
+# By command: its options, and the function that does it. PyTorch comes with the latter, in seconds:
+# it is imported once the command line is known to be right.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "demo": (DemoOptions, "fastjac.train.table:tabulate"),
+    "teacher": (TeacherOptions, "fastjac.train.commands:train"),
+    "student": (StudentOptions, "fastjac.train.commands:train"),
+    "table": (TableOptions, "fastjac.train.table:tabulate"),
+    "evaluate": (EvaluateOptions, "fastjac.train.commands:score"),
+}
 
 
 def run(argv: Sequence[str]) -> str:
     """Do what the command line says; the line that reports it."""
     from fastjac.train.parse import parse
 
-    commands = _commands()
     command, rest = ("demo", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
-    if command not in commands:
-        raise unknown("command", command, commands)
-    options_class, do = commands[command]
-    return do(parse(command, options_class, rest))
+    if command not in COMMANDS:
+        raise unknown("command", command, COMMANDS)
+    options_class, function = COMMANDS[command]
+    options = parse(command, options_class, rest)
+    check_sources(options)
+    return resolve_name(function)(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,12 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     try:
-        from fastjac.train.loop import TrainingFailed
-
-        try:
-            print(run(argv))
-        except TrainingFailed as error:
-            return _say(error, 1)
+        print(run(argv))
+    except TrainingFailed as error:
+        return _say(error, 1)
     except FastjacError as error:
         return _say(error, 2)
     except KeyboardInterrupt as stop:

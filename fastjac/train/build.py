@@ -23,6 +23,7 @@ from fastjac.models import (
 )
 from fastjac.models.weights import read_checkpoint
 from fastjac.train.options import RunOptions
+from fastjac.train.sources import find_trained
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -81,12 +82,7 @@ class Trained:
 
 def load_trained(source: str | Path) -> Trained:
     """The network in a run's folder, a checkpoint (``.pt``), or a ``model.safetensors``."""
-    path = Path(source)
-    if path.is_dir():
-        inside = [path / name for name in ("model.safetensors", "last.pt")]
-        path = next((p for p in inside if p.is_file()), inside[0])
-    if not path.is_file():
-        raise FastjacError(f"{path}: no such file; expected a checkpoint or model.safetensors")
+    path = find_trained(source)
     if path.suffix == ".safetensors":
         beside = path.with_name("config.json")
         try:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 from fastjac.data import ImageData, class_balanced, epoch_batches
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, TrainingFailed
 from fastjac.graphs import graphed
 from fastjac.models import ModelSpec, load_weights
 from fastjac.models.weights import read_checkpoint
@@ -24,10 +24,6 @@ from fastjac.train.objective import Objective
 from fastjac.train.options import RunOptions, changed
 
 CHECK_EVERY = 20  # steps between looks at the loss, each of which makes the host wait for a GPU
-
-
-class TrainingFailed(RuntimeError):
-    """The training itself went wrong, with nothing wrong in what was asked for."""
 
 
 def evaluate(

@@ -23,6 +23,7 @@ from fastjac.models import ModelSpec, check_image_size, create_model, load_weigh
 from fastjac.models.levels import level_layer
 from fastjac.train.build import load_trained
 from fastjac.train.options import StudentOptions
+from fastjac.train.sources import is_library_name
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
 
 def _teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, list[str]]:
     source = str(options.teacher)
-    if source.startswith(("torchvision/", "timm/")):
+    if is_library_name(source):
         spec = ModelSpec(source, in_channels=data.channels)
         teacher = create_model(spec, pretrained=options.teacher_weights is None)
         if options.teacher_weights is not None:

@@ -1,13 +1,19 @@
-"""What the commands take: a dataclass each, whose fields are the flags and the keys of a recipe."""
+"""What the commands take: a dataclass each, whose fields are the flags and the keys of a recipe.
+
+Of the dataclasses in ``TOPICS``, the docstring is the heading above their options in the help.
+"""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, unknown
 
 TERMS = ("ce", "activations", "attention", "jacobians")
+# As in fastjac.data and fastjac.models, which import PyTorch.
+DATASETS = ("digits", "cifar100", "mit67", "folder")
+MODELS = ("vgg4", "vgg9", "vgg")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -17,8 +23,8 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class RunOptions:
-    """What every run of training takes."""
+class _Data:
+    """data"""
 
     config: str | None = _option(
         None, "recipe (digits, cifar100, mit67) or YAML file; flags override"
@@ -30,6 +36,12 @@ class RunOptions:
     augment: bool = _option(False, "random crops and flips of the training images")
     num_classes: int | None = _option(None, "classes to expect; default: as many as there are")
     samples_per_class: int | None = _option(None, "train on that many images of each class")
+    workers: int = _option(0, "processes that load images")
+
+
+@dataclass(kw_only=True)
+class _Network:
+    """network"""
 
     model: str = _option("vgg4", "vgg4, vgg9, vgg (with --plan), torchvision/NAME or timm/NAME")
     plan: str | None = _option(None, "layers of the model vgg, such as '16 M 32 M 64 M'")
@@ -38,6 +50,11 @@ class RunOptions:
     weights: str | None = _option(
         None, "start from the weights in a .safetensors, .pth or .pt file"
     )
+
+
+@dataclass(kw_only=True)
+class _Optimisation:
+    """optimisation"""
 
     epochs: int = _option(30, "epochs to train")
     epoch_steps: int | None = _option(None, "steps of an epoch; default: one pass over the images")
@@ -49,6 +66,12 @@ class RunOptions:
     sched: Literal["none", "multistep", "cosine"] = _option("none", "learning rate over the epochs")
     decay_milestones: list[int] = _option([], "multistep: epochs after which the rate drops")
     decay_rate: float = _option(0.1, "multistep: factor of each drop")
+    seed: int = _option(0, "of weights, batches, augmentation and the subset")
+
+
+@dataclass(kw_only=True)
+class _Machine:
+    """precision and device"""
 
     amp: bool = _option(False, "mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "type for --amp")
@@ -56,9 +79,12 @@ class RunOptions:
     cuda_graphs: bool = _option(False, "on a GPU: capture a step once, then replay it")
     torchcompile: bool = _option(False, "compile the network (not with --attention or --jacobians)")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    seed: int = _option(0, "of weights, batches, augmentation and the subset")
-    workers: int = _option(0, "processes that load images")
     threads: int | None = _option(None, "CPU threads of the training; default: as torch has it")
+
+
+@dataclass(kw_only=True)
+class _Output:
+    """output"""
 
     output: str = _option("runs", "folder of all experiments")
     experiment: str | None = _option(
@@ -68,7 +94,16 @@ class RunOptions:
     val_interval: int = _option(1, "epochs between evaluations")
     tensorboard: bool = _option(False, "write TensorBoard events too")
 
+
+@dataclass(kw_only=True)
+class RunOptions(_Output, _Machine, _Optimisation, _Network, _Data):
+    """What every run of training takes."""
+
     def __post_init__(self) -> None:
+        check_dataset(self.dataset)
+        if "/" not in self.model and self.model not in MODELS:
+            known = [*MODELS, f"torchvision/{self.model}", f"timm/{self.model}"]
+            raise unknown("model", self.model, known)
         positive = ("epochs", "batch_size", "lr", "width", "decay_rate", "val_interval")
         positive += ("img_size", "num_classes", "samples_per_class", "epoch_steps", "threads")
         for name in positive:
@@ -95,10 +130,12 @@ class RunOptions:
 class TeacherOptions(RunOptions):
     """Train a network with cross-entropy."""
 
+    example: ClassVar[str] = "teacher --epochs 5"
+
 
 @dataclass(kw_only=True)
-class StudentOptions(RunOptions):
-    """Distil a teacher into a student."""
+class _Terms:
+    """the teacher and the terms of the loss"""
 
     teacher: str | None = _option(
         None, "its run folder, checkpoint or model.safetensors; or torchvision/NAME, timm/NAME"
@@ -109,6 +146,12 @@ class StudentOptions(RunOptions):
     ce: float = _option(1.0, "weight of cross-entropy with the labels")
     activations: float = _option(0.0, "weight of the squared error of the logits")
     attention: float = _option(0.0, "weight of the distance of the attention maps")
+
+
+@dataclass(kw_only=True)
+class _JacobianTerm:
+    """the Jacobian term"""
+
     jacobians: float = _option(0.0, "weight of the distance of the input Jacobians")
     target: Literal["label-logit", "attention-window"] = _option(
         "label-logit", "the scalar whose Jacobian is matched"
@@ -129,6 +172,16 @@ class StudentOptions(RunOptions):
         "auto", "how the Jacobian term is computed"
     )
 
+
+@dataclass(kw_only=True)
+class StudentOptions(_JacobianTerm, _Terms, RunOptions):
+    """Distil a teacher into a student."""
+
+    example: ClassVar[str] = (
+        "student --teacher runs/teacher-digits-vgg4 --jacobians 0.1 --samples-per-class 5 "
+        "--epochs 5 --epoch-steps 40"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for term in TERMS:
@@ -139,8 +192,8 @@ class StudentOptions(RunOptions):
 
 
 @dataclass(kw_only=True)
-class TableOptions(StudentOptions):
-    """Train students by several methods on few images, over several seeds."""
+class _Table:
+    """the table"""
 
     methods: list[str] = _option(
         ["ce", "ce+activations", "ce+jacobians", "ce+activations+jacobians"],
@@ -149,6 +202,15 @@ class TableOptions(StudentOptions):
     samples: list[int] = _option([1, 2, 5, 10, 20], "images per class")
     seeds: list[int] = _option([0, 1, 2, 3, 4], "seeds of the students")
     jobs: int | None = _option(None, "students at a time; default: one per CPU, or 1 on a GPU")
+
+
+@dataclass(kw_only=True)
+class TableOptions(_Table, StudentOptions):
+    """Train students by several methods on few images, over several seeds."""
+
+    example: ClassVar[str] = (
+        "table --config digits --methods ce ce+jacobians --samples 1 5 --seeds 0 1"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,8 +225,6 @@ class TableOptions(StudentOptions):
 
     def terms(self, method: str) -> dict[str, float]:
         """The weight of every term in ``method``."""
-        from fastjac.errors import unknown
-
         chosen = method.split("+")
         for term in chosen:
             if term not in TERMS:
@@ -178,6 +238,8 @@ class TableOptions(StudentOptions):
 class DemoOptions(TableOptions):
     """The recipe ``digits``: a teacher, a hundred students, a table and two pictures."""
 
+    example: ClassVar[str] = "demo --samples 1 20 --seeds 0 1 --experiment short"
+
     config: str | None = _option("digits", "recipe or YAML file; flags override")
     experiment: str | None = _option("demo", "folder of this one")
 
@@ -185,6 +247,8 @@ class DemoOptions(TableOptions):
 @dataclass(kw_only=True)
 class EvaluateOptions:
     """Score a trained network on the test images."""
+
+    example: ClassVar[str] = "evaluate runs/teacher-digits-vgg4"
 
     checkpoint: str = _option(MISSING, "run folder, last.pt, best.pt or model.safetensors")
     dataset: str | None = _option(None, "default: the one that it was trained on")
@@ -194,12 +258,26 @@ class EvaluateOptions:
     workers: int = _option(0, "processes that load images")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
 
+    def __post_init__(self) -> None:
+        if self.dataset is not None:
+            check_dataset(self.dataset)
+
 
 # These may differ between a run and its resumption: they say where and how, not what.
 ELSEWHERE = {
     "config", "data_dir", "download", "device", "workers", "threads", "output", "experiment",
     "resume", "tensorboard", "jobs",
 }  # fmt: skip
+
+
+# In the order of the help.
+TOPICS = (_Data, _Network, _Optimisation, _Terms, _JacobianTerm, _Table, _Machine, _Output)
+
+
+def check_dataset(name: str) -> None:
+    """Raises for an unknown data set."""
+    if name not in DATASETS:
+        raise unknown("dataset", name, DATASETS)
 
 
 def flag(name: str) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from fastjac.errors import FastjacError, unknown
-from fastjac.train.options import flag
+from fastjac.train.options import TOPICS, flag, names
 from fastjac.train.recipes import SECTIONS, read_recipe
 
 Options = TypeVar("Options")
@@ -54,27 +54,40 @@ def parse(
     return cls(**{**chosen.as_dict(), **(overrides or {})})
 
 
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the example's command in one line."""
+
+
 def _parser(command: str, cls: type) -> ArgumentParser:
+    positional = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
     parser = ArgumentParser(
         prog=f"python -m fastjac.train {command}",
+        usage=" ".join(["%(prog)s [OPTIONS]", *positional]),
         description=cls.__doc__,
+        epilog=f"example:\n  python -m fastjac.train {cls.example}",
+        formatter_class=_Help,
         exit_on_error=False,
         allow_abbrev=False,
     )
     hints = get_type_hints(cls)
+    groups = {}  # by the option
+    for topic in TOPICS:
+        if issubclass(cls, topic):
+            groups |= dict.fromkeys(names(topic), parser.add_argument_group(topic.__doc__))
     for f in fields(cls):
+        group = groups.get(f.name, parser)
         default = f.default if f.default_factory is MISSING else f.default_factory()
         kind, text = hints[f.name], f.metadata["help"]
         if default is MISSING:
-            parser.add_argument(f.name, type=kind, help=text)
+            group.add_argument(f.name, type=kind, help=text)
         elif kind in (bool, bool | None):
             yes_no = ActionYesNo(yes_prefix="", no_prefix="no-")
-            parser.add_argument(flag(f.name), action=yes_no, default=default, help=text)
+            group.add_argument(flag(f.name), action=yes_no, default=default, help=text)
         elif get_origin(kind) is list:
             (item,) = get_args(kind)
-            parser.add_argument(flag(f.name), type=item, nargs="+", default=default, help=text)
+            group.add_argument(flag(f.name), type=item, nargs="+", default=default, help=text)
         else:
-            parser.add_argument(flag(f.name), type=kind, default=default, help=text)
+            group.add_argument(flag(f.name), type=kind, default=default, help=text)
     return parser
 
 

@@ -1,0 +1,38 @@
+"""The files that options name. They are looked for before PyTorch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastjac.errors import FastjacError, existing_file
+from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
+
+
+def is_library_name(model: str) -> bool:
+    """Whether ``model`` names a network of torchvision or timm."""
+    return model.startswith(("torchvision/", "timm/"))
+
+
+def find_trained(source: str | Path) -> Path:
+    """The file with the network of a run's folder, or ``source`` itself where that is a file."""
+    path = Path(source)
+    if path.is_dir():
+        inside = [path / name for name in ("model.safetensors", "last.pt")]
+        path = next((p for p in inside if p.is_file()), inside[0])
+    return existing_file(path, "a checkpoint or model.safetensors")
+
+
+def check_sources(options: RunOptions | EvaluateOptions) -> None:
+    """Raises for a file or folder that the options name and that is not there."""
+    if options.data_dir is not None and not (options.download or Path(options.data_dir).is_dir()):
+        raise FastjacError(f"--data-dir {options.data_dir}: no such folder")
+    if isinstance(options, EvaluateOptions):
+        find_trained(options.checkpoint)
+        return
+    if options.weights is not None:
+        existing_file(options.weights)
+    if isinstance(options, StudentOptions) and options.teacher is not None:
+        if not is_library_name(options.teacher):
+            find_trained(options.teacher)
+        elif options.teacher_weights is not None:
+            existing_file(options.teacher_weights)
