@@ -58,7 +58,7 @@ def source(tmp_path: Path) -> Path:
     ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     for folder in ("csrc", "fastjac"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
-    for name in ("pyproject.toml", "setup.py", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
     return target
 
@@ -216,6 +216,9 @@ def test_without_a_compiler_the_wheel_is_pure(source):
     assert name.endswith("-py3-none-any.whl")
     assert not [f for f in files if ".so" in f]
     assert not stale.exists()
+    (metadata,) = (source / "unpacked").glob("fastjac-*.dist-info/METADATA")
+    assert "\nLicense-Expression: MIT\n" in metadata.read_text()
+    assert "the fastjac authors" in (metadata.parent / "licenses" / "LICENSE").read_text()
     reason = "no C++ compiler was found ('no-such-compiler' is not on the PATH)"
     assert f"fastjac: building without CPU operators: {reason}" in said
     assert reason in warning(python(MATCH, source / "unpacked"))

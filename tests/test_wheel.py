@@ -27,6 +27,7 @@ ELSEWHERE |= {
     "test_gpu_check.py",
     "test_support.py",
     "test_headers.py",
+    "test_metadata.py",
 }
 
 
