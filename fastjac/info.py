@@ -1,7 +1,8 @@
 """``python -m fastjac.info``: what is built, what is loaded, and why anything is not.
 
-Environment variables, read at import: ``FASTJAC_NATIVE=0`` runs without the native operators, on
-their PyTorch references; ``FASTJAC_CPU_ISA=portable|avx2|avx512`` limits the CPU's instruction set.
+Environment variables, read when fastjac is first used: ``FASTJAC_NATIVE=0`` runs without the native
+operators, on their PyTorch references; ``FASTJAC_CPU_ISA=portable|avx2|avx512`` limits the CPU's
+instruction set.
 When building: ``FASTJAC_NATIVE=0`` and ``FASTJAC_CUDA=0`` leave out native and CUDA code,
 ``FASTJAC_CUDA=1`` insists on CUDA, ``TORCH_CUDA_ARCH_LIST`` chooses its architectures.
 """
