@@ -1,8 +1,13 @@
-"""The error that says what was wrong with what the caller gave; it needs no PyTorch."""
+"""The error that says what was wrong with what the caller gave, and the line that says what was done.
+
+It needs no PyTorch.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,3 +40,9 @@ def existing_file(path: str | Path, expected: str = "weights (.safetensors, .pth
     if not path.is_file():
         raise FastjacError(f"{path}: no such file; expected {expected}")
     return path
+
+
+@functools.cache
+def notice(text: str) -> None:
+    """Log ``text`` as a warning, once per process; without any logging set up, a line on stderr."""
+    logging.getLogger("fastjac").warning("fastjac: %s", text)

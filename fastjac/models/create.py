@@ -126,9 +126,15 @@ def _downloaded(spec: ModelSpec, build):
         ) from error
 
 
+def find_head(net: nn.Module) -> tuple[str, nn.Module]:
+    """The name and the module of the last layer, which gives the logits."""
+    layers = [m for m in net.named_modules() if isinstance(m[1], nn.Linear | nn.Conv2d)]
+    return layers[-1] if layers else ("", net)
+
+
 def _fit_head(net: nn.Module, spec: ModelSpec) -> None:
     """Give ``net`` a new last layer where its class count is not the wanted one."""
-    name, head = [m for m in net.named_modules() if isinstance(m[1], nn.Linear | nn.Conv2d)][-1]
+    name, head = find_head(net)
     parent = net.get_submodule(name.rpartition(".")[0])
     if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:
         new: nn.Module = nn.Linear(head.in_features, spec.num_classes)

@@ -2,70 +2,250 @@
 
 from __future__ import annotations
 
-import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastjac.errors import FastjacError, existing_file
+from fastjac.errors import FastjacError, notice
+from fastjac.models.create import find_head
+
+# The keys that other trainers save weights at.
+_EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema")
+_PLAIN = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "params")
+# Parts of a checkpoint that hold tensors and are no network.
+_NO_NETWORK = ("optim", "sched", "scaler", "rng", "criterion")
+# The names of modules that wrap another: DistributedDataParallel, compile, FSDP, checkpoints.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+class _Opaque:
+    """Stands for any class or function that a file names: what it would make is an empty mapping.
+
+    A mapping, since torch's unpickler adds items to those alone; a module's state is in its __dict__.
+    """
+
+    def __new__(cls, *args: Any) -> OrderedDict:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _OpaqueNumpy:
+    """The same for NumPy's scalars and arrays, whose state is a tuple."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a ``.pt`` or ``.pth`` file holds: tensors and plain data, on the CPU; no code is run."""
-    path = existing_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise FastjacError(
-            f"{path} is not a readable PyTorch file of plain tensors: "
-            f"{str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+    """What a ``.pt`` or ``.pth`` file holds: tensors and plain data, on the CPU; no code is run.
+
+    An object of any other class is replaced by an empty one.
+    """
+    path = Path(path)
+    _first_bytes(path)
+    content = _load(path)
     if not isinstance(content, dict):
         raise FastjacError(f"{path}: expected a state dict, got {type(content).__name__}")
     return content
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a ``.safetensors``, ``.pth`` or ``.pt`` file, a checkpoint's included."""
+    """The state dict in a ``.safetensors``, ``.pth``, ``.pt`` or ``.npz`` file.
+
+    It may lie at a key of a checkpoint (``state_dict``, ``model`` and the like), or be a whole module,
+    of which only the tensors are read. An exponential moving average is preferred, with a notice.
+    """
     path = Path(path)
-    if path.suffix == ".safetensors" and path.is_file():
+    start = _first_bytes(path)
+    if start[8:9] == b"{" or (path.suffix == ".safetensors" and start[:2] != b"PK"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise FastjacError(f"{path} is not a safetensors file: {error}") from error
-    content = read_checkpoint(path)
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise FastjacError(f"{path}: expected a state dict, a mapping of names to tensors")
-    return content
+    content = _load_numpy(path) if path.suffix == ".npz" else _load(path)
+    weights = _state_dict(content, path)
+    if not weights:
+        raise FastjacError(
+            f"{path}: expected a state dict, a mapping of names to plain tensors"
+            + (f"; got the keys {', '.join(map(repr, list(content)[:5]))}" if content else "")
+        )
+    return weights
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: str | Path, ignore_head: bool = True
+) -> None:
     """Copy ``weights`` into ``model``; every name and shape must be the model's.
 
-    Only ``normalize.mean`` and ``normalize.std`` may be absent, as they are from another library's
-    file: the model's stay. ``source`` is named in the error.
+    Names lose what wrappers put before them (``module.``, ``_orig_mod.``, a LightningModule's
+    ``model.``). Absent may be ``normalize.mean`` and ``normalize.std``, as they are from another
+    library's file, and BatchNorm's counters, as from an old one: the model's stay. So does a head for
+    another number of classes, with a notice, if ``ignore_head``. ``source`` is named in the error.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in weights and not k.startswith("normalize.")]
+    head = find_head(model)[0] + "."
+    weights = _renamed(weights, own, head, source)
+    reshaped = [k for k in own if k in weights and weights[k].shape != own[k].shape]
+    classes = own[f"{head}weight"].shape[:1] if f"{head}weight" in own else None
+    heads = [head]  # and auxiliary ones
+    heads += [k.removesuffix("weight") for k in reshaped if own[k].shape[:1] == classes]
+    missing = [
+        k for k in own if k not in weights and not k.startswith("normalize.")
+        and not k.endswith(".num_batches_tracked")
+    ]  # fmt: skip
     surplus = [k for k in weights if k not in own]
-    shapes = [
-        f"{k} is {list(weights[k].shape)}, expected {list(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    problems = shapes + [f"no {k}" for k in missing] + [f"unexpected {k}" for k in surplus]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise FastjacError(
-            f"{source} holds another model than this {type(model).__name__}: "
-            f"{'; '.join(problems[:3])}{more}"
+    if different := [*reshaped, *missing, *surplus]:
+        in_head = all(k.startswith(tuple(heads)) for k in different) and all(
+            weights[k].shape[1:] == own[k].shape[1:] for k in reshaped
         )
-    model.load_state_dict(weights, strict=False)
+        if not (in_head and ignore_head):
+            _refuse(model, weights, source, (reshaped, missing, surplus), in_head)
+        kept = sorted({k.rpartition(".")[0] for k in different})
+        notice(f"{source}: its head ({', '.join(kept)}) is left out, being of another size")
+    model.load_state_dict({k: v for k, v in weights.items() if k not in different}, strict=False)
+
+
+def _refuse(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    source: str | Path,
+    different: tuple[list[str], list[str], list[str]],
+    in_head: bool,
+) -> None:
+    own, (reshaped, missing, surplus) = model.state_dict(), different
+    problems = [f"{k} is {list(weights[k].shape)}, expected {list(own[k].shape)}" for k in reshaped]
+    problems += [f"no {k}" for k in missing] + [f"unexpected {k}" for k in surplus]
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    advice = "; only the head differs, which --ignore-head leaves out of --weights"
+    raise FastjacError(
+        f"{source} holds another model than this {type(model).__name__}: "
+        f"{'; '.join(problems[:3])}{more}{advice if in_head else ''}"
+    )
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The start of the file; raises for what people take for weights and is something else."""
+    expected = "expected weights (.safetensors, .pth, .pt or .npz)"
+    if path.is_dir():
+        raise FastjacError(f"{path} is a folder; {expected}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except FileNotFoundError as error:
+        raise FastjacError(f"{path}: no such file; {expected}") from error
+    except OSError as error:
+        raise FastjacError(f"{path} cannot be read: {error.strerror}") from error
+    if not start:
+        raise FastjacError(f"{path} is not a weights file: it is empty; {expected}")
+    if start.startswith(b"version https://git-lfs"):
+        raise FastjacError(f"{path} is a Git LFS pointer; 'git lfs pull' fetches the weights")
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise FastjacError(f"{path} is a web page; {expected}: download the file itself")
+    return start
+
+
+def _load(path: Path) -> Any:
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file from before PyTorch 1.6, which cannot be searched, or a damaged one
+        unknown = ["argparse.Namespace"]
+    stand_ins = [(_OpaqueNumpy if k.startswith("numpy") else _Opaque, k) for k in unknown]
+    try:
+        with torch.serialization.safe_globals(stand_ins), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes may raise anything
+        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        raise FastjacError(
+            f"{path} is not a readable PyTorch file of plain tensors: {reason}"
+        ) from error
+
+
+def _load_numpy(path: Path) -> dict[str, Tensor]:
+    import zipfile
+
+    import numpy
+
+    try:
+        with numpy.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise FastjacError(f"{path} is not a readable .npz file of arrays: {error}") from error
+
+
+def _state_dict(content: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
+    """The state dict in ``content``, empty if there is none."""
+    if "_modules" in (state := getattr(content, "__dict__", {})):
+        return _module_tensors(state)
+    if not isinstance(content, Mapping) or depth > 3:
+        return {}
+    inside = {
+        key: found
+        for key, value in content.items()
+        if isinstance(key, str)
+        and not any(word in key.lower() for word in _NO_NETWORK)
+        and (found := _state_dict(value, path, depth + 1))
+    }
+    for key in (*_EMA, *_PLAIN):
+        if key in inside:
+            if key in _EMA:
+                notice(f"{path}: the averaged weights are taken, those at {key!r}")
+            return inside[key]
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors and len(inside) > 1:
+        raise FastjacError(
+            f"{path} holds several networks: {', '.join(map(repr, inside))}; expected one; save "
+            "it alone"
+        )
+    return tensors or next(iter(inside.values()), {})
+
+
+def _module_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict of a pickled module, from the __dict__ of what stands for it."""
+    tensors = {
+        name: value
+        for kind in ("_parameters", "_buffers")
+        for name, value in state.get(kind, {}).items()
+        if isinstance(value, Tensor) and name not in state.get("_non_persistent_buffers_set", ())
+    }
+    for name, module in state["_modules"].items():
+        if "_modules" in (inner := getattr(module, "__dict__", {})):
+            tensors |= {f"{name}.{key}": value for key, value in _module_tensors(inner).items()}
+    return {name: value.detach() for name, value in tensors.items()}
+
+
+def _renamed(
+    weights: dict[str, Tensor], own: dict[str, Tensor], head: str, source: str | Path
+) -> dict[str, Tensor]:
+    """``weights`` by the names in ``own``, where wrappers had changed them."""
+    wrappers = _WRAPPERS - {part for name in own for part in name.split(".")}
+    plain = {".".join(p for p in k.split(".") if p not in wrappers): v for k, v in weights.items()}
+    if len(plain) < len(weights):
+        raise FastjacError(
+            f"{source} holds a network twice, with and without a wrapper ({', '.join(wrappers)})"
+        )
+    if "n_averaged" not in own:  # torch.optim.swa_utils.AveragedModel's counter
+        plain.pop("n_averaged", None)
+    body = [
+        k for k in own
+        if not k.startswith(("normalize.", head)) and not k.endswith(".num_batches_tracked")
+    ]  # fmt: skip
+    if not body or any(k in plain for k in body):
+        return plain
+    ends = [k.removesuffix(body[0]) for k in plain if k.endswith(f".{body[0]}")]
+    prefixes = [p for p in ends if all(p + k in plain for k in body)]
+    if len(prefixes) > 1:
+        raise FastjacError(
+            f"{source} holds several networks: {', '.join(prefixes)}; expected one; save it alone"
+        )
+    if not prefixes:
+        return plain
+    cut = len(prefixes[0])
+    return {k[cut:]: v for k, v in plain.items() if k.startswith(prefixes[0])}

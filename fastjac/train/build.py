@@ -63,7 +63,8 @@ def build_model(options: RunOptions, data: ImageData) -> tuple[nn.Module, ModelS
     model = create_model(spec, options.pretrained)
     check_image_size(model, data.channels, data.size)
     if options.weights is not None:
-        load_weights(model, read_weights(options.weights), options.weights)
+        weights = read_weights(options.weights)
+        load_weights(model, weights, options.weights, options.ignore_head)
     mean, std = model.normalize.mean.flatten().tolist(), model.normalize.std.flatten().tolist()
     return model, replace(spec, mean=tuple(mean), std=tuple(std))
 
@@ -101,7 +102,7 @@ def load_trained(source: str | Path) -> Trained:
             f"{path} does not say what network it is of; expected a run's"
         ) from error
     model = create_model(spec)
-    load_weights(model, read_weights(path), path)
+    load_weights(model, read_weights(path), path, ignore_head=False)
     return Trained(model, spec, dataset, size, classes, path)
 
 

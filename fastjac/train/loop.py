@@ -287,7 +287,7 @@ class Training:
             raise FastjacError(f"{path} is of another model: {'; '.join(parts) or 'other classes'}")
         if different := changed(state["options"], asdict(self.options)):
             raise FastjacError(f"{path} is of a run with other options: {', '.join(different)}")
-        load_weights(self.model, state["model"], path)
+        load_weights(self.model, state["model"], path, ignore_head=False)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.options.cuda_graphs:  # a tensor, which the file gives on the CPU
             for group in self.optimizer.param_groups:

@@ -142,7 +142,7 @@ def _teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, list[
         teacher = create_model(spec, pretrained=options.teacher_weights is None)
         if options.teacher_weights is not None:
             path = options.teacher_weights
-            load_weights(teacher, read_weights(path), path)
+            load_weights(teacher, read_weights(path), path, ignore_head=False)
         check_image_size(teacher, data.channels, data.size)
         with torch.no_grad():
             blank = torch.zeros(1, data.channels, data.size, data.size)

@@ -48,8 +48,9 @@ class _Network:
     width: float = _option(1.0, "factor on the widths of a VGG")
     pretrained: bool = _option(False, "start from the weights of torchvision or timm")
     weights: str | None = _option(
-        None, "start from the weights in a .safetensors, .pth or .pt file"
+        None, "start from the weights in a .safetensors, .pth, .pt or .npz file"
     )
+    ignore_head: bool = _option(False, "--weights: leave out a head for other classes")
 
 
 @dataclass(kw_only=True)
@@ -117,6 +118,8 @@ class RunOptions(_Output, _Machine, _Optimisation, _Network, _Data):
             raise FastjacError("--decay-milestones goes with --sched multistep, and only with it")
         if self.pretrained and self.weights:
             raise FastjacError("--pretrained and --weights: give one of them")
+        if self.ignore_head and not self.weights:
+            raise FastjacError("--ignore-head goes with --weights")
         if self.cuda_graphs and self.torchcompile:
             raise FastjacError("--cuda-graphs and --torchcompile: give one of them")
         if self.cuda_graphs and self.amp and self.amp_dtype == "float16":
@@ -266,7 +269,7 @@ class EvaluateOptions:
 # These may differ between a run and its resumption: they say where and how, not what.
 ELSEWHERE = {
     "config", "data_dir", "download", "device", "workers", "threads", "output", "experiment",
-    "resume", "tensorboard", "jobs",
+    "resume", "tensorboard", "jobs", "ignore_head", "skip_damaged",
 }  # fmt: skip
 
 
