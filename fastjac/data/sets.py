@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from fastjac.errors import FastjacError, unknown
+from fastjac.errors import FastjacError, notice, unknown
 from fastjac.models.create import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -47,6 +49,7 @@ def load_data(
     size: int | None = None,
     augment: bool = False,
     download: bool = False,
+    skip_damaged: bool = False,
 ) -> ImageData:
     """The data set ``name``: ``digits``, ``cifar100``, ``mit67`` or ``folder``.
 
@@ -55,6 +58,8 @@ def load_data(
         size: height and width of the images; None: 16 (digits), 32 (cifar100), 224 (the others).
         augment: random crops and horizontal flips of the training images.
         download: fetch what is missing; ``cifar100`` only.
+        skip_damaged: read every image of ``mit67`` or ``folder`` first, and leave out those that
+            cannot be, with a notice of how many; else such an image raises when its turn comes.
 
     Raises :class:`fastjac.errors.FastjacError` for an unknown name, and for a missing or corrupt
     file, naming it and what was expected. Augmentation draws from torch's global generator.
@@ -72,7 +77,7 @@ def load_data(
     if name == "cifar100":
         return _cifar100(Path(root), 32 if size is None else size, augment, download)
     build = _mit67 if name == "mit67" else _folder
-    return build(Path(root), 224 if size is None else size, augment)
+    return build(Path(root), 224 if size is None else size, augment, skip_damaged)
 
 
 DATASETS = ("digits", "cifar100", "mit67", "folder")
@@ -148,7 +153,7 @@ def _check_md5(path: Path, expected: str) -> None:
 
 
 class _Images(Dataset):
-    """Image files, read as RGB."""
+    """Image files, read as RGB, the way up that their EXIF data says."""
 
     def __init__(
         self, samples: Sequence[tuple[Path, int]], transform: Callable[[Any], Tensor]
@@ -160,12 +165,49 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
+        return self.transform(_read_image(path)), label
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow lets through what damaged bytes raise in its decoders
+        raise FastjacError(f"{path} is not a readable image: {_first_line(error)}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """``image`` in 8 bits; where Pillow would clip (16 bits, floats), by the range of its type."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = numpy.asarray(image)
+        low, high = pixels.min(), pixels.max()
+        most = 1 if image.mode == "F" else 65535  # Pillow reads some files of 16 bits as of 32
+        if not (low >= 0 and high <= most):
+            raise ValueError(
+                f"its pixels (mode {image.mode}) are from {low} to {high}, expected 0 to {most}; "
+                "save it rescaled"
+            )
+        image = Image.fromarray((pixels * (255 / most)).round().astype("uint8"))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # else Pillow warns
+    return image.convert("RGB")
+
+
+def _without_damaged(samples: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    """The samples that can be read, all of which are tried; says how many are left out."""
+
+    def damage(sample: tuple[Path, int]) -> str:
         try:
-            with Image.open(path) as image:
-                pixels = image.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise FastjacError(f"{path} is not a readable image: {_first_line(error)}") from error
-        return self.transform(pixels), label
+            _read_image(sample[0])
+        except FastjacError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(damage, samples))
+    if damaged := [text for text in found if text]:
+        notice(f"{len(damaged)} of {len(samples)} images left out; {damaged[0]}")
+    return [sample for sample, text in zip(samples, found, strict=True) if not text]
 
 
 def _photographs(
@@ -175,9 +217,17 @@ def _photographs(
     classes: Sequence[str],
     size: int,
     augment: bool,
+    skip_damaged: bool,
 ) -> ImageData:
     from torchvision.transforms import v2
 
+    if skip_damaged:
+        train, test = _without_damaged(train), _without_damaged(test)
+        for part, samples in (("training", train), ("test", test)):
+            if absent := set(range(len(classes))) - {label for _, label in samples}:
+                raise FastjacError(
+                    f"{name}: no {part} image of class {classes[min(absent)]!r} can be read"
+                )
     to_float = v2.ToDtype(torch.float32, scale=True)
     middle = [v2.ToImage(), v2.Resize(size * 8 // 7), v2.CenterCrop(size), to_float]
     moved = [v2.ToImage(), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), to_float]
@@ -194,7 +244,7 @@ def _photographs(
     )
 
 
-def _mit67(root: Path, size: int, augment: bool) -> ImageData:
+def _mit67(root: Path, size: int, augment: bool, skip_damaged: bool) -> ImageData:
     """MIT Indoor 67 by its official lists."""
     lists = {part: _read_list(root, f"{part}Images.txt") for part in ("Train", "Test")}
     classes = sorted({name for name, _ in lists["Train"]})
@@ -206,7 +256,7 @@ def _mit67(root: Path, size: int, augment: bool) -> ImageData:
     )
     index = {name: k for k, name in enumerate(classes)}
     train, test = ([(path, index[k]) for k, path in part] for part in lists.values())
-    return _photographs("mit67", train, test, classes, size, augment)
+    return _photographs("mit67", train, test, classes, size, augment, skip_damaged)
 
 
 def _read_list(root: Path, name: str) -> list[tuple[str, Path]]:
@@ -231,25 +281,58 @@ def _read_list(root: Path, name: str) -> list[tuple[str, Path]]:
     return entries
 
 
-def _folder(root: Path, size: int, augment: bool) -> ImageData:
-    """``train/<class>/*`` and ``val/<class>/*``."""
-    from torchvision.datasets import ImageFolder
+_SYSTEM_NAMES = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 
-    parts = {}
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is its system's or a tool's, and no user's."""
+    return name.startswith(".") or name in _SYSTEM_NAMES
+
+
+def _folder(root: Path, size: int, augment: bool, skip_damaged: bool) -> ImageData:
+    """``train/<class>/*`` and ``val/<class>/*``."""
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise FastjacError(
                 f"folder: {root / part} is missing; expected {root}/train/<class>/* and "
                 f"{root}/val/<class>/*"
             )
-        try:
-            parts[part] = ImageFolder(root / part)
-        except FileNotFoundError as error:
-            raise FastjacError(f"folder: {_first_line(error)}") from error
-    train, val = parts["train"], parts["val"]
-    _same_classes(f"{root / 'val'}", set(val.classes), f"{root / 'train'}", set(train.classes))
-    samples = ([(Path(path), label) for path, label in part.samples] for part in (train, val))
-    return _photographs("folder", *samples, train.classes, size, augment)
+    (train, classes), (val, val_classes) = (_image_folder(root / part) for part in ("train", "val"))
+    _same_classes(f"{root / 'val'}", set(val_classes), f"{root / 'train'}", set(classes))
+    return _photographs("folder", train, val, classes, size, augment, skip_damaged)
+
+
+def _image_folder(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
+    """The images and the classes of a folder, less what is hidden, of which it says how much."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+    hidden: list[Path] = []
+
+    def is_shown(file: str) -> bool:
+        path = Path(file)
+        if any(map(_is_hidden, path.relative_to(root).parts)):
+            hidden.append(path)
+            return False
+        return path.suffix.lower() in IMG_EXTENSIONS
+
+    try:
+        classes = [name for name in find_classes(root)[0] if not _is_hidden(name)]
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
+        index = {name: k for k, name in enumerate(classes)}
+        samples = make_dataset(root, index, is_valid_file=is_shown)
+    except FileNotFoundError as error:
+        raise FastjacError(
+            f"folder: {root}: {_first_line(error).strip()} Images end in "
+            f"{', '.join(IMG_EXTENSIONS)}"
+        ) from error
+    hidden += [path for path in sorted(root.iterdir()) if _is_hidden(path.name)]
+    if hidden:
+        notice(
+            f"{root}: {len(hidden)} hidden files and folders skipped, such as "
+            f"{hidden[0].relative_to(root)}"
+        )
+    return [(Path(path), label) for path, label in samples], classes
 
 
 def _same_classes(test_name: str, test: set[str], train_name: str, train: set[str]) -> None:

@@ -40,7 +40,12 @@ def pick_device(name: str | None) -> torch.device:
 def build_data(options: RunOptions) -> ImageData:
     """The data set, with as many classes as the options expect."""
     data = load_data(
-        options.dataset, options.data_dir, options.img_size, options.augment, options.download
+        options.dataset,
+        options.data_dir,
+        options.img_size,
+        options.augment,
+        options.download,
+        options.skip_damaged,
     )
     if options.num_classes not in (None, len(data.classes)):
         raise FastjacError(

@@ -54,6 +54,7 @@ def score(options: EvaluateOptions) -> str:
         "dataset": options.dataset or trained.dataset,
         "data_dir": options.data_dir,
         "download": options.download,
+        "skip_damaged": options.skip_damaged,
         "img_size": trained.size,
     }
     data = build_data(RunOptions(**settings))

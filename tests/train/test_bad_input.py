@@ -68,6 +68,7 @@ def images(tmp_path):
         (["teacher", "--img-size", "4", "--model", "vgg4"], "need at least 8 x 8"),
         (["teacher", "--model", "torchvision/resnet18"], "takes 3 channels, the images have 1"),
         (["teacher", "--weights", "no.pth"], "no.pth: no such file; expected weights"),
+        (["teacher", "--ignore-head"], "--ignore-head goes with --weights"),
         (["teacher", "--samples-per-class", "500"], "asked for 500, class '0' has 128 training"),
         (
             ["teacher", "--dataset", "cifar100", "--data-dir", "/"],
@@ -152,6 +153,13 @@ def test_weights_of_another_model(refused, small, tmp_path):
     assert "w.pth holds another model than this VGG: conv2.weight is [9, 4, 3, 3]" in message
 
 
+def test_weights_with_another_head(refused, trainer, small, tmp_path):
+    torch.save({"net": VGG("4 M 8 M", 5, 1).state_dict()}, tmp_path / "w.pth")
+    words = ["teacher", *small, "--weights", tmp_path / "w.pth"]
+    assert "only the head differs, which --ignore-head leaves out of --weights" in refused(*words)
+    assert trainer(*words, "--ignore-head")[0] == 0
+
+
 def test_checkpoints_that_are_none(refused, trainer, teacher, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
     for words in (["evaluate", tmp_path / "w.pt"], ["student", "--teacher", tmp_path / "w.pt"]):
@@ -179,6 +187,15 @@ def test_an_image_that_turns_out_corrupt(trainer, small, images, tmp_path, worke
     assert err.startswith(f"fastjac: {bad} is not a readable image: ")
     assert err.count("\n") == 1
     assert torch.load(tmp_path / "runs" / "x" / "last.pt", weights_only=True)["epoch"] == 0
+
+
+def test_damaged_images_left_out(trainer, small, images, caplog):
+    (images / "train" / "b" / "1.png").write_bytes(b"not an image")
+    words = ["teacher", *small, "--dataset", "folder", "--data-dir", images, "--img-size", 16]
+    words += ["--batch-size", 2, "--experiment", "x"]
+    assert trainer(*words)[0] == 2
+    assert trainer(*words, "--resume", "--skip-damaged")[0] == 0
+    assert "1 of 6 images left out" in caplog.text
 
 
 def test_an_output_that_cannot_be(trainer, small, tmp_path):
