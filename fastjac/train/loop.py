@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 from fastjac.data import ImageData, class_balanced, epoch_batches
-from fastjac.errors import FastjacError, TrainingFailed
+from fastjac.errors import FastjacError, TrainingFailed, notice
 from fastjac.graphs import graphed
 from fastjac.models import ModelSpec, load_weights
 from fastjac.models.weights import read_checkpoint
@@ -119,6 +119,8 @@ class Training:
                 f"{folder.path} holds a run: --resume goes on with it, --experiment names another"
             )
         self.try_once()
+        if self.epoch >= options.epochs:
+            return self._nothing_left()
         folder.open(asdict(options))
         if self.subset is not None:
             folder.save_subset(self.subset)
@@ -140,10 +142,39 @@ class Training:
                 f"interrupted; {folder.last} holds epoch {self.epoch} of {options.epochs}, "
                 "--resume goes on from there"
             ) from stop
+        return self._finish()
+
+    def _nothing_left(self) -> dict[str, Any]:
+        """End a run that was stopped at or after the last epoch now wanted; train nothing."""
+        notice(
+            f"nothing to train: {self.folder.last} holds epoch {self.epoch}, --epochs is "
+            f"{self.options.epochs}"
+        )
+        if "test_accuracy" not in (row := self.history[-1]):
+            best = self._test(row)
+            self.folder.save_state(self._state(), best)
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        """Export the weights; the last row of the history."""
         result = self.history[-1]
         about = describe(self.spec, self.data) | {"accuracy": result["test_accuracy"]}
-        folder.save_model(self.model.state_dict(), about)
+        self.folder.save_model(self.model.state_dict(), about)
         return result
+
+    def _test(self, row: dict[str, Any]) -> bool:
+        """Evaluate, into ``row``; whether it is the best so far."""
+        test = evaluate(
+            self.model,
+            self.data.test,
+            len(self.data.classes),
+            max(256, self.options.batch_size),
+            self.options.workers,
+        )
+        row |= {f"test_{name}": value for name, value in test.items()}
+        best = test["accuracy"] > self.best
+        self.best = max(self.best, test["accuracy"])
+        return best
 
     def try_once(self) -> None:
         """Compute the loss of two test images: what does not fit is found before any writing."""
@@ -192,16 +223,7 @@ class Training:
         row["train_accuracy"] = correct.item() / seen
         best = False
         if self.epoch % self.options.val_interval == 0 or self.epoch == self.options.epochs:
-            test = evaluate(
-                self.model,
-                self.data.test,
-                len(self.data.classes),
-                max(256, self.options.batch_size),
-                self.options.workers,
-            )
-            row |= {f"test_{name}": value for name, value in test.items()}
-            best = test["accuracy"] > self.best
-            self.best = max(self.best, test["accuracy"])
+            best = self._test(row)
         row["seconds"] = round(time.perf_counter() - start, 3)
         self.history.append(row)
         self.folder.save_state(self._state(), best)

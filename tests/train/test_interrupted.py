@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 
 from fastjac.train.build import load_trained
+from fastjac.train.commands import prepare
+from fastjac.train.options import TeacherOptions
+from fastjac.train.parse import parse
 
 
 @pytest.fixture
@@ -126,3 +129,40 @@ def test_resume_refuses_what_is_not_the_same_run(trainer, small, tmp_path):
         assert message in err
         assert err.count("\n") == 1
     assert (folder / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_resumed_where_no_epoch_is_left(trainer, small, tmp_path, caplog, epochs):
+    """Stopped after epoch 3, before any evaluation: evaluated, exported, and nothing else changes."""
+    words = ["teacher", *small, "--experiment", "x", "--val-interval", 5]
+    folder = tmp_path / "runs" / "x"
+    stopped = prepare(
+        parse(
+            "teacher",
+            TeacherOptions,
+            [*map(str, words[1:]), "--epochs", "9", "--output", str(tmp_path / "runs")],
+        )
+    )
+    stopped.folder.open({"epochs": 9})
+    with stopped._bar(False) as bar:
+        for _ in range(3):
+            stopped._epoch(bar)
+    before = torch.load(folder / "last.pt", weights_only=True)
+    status, out, err = trainer(*words, "--epochs", epochs, "--resume")
+    assert (status, err) == (0, "")
+    assert (
+        f"nothing to train: {folder / 'last.pt'} holds epoch 3, --epochs is {epochs}" in caplog.text
+    )
+    assert "test images right after 3 epochs" in out
+    trained = load_trained(folder)
+    assert trained.source == folder / "model.safetensors"
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(value, before["model"][name])
+    assert ["test_accuracy" in line for line in lines(folder)] == [False, False, True]
+    assert (folder / "args.yaml").read_text() == "epochs: 9\n"
+    after = torch.load(folder / "last.pt", weights_only=True)
+    assert after["best"] == lines(folder)[-1]["test_accuracy"]
+    assert (folder / "best.pt").is_file()
+    assert trainer(*words, "--epochs", epochs, "--resume")[:2] == (0, out)
+    assert trainer(*words, "--epochs", 4, "--resume")[0] == 0
+    assert len(lines(folder)) == 4
