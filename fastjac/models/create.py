@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastjac.errors import FastjacError, unknown
+from fastjac.errors import FastjacError, notice, unknown
 from fastjac.models.normalize import normalized
 from fastjac.models.vgg import PLANS, VGG
 
@@ -42,8 +42,9 @@ def create_model(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
 
     Its weights are random, from torch's global generator, unless ``pretrained``: those come from
     the library that has the network, and where its class count differs from ``spec.num_classes``,
-    the last layer is new. Raises for an unknown name (with the nearest), and for what the named
-    network cannot do.
+    the last layer is new. torchvision's GoogLeNet and Inception come without the auxiliary heads
+    that only their training has, with a notice. Raises for an unknown name (with the nearest), and
+    for what the named network cannot do.
     """
     library, _, name = spec.model.rpartition("/")
     if library not in _BUILDERS:
@@ -91,6 +92,12 @@ def _torchvision(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
     else:
         classes = {} if spec.num_classes is None else {"num_classes": spec.num_classes}
         net = torchvision.models.get_model(name, weights=None, **classes)
+    if getattr(net, "aux_logits", False):
+        notice(f"{spec.model} is built without its auxiliary heads")
+        net.aux_logits = False
+        for head in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(net, head):
+                setattr(net, head, None)
     return normalized(net, spec.mean or mean, spec.std or std)
 
 

@@ -87,7 +87,8 @@ def load_weights(
     Names lose what wrappers put before them (``module.``, ``_orig_mod.``, a LightningModule's
     ``model.``). Absent may be ``normalize.mean`` and ``normalize.std``, as they are from another
     library's file, and BatchNorm's counters, as from an old one: the model's stay. So does a head for
-    another number of classes, with a notice, if ``ignore_head``. ``source`` is named in the error.
+    another number of classes, with a notice, if ``ignore_head``. Weights of auxiliary heads that the
+    model is built without are left out. ``source`` is named in the error.
     """
     own = model.state_dict()
     head = find_head(model)[0] + "."
@@ -100,7 +101,8 @@ def load_weights(
         k for k in own if k not in weights and not k.startswith("normalize.")
         and not k.endswith(".num_batches_tracked")
     ]  # fmt: skip
-    surplus = [k for k in weights if k not in own]
+    off = {k for k in weights if getattr(model, k.partition(".")[0], model) is None}
+    surplus = [k for k in weights if k not in own and k not in off]
     if different := [*reshaped, *missing, *surplus]:
         in_head = all(k.startswith(tuple(heads)) for k in different) and all(
             weights[k].shape[1:] == own[k].shape[1:] for k in reshaped

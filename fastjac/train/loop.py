@@ -177,13 +177,41 @@ class Training:
         return best
 
     def try_once(self) -> None:
-        """Compute the loss of two test images: what does not fit is found before any writing."""
-        x, y = default_collate([self.data.test[i] for i in range(min(2, len(self.data.test)))])
-        self.model.eval()
+        """Evaluate and train on two test images: what does not fit is found before any writing.
+
+        Of the step, nothing stays: no gradient, statistic or random number.
+        """
+        count = min(2, len(self._batches(torch.Generator())[0]))
+        x, y = default_collate([self.data.test[i % len(self.data.test)] for i in range(count)])
+        x = x.to(self.device).contiguous(memory_format=self.layout)
+        y = y.to(self.device)
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        forks = hasattr(torch.get_device_module(self.device), "get_rng_state_all")
+        devices = [self.device] if forks else []  # else it draws from torch's own generator
+        with torch.random.fork_rng(devices, device_type=self.device.type):
+            self.model.eval()
+            with torch.no_grad():
+                self.objective(x, y)
+            self.model.train()
+            try:
+                with torch.no_grad():
+                    logits = self.model(x)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise FastjacError(
+                    f"{self.spec.model} cannot be trained on a batch {list(x.shape)}: "
+                    f"{str(error).strip().splitlines()[0]}"
+                ) from error
+            if not isinstance(logits, Tensor):
+                raise FastjacError(
+                    f"{self.spec.model} returns {type(logits).__name__} in training; expected logits"
+                )
+            with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options.amp):
+                loss = self.objective(x, y).loss
+            loss.backward()
+        self.optimizer.zero_grad()
         with torch.no_grad():
-            self.objective(
-                x.to(self.device).contiguous(memory_format=self.layout), y.to(self.device)
-            )
+            for name, value in self.model.named_buffers():
+                value.copy_(buffers[name])
 
     def _epoch(self, bar: tqdm) -> dict[str, Any]:
         """Train for one epoch, evaluate if it is time to, save."""

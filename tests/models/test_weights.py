@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastjac import FastjacError
+from fastjac.errors import notice
 from fastjac.models import VGG, ModelSpec, create_model, load_weights, read_weights
 
 
@@ -259,3 +260,19 @@ def test_no_code_of_a_file_is_run(tmp_path, donor):
     torch.save({"state_dict": donor.state_dict(), "args": Bomb()}, tmp_path / "w.pth")
     check(donor, tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+def test_auxiliary_heads_are_left_out(caplog):
+    """They give GoogLeNet three outputs in training; a file with them fits the network without."""
+    from torchvision.models import googlenet
+
+    notice.cache_clear()  # another test may have built one
+
+    theirs = googlenet(num_classes=3, init_weights=False)
+    model = create_model(ModelSpec("torchvision/googlenet", num_classes=3))
+    assert "torchvision/googlenet is built without its auxiliary heads" in caplog.text
+    assert model.train()(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+    load_weights(model, theirs.state_dict(), "f", ignore_head=False)
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(model.eval()(x), theirs.eval()(model.normalize(x)))

@@ -176,6 +176,30 @@ def test_evaluate_on_other_classes(refused, teacher, images):
     assert "knows 10 classes, folder has 2" in refused(*words)
 
 
+def test_a_network_that_evaluates_and_cannot_be_trained(refused, trainer, small, images):
+    """BatchNorm of one pixel of one image has no variance; in eval mode it needs none."""
+    words = ["teacher", "--dataset", "folder", "--data-dir", images, "--img-size", 32]
+    words += ["--model", "torchvision/resnet18", "--epochs", 1, "--threads", 1]
+    message = refused(*words, "--batch-size", 1)
+    assert message.startswith(
+        "torchvision/resnet18 cannot be trained on a batch [1, 3, 32, 32]: Ex"
+    )
+    for name in ("a", "b"):  # one test image per class is enough to try a batch of two
+        for i in (1, 2):
+            (images / "val" / name / f"{i}.png").unlink()
+    assert trainer(*words, "--batch-size", 2, "--experiment", "x")[0] == 0
+
+
+def test_a_network_of_several_outputs(refused, small, images, monkeypatch):
+    class Several(VGG):
+        def forward(self, x):
+            logits = super().forward(x)
+            return (logits, logits) if self.training else logits
+
+    monkeypatch.setattr("fastjac.models.create.VGG", Several)
+    assert refused("teacher", *small) == "vgg returns tuple in training; expected logits"
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_turns_out_corrupt(trainer, small, images, tmp_path, workers):
     """Found on the way, in this process or in a loader's: one line that names it."""

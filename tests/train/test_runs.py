@@ -14,6 +14,7 @@ import termios
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from fastjac import JacobianMatching, LabelLogit, activation_match_loss, attention_match_loss
@@ -263,3 +264,20 @@ def test_a_table_has_one_bar(small, tmp_path):
     assert "2/2" in text
     assert "ce-1-seed" in text
     assert "step/s" not in text
+
+
+def test_trying_once_changes_nothing(trainer, tmp_path, monkeypatch):
+    """A network with dropout and running statistics: the same weights with and without the trial."""
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(2):
+                image = Image.effect_noise((32, 32), 60).convert("RGB")
+                image.save(tmp_path / "images" / part / name / f"{i}.png")
+    words = ["teacher", "--dataset", "folder", "--data-dir", tmp_path / "images", "--img-size", 32]
+    words += ["--model", "torchvision/mobilenet_v3_small", "--epochs", 1, "--batch-size", 2]
+    assert trainer(*words, "--threads", 1, "--experiment", "tried")[0] == 0
+    monkeypatch.setattr("fastjac.train.loop.Training.try_once", lambda self: None)
+    assert trainer(*words, "--threads", 1, "--experiment", "not")[0] == 0
+    tried, untried = (tmp_path / "runs" / name / "model.safetensors" for name in ("tried", "not"))
+    assert tried.read_bytes() == untried.read_bytes()
