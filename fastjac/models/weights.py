@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,9 +73,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     content = _load_numpy(path) if path.suffix == ".npz" else _load(path)
     weights = _state_dict(content, path)
     if not weights:
+        got = type(content).__name__
+        if isinstance(content, Mapping):
+            got = f"no tensor under the keys {', '.join(repr(k)[:60] for k in list(content)[:4])}"
         raise FastjacError(
-            f"{path}: expected a state dict, a mapping of names to plain tensors"
-            + (f"; got the keys {', '.join(map(repr, list(content)[:5]))}" if content else "")
+            f"{path}: expected a state dict, a mapping of names to plain tensors; got {got}"
         )
     return weights
 
@@ -160,11 +163,23 @@ def _load(path: Path) -> Any:
         unknown = ["argparse.Namespace"]
     stand_ins = [(_OpaqueNumpy if k.startswith("numpy") else _Opaque, k) for k in unknown]
     try:
-        with torch.serialization.safe_globals(stand_ins), path.open("rb") as file:
+        with (
+            torch.serialization.safe_globals(stand_ins),
+            warnings.catch_warnings(),
+            path.open("rb") as file,
+        ):
+            warnings.simplefilter("ignore")  # the error says what they announce
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes may raise anything
+        if "TorchScript" in str(error):
+            raise FastjacError(
+                f"{path} is a TorchScript archive, which is code; expected a state dict: "
+                "torch.save(torch.jit.load(...).state_dict(), ...) makes one"
+            ) from error
         text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        if reason.startswith("Unsupported operand"):
+            reason = "it is not in the format of torch.save"
         raise FastjacError(
             f"{path} is not a readable PyTorch file of plain tensors: {reason}"
         ) from error

@@ -5,6 +5,7 @@ import collections
 import copy
 import datetime
 import pathlib
+import pickle
 
 import numpy
 import pytest
@@ -227,6 +228,27 @@ def test_what_is_taken_for_weights(tmp_path, content, message, suffix):
     with pytest.raises(FastjacError, match=rf"w\.{suffix} {message}") as caught:
         read_weights(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_holds_no_state_dict(tmp_path, donor):
+    path = tmp_path / "w.pt"
+    adam = torch.optim.Adam(donor.parameters()).state_dict()
+    for content, message in (
+        (list(donor.parameters()), "expected a state dict, .*; got list"),
+        (torch.ones(3), "expected a state dict, .*; got Tensor"),
+        (adam, "expected a state dict, .*; got no tensor under the keys 'state', 'param_groups'"),
+        ({"fc.weight": numpy.ones(3)}, "got no tensor under the keys 'fc.weight'"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(FastjacError, match=message):
+            read_weights(path)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(FastjacError, match=r"w.pt is a TorchScript archive, which is code; expec"):
+        read_weights(path)
+    path.write_bytes(pickle.dumps(donor.state_dict(), protocol=4))
+    with pytest.raises(FastjacError, match=r"tensors: it is not in the format of torch\.save"):
+        read_weights(path)
 
 
 def test_a_folder(tmp_path):
