@@ -160,14 +160,9 @@ class LabelLogit(Target):
         if y is None:
             raise FastjacError("LabelLogit needs the labels y; got None")
         _check_logits("LabelLogit", logits)
-        if not isinstance(y, Tensor):
+        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != logits.shape[:1]:
             raise FastjacError(
-                f"labels y: expected int64 [{logits.shape[0]}], got {type(y).__name__}"
-            )
-        if y.dtype != torch.int64 or y.shape != logits.shape[:1]:
-            raise FastjacError(
-                f"labels y: expected int64 [{logits.shape[0]}], got {_name(y.dtype)} "
-                f"{list(y.shape)}"
+                f"labels y: expected int64 [{len(logits)}], got {_labels_and_advice(y, logits)}"
             )
         if y.device != logits.device:
             raise FastjacError(
@@ -503,7 +498,24 @@ def _check_range(y: Tensor, classes: int) -> None:
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise FastjacError(
             f"labels y: expected 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}"
+            + ("; leave out unlabelled rows, or give them a class" if int(y.min()) < 0 else "")
         )
+
+
+def _labels_and_advice(y: Any, logits: Tensor) -> str:
+    """What ``y`` is, and how labels come of it where that is clear."""
+    if not isinstance(y, Tensor):
+        return f"{type(y).__name__}; torch.as_tensor makes a tensor of a list or an array"
+    advice = ""
+    if y.shape == logits.shape:
+        advice = "; y.argmax(1) gives the classes of one-hot or soft labels"
+    elif y.shape == (len(logits), 1):
+        advice = "; y.flatten() drops the second dimension"
+    elif y.shape == logits.shape[:1] and y.is_floating_point():
+        advice = "; for regression, Scalar takes any function of the output"
+    elif y.shape == logits.shape[:1]:
+        advice = "; y.long() converts"
+    return f"{_name(y.dtype)} {list(y.shape)}{advice}"
 
 
 @functools.lru_cache(maxsize=64)
