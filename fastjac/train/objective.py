@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -139,10 +139,16 @@ def _teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, list[
     source = str(options.teacher)
     if is_library_name(source):
         spec = ModelSpec(source, in_channels=data.channels)
-        teacher = create_model(spec, pretrained=options.teacher_weights is None)
-        if options.teacher_weights is not None:
-            path = options.teacher_weights
-            load_weights(teacher, read_weights(path), path, ignore_head=False)
+        if (path := options.teacher_weights) is None:
+            teacher = create_model(spec, pretrained=True)
+        else:
+            weights = read_weights(path)
+            teacher = create_model(spec)
+            try:
+                load_weights(teacher, weights, path, ignore_head=False)
+            except FastjacError:  # not the library's classes: then it must be those of the data
+                teacher = create_model(replace(spec, num_classes=len(data.classes)))
+                load_weights(teacher, weights, path, ignore_head=False)
         check_image_size(teacher, data.channels, data.size)
         with torch.no_grad():
             blank = torch.zeros(1, data.channels, data.size, data.size)

@@ -145,7 +145,9 @@ class _Terms:
         None, "its run folder, checkpoint or model.safetensors; or torchvision/NAME, timm/NAME"
     )
     teacher_weights: str | None = _option(
-        None, "weights for a teacher given by name; default: its library's pretrained ones"
+        None,
+        "weights for a teacher given by name, for its library's classes or the data's; default: its "
+        "library's pretrained ones",
     )
     ce: float = _option(1.0, "weight of cross-entropy with the labels")
     activations: float = _option(0.0, "weight of the squared error of the logits")

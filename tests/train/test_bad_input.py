@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import resnet18
 
 from fastjac.models import VGG
 
@@ -158,6 +159,21 @@ def test_weights_with_another_head(refused, trainer, small, tmp_path):
     words = ["teacher", *small, "--weights", tmp_path / "w.pth"]
     assert "only the head differs, which --ignore-head leaves out of --weights" in refused(*words)
     assert trainer(*words, "--ignore-head")[0] == 0
+
+
+def test_a_named_teacher_with_weights_from_elsewhere(refused, trainer, small, images, tmp_path):
+    """For the classes of the data, or the library's own; no head of a teacher is left at random."""
+    words = ["student", *small, "--dataset", "folder", "--data-dir", images, "--img-size", 32]
+    words += ["--teacher", "torchvision/resnet18", "--teacher-weights", tmp_path / "w.pth"]
+    words += ["--activations", 1, "--batch-size", 2, "--epoch-steps", 1]
+    for classes, message in (
+        (5, "fc.weight is [5, 512], expected [2, 512]"),
+        (1000, "has 1000 cl"),
+    ):
+        torch.save(resnet18(num_classes=classes).state_dict(), tmp_path / "w.pth")
+        assert message in refused(*words)
+    torch.save({"net": resnet18(num_classes=2).state_dict()}, tmp_path / "w.pth")
+    assert trainer(*words)[0] == 0
 
 
 def test_checkpoints_that_are_none(refused, trainer, teacher, tmp_path):
