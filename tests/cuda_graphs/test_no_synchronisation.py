@@ -62,7 +62,7 @@ WAYS = [
 @pytest.mark.parametrize(("contender", "layout", "chains"), WAYS)
 @pytest.mark.parametrize("name", step.CONFIGURATIONS)
 def test_every_configuration_of_the_step(name, contender, layout, chains, monkeypatch):
-    monkeypatch.setattr(fastjac.jacobian, "native", lambda device: chains)
+    monkeypatch.setattr("fastjac.fusion.mode.native", lambda device: chains)
     config = step.CONFIGURATIONS[name]
     small = replace(config, size=min(config.size, 80), batch=2, width=1 / 32)
     here = step.Contender(contender, small, layout, "cpu", amp=False)
@@ -73,7 +73,7 @@ def test_every_configuration_of_the_step(name, contender, layout, chains, monkey
 @pytest.mark.parametrize(("contender", "layout", "chains"), [w for w in WAYS if w[0] != "fused"])
 @pytest.mark.parametrize("norm", penalty.NORMS)
 def test_every_configuration_of_the_penalty(norm, contender, layout, chains, monkeypatch):
-    monkeypatch.setattr(fastjac.jacobian, "native", lambda device: chains)
+    monkeypatch.setattr("fastjac.fusion.mode.native", lambda device: chains)
     here = penalty.Contender(contender, penalty.Configuration(norm, batch=2), layout, "cpu", False)
     run(here.take, here.real)
 

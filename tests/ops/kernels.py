@@ -9,8 +9,9 @@ from pathlib import Path
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 WRITTEN = re.compile(r"__global__ void (?:__launch_bounds__\((?:[^()]|\([^()]*\))*\) )?(\w+)\(")
-# nvcc's functions for the host have variables, whose names begin like the kernel's.
-VARIABLE = re.compile(r"E\d+__(handle|tmp)$")
+# nvcc's functions for the host, and their variables, have names that begin like the kernel's and go on
+# with the types of a launch's arguments.
+STUB = re.compile(r"7fastjac.*7fastjac|E\d+__(handle|tmp)$")
 
 
 def written() -> list[str]:
@@ -25,7 +26,7 @@ def among(symbols: Iterable[str]) -> set[str]:
     """Those symbols that are kernels."""
     name = "|".join(f"{len(name)}{name}" for name in written())
     mangled = re.compile(rf"_ZN7fastjac(?:\d+[a-z_]+?)??(?:{name})[IE]")
-    return {s for s in symbols if mangled.match(s) and not VARIABLE.search(s)}
+    return {s for s in symbols if mangled.match(s) and not STUB.search(s)}
 
 
 def registered(library: Path) -> set[str]:
