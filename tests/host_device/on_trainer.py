@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 
 import host_device
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from fastjac.train.__main__ import main
 from fastjac.train.commands import prepare
-from fastjac.train.objective import Step
 from fastjac.train.options import StudentOptions
 
 SMALL = ["--dataset", "digits", "--model", "vgg", "--plan", "4 M 8 M", "--lr", "0.01"]
@@ -66,21 +64,15 @@ def test_a_step_never_waits(tmp_path, teacher, amp):
         target="attention-window",
     )
     training = prepare(options)
-    objective, update = training.objective, training.scaler.update
-    steps = ExitStack()
+    step, finished = training.step, []
 
-    def begin(x: Tensor, y: Tensor) -> Step:
-        if torch.is_grad_enabled():  # no evaluation
-            steps.enter_context(host_device.no_synchronisation())
-        return objective(x, y)
-
-    def end() -> None:
-        update()
-        steps.close()
+    def watched(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with host_device.no_synchronisation():
+            taken = step(x, y)
         finished.append(True)
+        return taken
 
-    finished: list[bool] = []
-    training.objective, training.scaler.update = begin, end
+    training.step = watched
     training.run(bar=False)
     assert len(finished) == 3
 
