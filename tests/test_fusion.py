@@ -567,7 +567,8 @@ def chains(*between: nn.Module) -> nn.Module:
 )
 def test_chains_begin_only_where_their_operators_are_native(monkeypatch, run):
     """With the CPU's library alone, not on another device; without it, not on the CPU."""
-    monkeypatch.setattr(_library, "CUDA", _library.NativeLibrary("cuda", None, "not built"))
+    absent = {name: _library.NativeLibrary(name, None, "not built") for name in ("cuda", "cpu")}
+    monkeypatch.setitem(_library.LIBRARIES, "cuda", absent["cuda"])
     assert not _library.native(torch.device("cuda", 0))
     model, x = chains(), images()
     with FusedCalls() as calls:
@@ -578,7 +579,7 @@ def test_chains_begin_only_where_their_operators_are_native(monkeypatch, run):
     with FusedCalls() as calls:
         assert run(two_devices, x).shape == y.shape
     assert calls.found == ["relu 2x2"]
-    monkeypatch.setattr(_library, "CPU", _library.NativeLibrary("cpu", None, "not built"))
+    monkeypatch.setitem(_library.LIBRARIES, "cpu", absent["cpu"])
     with FusedCalls() as calls:
         torch.testing.assert_close(run(model, x), y, **EXACT)
     assert not calls.found
