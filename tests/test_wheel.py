@@ -28,6 +28,8 @@ ELSEWHERE |= {
     "test_support.py",
     "test_headers.py",
     "test_metadata.py",
+    "test_launches.py",
+    "test_no_synchronisation.py",
 }
 
 
