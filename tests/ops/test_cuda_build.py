@@ -66,9 +66,9 @@ def inspected(monkeypatch, recwarn):
     def inspect(*capabilities: tuple[int, int], driver: tuple[int, int] = (13, 0)) -> list[str]:
         cards = [Card(f"card {c}", Release(*c)) for c in capabilities]
         monkeypatch.setattr(_cuda_build, "machine", lambda: Machine(Release(*driver), cards))
-        monkeypatch.setattr(
-            _library, "CUDA", _library.NativeLibrary("cuda", None, None, build=BUILD)
-        )
+        library = _library.NativeLibrary("cuda", None, None, build=BUILD)
+        monkeypatch.setattr(_library, "CUDA", library)
+        monkeypatch.setitem(_library.LIBRARIES, "cuda", library)
         monkeypatch.setattr(_library, "_unsupported", {})
         monkeypatch.setattr(_library, "_references", {})  # no operator is routed in this process
         _library._inspect_cards()
