@@ -346,6 +346,8 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
         torch.set_rng_state(state["rng"]["torch"])
-        if states := state["rng"]["devices"].get(self.device.type):
+        # Version 0.1 kept CUDA's alone.
+        devices = state["rng"].get("devices", {"cuda": state["rng"].get("cuda")})
+        if states := devices.get(self.device.type):
             torch.get_device_module(self.device).set_rng_state_all(states)
         self.order.set_state(state["rng"]["order"])
