@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
+from fastjac.data.idx import read_idx
 from fastjac.errors import FastjacError, notice, unknown
 from fastjac.models.create import IMAGENET_MEAN, IMAGENET_STD
 
@@ -50,37 +51,133 @@ def load_data(
     augment: bool = False,
     download: bool = False,
     skip_damaged: bool = False,
+    channels: int | None = None,
+    validation: int | None = None,
 ) -> ImageData:
-    """The data set ``name``: ``digits``, ``cifar100``, ``mit67`` or ``folder``.
+    """The data set ``name``: ``digits``, ``fashion-mnist``, ``cifar100``, ``mit67`` or ``folder``.
 
     Args:
-        root: the folder with its files; ``digits`` needs none.
-        size: height and width of the images; None: 16 (digits), 32 (cifar100), 224 (the others).
+        root: the folder with its files; ``digits`` needs none, and ``fashion-mnist`` is looked for where
+            Debian's package dataset-fashion-mnist puts it.
+        size: height and width of the images; None: 16 (digits), 32 (fashion-mnist, whose 28 are
+            padded, and cifar100), 224 (the others).
         augment: random crops and horizontal flips of the training images.
-        download: fetch what is missing; ``cifar100`` only.
+        download: fetch what is missing; ``cifar100`` and ``fashion-mnist`` only.
         skip_damaged: read every image of ``mit67`` or ``folder`` first, and leave out those that
             cannot be, with a notice of how many; else such an image raises when its turn comes.
+        channels: of an image; 3 repeats the greyscale of ``digits`` and ``fashion-mnist``; None: as
+            the images are.
+        validation: hold out that many training images, always the same, and give them as ``test``.
 
     Raises :class:`fastjac.errors.FastjacError` for an unknown name, and for a missing or corrupt
     file, naming it and what was expected. Augmentation draws from torch's global generator.
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
-    if name == "digits":
-        if augment:
-            raise FastjacError("digits: a flipped digit is another digit; it has no augmentation")
-        return _digits(16 if size is None else size)
-    if download and name != "cifar100":
-        raise FastjacError(f"{name} cannot be downloaded by this program; only cifar100 can")
-    if root is None:
+    if name == "digits" and augment:
+        raise FastjacError("digits: a flipped digit is another digit; it has no augmentation")
+    if download and name not in ("cifar100", "fashion-mnist"):
+        raise FastjacError(
+            f"{name} cannot be downloaded by this program; only cifar100 and fashion-mnist can"
+        )
+    if root is None and name == "fashion-mnist" and not download:
+        root = _DEBIAN_FASHION_MNIST
+    if root is None and name != "digits":
         raise FastjacError(f"{name}: the folder of its files is missing (--data-dir)")
-    if name == "cifar100":
-        return _cifar100(Path(root), 32 if size is None else size, augment, download)
-    build = _mit67 if name == "mit67" else _folder
-    return build(Path(root), 224 if size is None else size, augment, skip_damaged)
+    if name == "digits":
+        data = _digits(16 if size is None else size)
+    elif name == "fashion-mnist":
+        data = _fashion_mnist(Path(root), 32 if size is None else size, augment, download)
+    elif name == "cifar100":
+        data = _cifar100(Path(root), 32 if size is None else size, augment, download)
+    else:
+        build = _mit67 if name == "mit67" else _folder
+        data = build(Path(root), 224 if size is None else size, augment, skip_damaged)
+    if channels not in (None, data.channels):
+        data = _repeat_channels(data, channels)
+    if validation is None:
+        return data
+    plain = data  # what is held out is not augmented
+    if augment:
+        plain = load_data(name, root, size, skip_damaged=skip_damaged, channels=channels)
+    return _hold_out(data, plain.train, validation)
 
 
-DATASETS = ("digits", "cifar100", "mit67", "folder")
+DATASETS = ("digits", "fashion-mnist", "cifar100", "mit67", "folder")
+
+
+class _Transformed(Dataset):
+    """Items with ``transform`` of their image."""
+
+    def __init__(self, items: Dataset, transform: Callable[[Any], Tensor]) -> None:
+        self.items, self.transform = items, transform
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.items[index]
+        return self.transform(image), int(label)
+
+
+class NoisyImages(Dataset):
+    """Items with Gaussian noise on the image, the same at each reading; not clipped to [0, 1]."""
+
+    def __init__(self, items: Dataset, sigma: float) -> None:
+        self.items, self.sigma = items, sigma
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.items[index]
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index))
+        return image + self.sigma * noise, int(label)
+
+
+class _Repeat:
+    """A greyscale image as one of several equal channels."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.expand(self.channels, -1, -1)
+
+
+def _repeat_channels(data: ImageData, channels: int) -> ImageData:
+    if data.channels != 1 or channels != 3:
+        raise FastjacError(
+            f"{data.name} has images of {data.channels} channels, got --channels {channels}; "
+            "expected 3 for greyscale images, repeated"
+        )
+    repeat = _Repeat(channels)
+    return replace(
+        data,
+        train=_Transformed(data.train, repeat),
+        test=_Transformed(data.test, repeat),
+        channels=channels,
+        mean=data.mean * channels,
+        std=data.std * channels,
+    )
+
+
+def _hold_out(data: ImageData, plain: Dataset, count: int) -> ImageData:
+    """``data`` with ``count`` training images, drawn by a seed of its own, of ``plain`` as ``test``."""
+    images = len(data.labels)
+    if not 1 <= count < images:
+        raise FastjacError(
+            f"{data.name} has {images} training images; expected 1 to {images - 1} to hold out, "
+            f"got {count}"
+        )
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(2018)).tolist()
+    kept, held = sorted(order[count:]), sorted(order[:count])
+    return replace(
+        data,
+        train=Subset(data.train, kept),
+        test=Subset(plain, held),
+        labels=[data.labels[index] for index in kept],
+    )
 
 
 def _digits(size: int) -> ImageData:
@@ -106,6 +203,73 @@ def _digits(size: int) -> ImageData:
         size=size,
         mean=(pixels.mean().item(),),
         std=(pixels.std().item(),),
+    )
+
+
+_DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # of its package dataset-fashion-mnist
+_FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
+
+
+def _fashion_mnist(root: Path, size: int, augment: bool, download: bool) -> ImageData:
+    """Fashion-MNIST (Xiao, Rasul & Vollgraf, 2017): four IDX files, compressed or not."""
+    from torchvision.datasets import FashionMNIST
+    from torchvision.transforms import v2
+
+    if download:
+        try:
+            FashionMNIST(root, download=True)
+        except (OSError, RuntimeError) as error:
+            raise FastjacError(
+                f"fashion-mnist: its files could not be fetched into {root}: {_first_line(error)}"
+            ) from error
+    parts = []
+    for part in ("train", "t10k"):
+        images = read_idx(path := _idx_file(root, f"{part}-images-idx3-ubyte"), 3)
+        labels = read_idx(beside := _idx_file(root, f"{part}-labels-idx1-ubyte"), 1)
+        if len(images) != len(labels) or not len(images) or images.shape[1:] != (28, 28):
+            raise FastjacError(
+                f"{path} and {beside}: expected as many images of 28 x 28 as labels, got "
+                f"{list(images.shape)} and {list(labels.shape)}"
+            )
+        if (highest := int(labels.max())) >= len(_FASHION_CLASSES):
+            raise FastjacError(f"{beside}: expected labels from 0 to 9, got {highest}")
+        parts.append(TensorDataset(images[:, None], labels.long()))
+    # 28 in the middle of 32, as the paper's networks halve five times; other sizes from there.
+    fit = [v2.Pad(2)] + ([] if size == 32 else [v2.Resize(size)])
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    plain = v2.Compose([*fit, to_float])
+    moved = v2.Compose([v2.RandomCrop(28, padding=2), v2.RandomHorizontalFlip(), *fit, to_float])
+    train, test = parts
+    return ImageData(
+        name="fashion-mnist",
+        train=_Transformed(train, moved if augment else plain),
+        test=_Transformed(test, plain),
+        labels=train.tensors[1].tolist(),
+        classes=_FASHION_CLASSES,
+        channels=1,
+        size=size,
+        mean=(0.2190,),  # of the training images at 32 x 32
+        std=(0.3318,),
+    )
+
+
+def _idx_file(root: Path, name: str) -> Path:
+    """``root/name``, compressed or not, or where torchvision puts it."""
+    places = [
+        folder / (name + end)
+        for folder in (root, root / "FashionMNIST" / "raw")
+        for end in ("", ".gz")
+    ]
+    for path in places:
+        if path.is_file():
+            return path
+    raise FastjacError(
+        f"fashion-mnist: {places[1]} is missing; expected the four IDX files, or torchvision's "
+        "FashionMNIST/raw (--data-dir says where, --download gets them, Debian's package "
+        "dataset-fashion-mnist has them)"
     )
 
 
