@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from fastjac.jacobian import (
     selector,
 )
 from fastjac.losses import jacobian_match_loss
-from fastjac.targets import LabelLogit, Target, check_targets
+from fastjac.ops.window_crop import window_crop_adjoint
+from fastjac.targets import AttentionWindow, LabelLogit, Target, check_targets
 
 
 @dataclass
@@ -33,16 +35,84 @@ class MatchingOutput:
     ``student_logits``, ``student_features`` and ``jacobian_loss`` (a scalar) carry gradients to the
     student; ``teacher_logits`` and ``teacher_features`` are detached. The logits are what the target
     reads of the networks' outputs, ``student_output`` and ``teacher_output``: the same, where a network
-    returns one tensor. The features are those of the target's layer, None for :class:`LabelLogit`.
+    returns one tensor. The features are those of the target's layer, None for :class:`LabelLogit`; for
+    a tuple of targets, a tuple. ``jacobian_losses`` has each target's loss; ``jacobian_loss``
+    is their sum.
     """
 
     student_logits: Tensor
     teacher_logits: Tensor
-    student_features: Tensor | None
-    teacher_features: Tensor | None
+    student_features: Any
+    teacher_features: Any
     jacobian_loss: Tensor
     student_output: Any = None
     teacher_output: Any = None
+    jacobian_losses: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class TeacherResult:
+    """What :meth:`JacobianMatching.teacher_forward` gives: the teacher's part of a step, detached.
+
+    Attributes:
+        logits: what the target reads of the output.
+        output: what the teacher returned.
+        features: for each target, its layer's features or None.
+        targets: for each target, the teacher's, with its choices (a window's position) fixed.
+        labels: y as the targets take it, of student and teacher.
+        jacobians: for each target, J, on crops where the teacher's is local.
+    """
+
+    logits: Tensor
+    output: Any
+    features: tuple[Tensor | None, ...]
+    targets: tuple[Target, ...]
+    labels: Any
+    jacobians: tuple[engine.InputJacobian | StoredJacobian, ...]
+
+    def facts(self, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """All of it as tensors ``[B, ...]``, to be kept and given to ``restore_teacher``.
+
+        ``reduce``: what is kept of a layer's features, ``[B, C, h, w]`` of the same h and w.
+        """
+        if not isinstance(self.labels, Tensor):
+            raise FastjacError(
+                f"facts: expected labels y in a tensor, got {type(self.labels).__name__}"
+            )
+        facts = [self.logits, self.labels]
+        for target, features, jacobian in zip(
+            self.targets, self.features, self.jacobians, strict=True
+        ):
+            if isinstance(target, AttentionWindow):
+                row, start = jacobian.row, target.start(features)
+                first = torch.zeros_like(start)
+                if not jacobian.is_whole and row.plan is not None:
+                    first = row.plan.crops.start(row.region)
+                facts += [reduce(features), start, first]
+            elif features is not None:
+                raise FastjacError(
+                    f"facts: expected a target of the output, or AttentionWindow; got "
+                    f"{type(target).__name__} of layer {target.layer!r}"
+                )
+            facts.append(jacobian.values)
+        return facts
+
+
+@dataclass
+class StoredJacobian:
+    """A Jacobian's crop and its first row and column, or (None) all of it; and x's shape."""
+
+    values: Tensor
+    start: Tensor | None
+    shape: torch.Size
+    row: None = None
+    is_whole: bool = True
+
+    def whole(self) -> Tensor:
+        """J, of the input's shape."""
+        if self.start is None:
+            return self.values
+        return window_crop_adjoint(self.values, self.start, tuple(self.shape[2:]))
 
 
 class JacobianMatching(nn.Module):
@@ -57,7 +127,8 @@ class JacobianMatching(nn.Module):
         teacher: put in eval mode, and kept there; its parameters get no gradient. It may be anything
             that PyTorch differentiates once: scripted, exported, compiled, replicated. It must share
             neither modules nor parameters with the student.
-        target: ``LabelLogit()``, ``AttentionWindow(layer, ...)`` or any other :class:`~fastjac.Target`.
+        target: ``LabelLogit()``, ``AttentionWindow(layer, ...)`` or any other :class:`~fastjac.Target`;
+            or a tuple of them (feature levels, say), all taken from one forward, whose losses are added.
         normalize: None takes the target's default (window: True, others: False).
         batch_stats: how a train-mode BatchNorm counts in the student's Jacobian. ``"frozen"``: its
             statistics come from the batch, are constants in d/dx, and functions of the parameters in
@@ -97,7 +168,7 @@ class JacobianMatching(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        target: Target = LabelLogit(),
+        target: Target | tuple[Target, ...] = LabelLogit(),
         normalize: bool | None = None,
         batch_stats: str = "frozen",
         strategy: str = "auto",
@@ -105,15 +176,16 @@ class JacobianMatching(nn.Module):
         teacher_output: Output = None,
     ) -> None:
         super().__init__()
-        (self.target,) = check_targets((target,))
+        self.target, self.targets = target, check_targets(target)
         check_options(batch_stats, strategy)
-        self.normalize = target.normalize if normalize is None else normalize
+        self.normalize = normalize
         self.batch_stats, self.strategy = batch_stats, strategy
         self.output = output
         self.teacher_output = output if teacher_output is None else teacher_output
-        if target.layer is not None:
-            find_layer(student, target.layer, "the student")
-            find_layer(teacher, target.for_teacher().layer, "the teacher")
+        for each in self.targets:
+            if each.layer is not None:
+                find_layer(student, each.layer, "the student")
+                find_layer(teacher, each.for_teacher().layer, "the teacher")
         _check_apart(student, teacher)
         self.student = student
         self.teacher = teacher
@@ -135,13 +207,25 @@ class JacobianMatching(nn.Module):
         return self
 
     @eager
-    def forward(self, x: Tensor, y: Any = None) -> MatchingOutput:
+    def forward(
+        self, x: Tensor, y: Any = None, teacher: TeacherResult | None = None
+    ) -> MatchingOutput:
         check_input(x, self.student, "student")
-        check_input(x, self.teacher, "teacher")
+        if teacher is None:
+            check_input(x, self.teacher, "teacher")
         with ordinary_tensors((x, y), self.student, self.teacher) as (x, y):
-            target = self.target.drawn()
-            teacher = self._teacher_jacobian(x, y, target.for_teacher())
-            paired = target.paired(teacher.target, teacher.features, y)
+            if teacher is None:
+                targets = tuple(target.drawn() for target in self.targets)
+                teacher = self._run_teacher(x, y, targets)
+            else:
+                targets = self.targets
+            y = teacher.labels
+            paired = tuple(
+                target.paired(theirs, features, y)
+                for target, theirs, features in zip(
+                    targets, teacher.targets, teacher.features, strict=True
+                )
+            )
             if self.strategy == "autograd":
                 output, features, js = reference.forward_and_jacobian(
                     *(self.student, x, paired, y),
@@ -149,81 +233,156 @@ class JacobianMatching(nn.Module):
                     batch_stats=self.batch_stats,
                     create_graph=torch.is_grad_enabled(),
                 )
-                logits, jt = select(output), teacher.whole()
+                logits = select(output)
+                pairs = [(j, t.whole()) for j, t in zip(js, teacher.jacobians, strict=True)]
             else:
-                run = Forward(self.student, x, (paired,), self.output, (), None, self.batch_stats)
-                placed = paired.placed(run.features[0])
-                js, jt = _aligned(run, placed, y, self.strategy, teacher)
-                output, (features,) = run.finish()
+                run = Forward(self.student, x, paired, self.output, (), None, self.batch_stats)
+                pairs = [
+                    _aligned(
+                        run,
+                        target.placed(run.features[i]),
+                        i,
+                        y,
+                        self.strategy,
+                        teacher.jacobians[i],
+                    )
+                    for i, target in enumerate(paired)
+                ]
+                output, features = run.finish()
                 logits = run.selected(output)
-            loss = jacobian_match_loss(js, jt, self.normalize)
+            losses = tuple(
+                jacobian_match_loss(
+                    js, jt, t.normalize if self.normalize is None else self.normalize
+                )
+                for t, (js, jt) in zip(targets, pairs, strict=True)
+            )
             if not torch.is_grad_enabled():
-                loss = loss.detach()
+                losses = tuple(loss.detach() for loss in losses)
+        each = isinstance(self.target, tuple)
         return MatchingOutput(
-            *(logits, teacher.logits, features, teacher.features, loss, output, teacher.output)
+            student_logits=logits,
+            teacher_logits=teacher.logits,
+            student_features=tuple(features) if each else features[0],
+            teacher_features=teacher.features if each else teacher.features[0],
+            jacobian_loss=sum(losses[1:], losses[0]),
+            student_output=output,
+            teacher_output=teacher.output,
+            jacobian_losses=losses,
         )
 
-    def _teacher_jacobian(self, x: Tensor, y: Any, target: Target) -> _Teacher:
-        """The teacher's, by the engine where its forward can be recorded, else by plain autograd."""
+    @eager
+    def teacher_forward(self, x: Tensor, y: Any = None) -> TeacherResult:
+        """The teacher's part of a step, to be kept and given to a later call with the same x and y.
+
+        ``matcher(x, y, teacher=matcher.teacher_forward(x, y))`` is ``matcher(x, y)``. Raises for a
+        target with random numbers, which a later call must draw anew.
+
+        >>> import torch
+        >>> matcher = fastjac.JacobianMatching(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3))
+        >>> x, y = torch.rand(2, 4), torch.tensor([0, 2])
+        >>> known = matcher.teacher_forward(x, y)
+        >>> torch.equal(matcher(x, y, known).jacobian_loss, matcher(x, y).jacobian_loss)
+        True
+        """
+        check_input(x, self.teacher, "teacher")
+        for target in self.targets:
+            if target.drawn() is not target:
+                raise FastjacError(
+                    f"teacher_forward: {type(target).__name__} draws random numbers at each step; "
+                    "expected a target without any, or one that is drawn()"
+                )
+        with ordinary_tensors((x, y), self.teacher) as (x, y):
+            return self._run_teacher(x, y, self.targets)
+
+    def restore_teacher(self, x: Tensor, facts: Sequence[Tensor]) -> TeacherResult:
+        """The teacher's part of a step from :meth:`TeacherResult.facts`.
+
+        The features are what was kept of them, and the output is the logits.
+        """
+        rest = iter(facts)
+        logits, labels = next(rest), next(rest)
+        targets, features, jacobians = [], [], []
+        for target in (each.for_teacher() for each in self.targets):
+            kept = first = None
+            if isinstance(target, AttentionWindow):
+                kept, start, first = next(rest), next(rest), next(rest)
+                target = target.at(start)
+            features.append(kept)
+            targets.append(target)
+            jacobians.append(StoredJacobian(next(rest), first, x.shape))
+        return TeacherResult(
+            *(logits, logits, tuple(features), tuple(targets), labels, tuple(jacobians))
+        )
+
+    def _run_teacher(self, x: Tensor, y: Any, targets: tuple[Target, ...]) -> TeacherResult:
+        """By the engine where the teacher's forward can be recorded, else by plain autograd."""
+        targets = tuple(target.for_teacher() for target in targets)
         strategy = "dense" if self.strategy == "dense" else "auto"
         with torch.no_grad():
             if self.strategy != "autograd" and not self._teacher_by_autograd:
                 try:
                     run = Forward(
-                        *(self.teacher, x, (target,), self.teacher_output, (), None),
+                        *(self.teacher, x, targets, self.teacher_output, (), None),
                         self.batch_stats,
                     )
-                    placed = target.placed(run.features[0])
-                    rows, stacked = run.rows(placed, 0, y, strategy)
-                    jacobian = engine.input_jacobian(rows, stacked, whole=False)
-                    output, (features,) = run.finish()
-                    return _Teacher(placed, run.selected(output), features, output, jacobian)
+                    placed = tuple(map(Target.placed, targets, run.features))
+                    labels = y
+                    if any(target.fills_labels for target in targets):
+                        labels = _labels(targets, y, run.read)
+                    jacobians = tuple(
+                        run.jacobian(target, i, labels, strategy, whole=False)
+                        for i, target in enumerate(placed)
+                    )
+                    output, features = run.finish()
+                    logits = run.selected(output)
+                    return TeacherResult(logits, output, tuple(features), placed, labels, jacobians)
                 except FastjacError:  # if the input is at fault, autograd finds the same
                     self._teacher_by_autograd = True
             select = selector(self.teacher_output, self.teacher)
             try:
+                labels = y
+                if any(target.fills_labels for target in targets):
+                    labels = _labels(targets, y, select(self.teacher(x.clone())))
                 output, features, values = reference.forward_and_jacobian(
-                    self.teacher, x, target, y, select=select, batch_stats=self.batch_stats
+                    self.teacher, x, targets, labels, select=select, batch_stats=self.batch_stats
                 )
             except FastjacError:
                 self._teacher_by_autograd = False
                 raise
-        placed = target.placed(features)
-        jacobian = engine.InputJacobian(values.detach(), None, True)
-        return _Teacher(placed, select(output), features, output, jacobian)
-
-
-@dataclass
-class _Teacher:
-    """What the teacher gave: its target, as placed on its features, and its Jacobian."""
-
-    target: Target
-    logits: Tensor
-    features: Tensor | None
-    output: Any
-    jacobian: engine.InputJacobian
-
-    def whole(self) -> Tensor:
-        return self.jacobian.whole()
+        placed = tuple(map(Target.placed, targets, features))
+        jacobians = tuple(engine.InputJacobian(v.detach(), None, True) for v in values)
+        return TeacherResult(select(output), output, tuple(features), placed, labels, jacobians)
 
 
 def _aligned(
-    run: Forward, target: Target, y: Any, strategy: str, teacher: _Teacher
+    run: Forward,
+    target: Target,
+    place: int,
+    y: Any,
+    strategy: str,
+    teacher: engine.InputJacobian,
 ) -> tuple[Tensor, Tensor]:
-    """Both Jacobians over the same pixels.
+    """Both Jacobians of the ``place``-th target over the same pixels.
 
     Crops that move together are compared as crops, over their hull; others on the whole input.
     """
-    rows, stacked = run.rows(target, 0, y, strategy)
-    plan, other = rows[0].plan, teacher.jacobian.row
+    rows, stacked = run.rows(target, place, y, strategy)
+    plan, other = rows[0].plan, teacher.row
     if plan is not None and other is not None and other.plan is not None:
         together = plan.crops.position is other.plan.crops.position
         ours, theirs = rows[0].region, other.region
         if together and ours.scales == theirs.scales:
             hull = ours.hull(theirs)
             js = engine.input_jacobian(rows, stacked, whole=False).values
-            return widen(js, ours, hull), widen(teacher.jacobian.values, theirs, hull)
+            return widen(js, ours, hull), widen(teacher.values, theirs, hull)
     return engine.input_jacobian(rows, stacked).values, teacher.whole()
+
+
+def _labels(targets: tuple[Target, ...], y: Any, logits: Tensor) -> Any:
+    """y as the targets take it, once the teacher's logits are known."""
+    for target in targets:
+        y = target.labels(y, logits)
+    return y
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:

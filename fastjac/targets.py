@@ -57,6 +57,7 @@ class Target:
         normalize: what ``JacobianMatching(normalize=None)`` takes for this target.
         features_alone: whether phi reads nothing of the model's output, so that what runs behind the
             layer need not be recorded.
+        fills_labels: whether :meth:`labels` gives others than it got.
 
     >>> import torch
     >>> class Energy(Target):
@@ -70,6 +71,7 @@ class Target:
     layer: str | None = None
     normalize: bool = False
     features_alone: bool = False
+    fills_labels: bool = False
 
     def scalar(self, output: Tensor, features: Tensor | None, y: Any) -> Tensor:
         """phi, ``[B]`` or ``[B, K]``; differentiable in ``output`` and ``features``."""
@@ -94,6 +96,10 @@ class Target:
         """
         return self
 
+    def labels(self, y: Any, teacher_logits: Tensor) -> Any:
+        """y for student and teacher in ``JacobianMatching``, once the teacher's logits are known."""
+        return y
+
     def drawn(self) -> Target:
         """The same target with its random numbers fixed."""
         return self
@@ -115,8 +121,8 @@ class Target:
 def check_targets(target: Any) -> tuple[Target, ...]:
     """A target, or a tuple of targets, as a tuple; an error for anything else.
 
-    >>> check_targets(LabelLogit())
-    (LabelLogit(),)
+    >>> check_targets(Logits([0, 2]))
+    (Logits(indices=(0, 2)),)
     """
     targets = target if isinstance(target, tuple) else (target,)
     if not targets:
@@ -135,13 +141,35 @@ def check_targets(target: Any) -> tuple[Target, ...]:
 class LabelLogit(Target):
     """phi_i = logits[i, y_i]: the pre-softmax output of the correct class (distillation).
 
-    Logits ``[B, classes]``, labels y ``[B]`` int64.
+    Logits ``[B, classes]``, labels y ``[B]`` int64. ``unlabelled="teacher"``: in ``JacobianMatching``, a
+    label below 0 stands for an image without one, for which both networks take the class that the
+    teacher's logits are largest for; by default it is an error.
 
     >>> import torch
     >>> logits = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> LabelLogit().scalar(logits, None, torch.tensor([1, 0]))
     tensor([2., 3.])
     """
+
+    unlabelled: Literal["error", "teacher"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.unlabelled not in ("error", "teacher"):
+            raise FastjacError(
+                f"LabelLogit: unlabelled is 'error' or 'teacher'; got {self.unlabelled!r}"
+            )
+
+    @property
+    def fills_labels(self) -> bool:
+        return self.unlabelled == "teacher"
+
+    def labels(self, y: Any, teacher_logits: Tensor) -> Any:
+        if not self.fills_labels or not isinstance(y, Tensor) or y.dtype != torch.int64:
+            return y
+        _check_logits("LabelLogit", teacher_logits)
+        if y.shape != teacher_logits.shape[:1]:
+            return y  # check() says what is wrong
+        return torch.where(y < 0, teacher_logits.argmax(1), y)
 
     def scalar(self, output: Tensor, features: Tensor | None, y: Any) -> Tensor:
         self.check(output, y)
@@ -498,7 +526,11 @@ def _check_range(y: Tensor, classes: int) -> None:
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise FastjacError(
             f"labels y: expected 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}"
-            + ("; leave out unlabelled rows, or give them a class" if int(y.min()) < 0 else "")
+            + (
+                "; leave out unlabelled rows, or LabelLogit(unlabelled='teacher') in JacobianMatching"
+                if int(y.min()) < 0
+                else ""
+            )
         )
 
 
