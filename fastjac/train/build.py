@@ -46,6 +46,8 @@ def build_data(options: RunOptions) -> ImageData:
         options.augment,
         options.download,
         options.skip_damaged,
+        options.channels,
+        options.validation,
     )
     if options.num_classes not in (None, len(data.classes)):
         raise FastjacError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastjac.data import ImageData
 from fastjac.errors import FastjacError
 from fastjac.train.build import build_data, build_model, load_trained, pick_device
 from fastjac.train.loop import Training, evaluate
@@ -15,8 +16,11 @@ from fastjac.train.objective import classification, distillation
 from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
 
 
-def prepare(options: RunOptions) -> Training:
-    """The run of ``options``, ready to go; nothing is written yet. Sets torch's global seed."""
+def prepare(options: RunOptions, data: ImageData | None = None) -> Training:
+    """The run of ``options``, ready to go; nothing is written yet. Sets torch's global seed.
+
+    ``data``: the options' own, where they are there already.
+    """
     kind = "student" if isinstance(options, StudentOptions) else "teacher"
     if options.experiment is None:
         name = f"{kind}-{options.dataset}-{options.model.replace('/', '-')}"
@@ -25,7 +29,7 @@ def prepare(options: RunOptions) -> Training:
         keep_pages()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    data = build_data(options)
+    data = build_data(options) if data is None else data
     torch.manual_seed(options.seed)
     model, spec = build_model(options, data)
     if isinstance(options, StudentOptions):

@@ -88,7 +88,9 @@ class Training:
                 "indices": indices,
             }
         self.steps = len(self._batches(torch.Generator()))
-        self.optimizer = build_optimizer(options, model)
+        # Layers that are trained for the objective's terms alone.
+        self.heads = getattr(objective, "heads", nn.ModuleDict())
+        self.optimizer = build_optimizer(options, nn.ModuleList([model, self.heads]))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lr_factor(options, self.steps)
         )
@@ -308,6 +310,7 @@ class Training:
             "about": describe(self.spec, self.data),
             "options": asdict(self.options),
             "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -338,6 +341,7 @@ class Training:
         if different := changed(state["options"], asdict(self.options)):
             raise FastjacError(f"{path} is of a run with other options: {', '.join(different)}")
         load_weights(self.model, state["model"], path, ignore_head=False)
+        self.heads.load_state_dict(state.get("heads", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.options.cuda_graphs:  # a tensor, which the file gives on the CPU
             for group in self.optimizer.param_groups:

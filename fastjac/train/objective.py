@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +16,34 @@ from fastjac import (
     FastjacError,
     JacobianMatching,
     LabelLogit,
+    Logits,
+    Projection,
+    Scalar,
+    Target,
     activation_match_loss,
     attention_match_loss,
+    jacobian_norm_penalty,
+    with_jacobian,
 )
 from fastjac.data import ImageData
-from fastjac.features import find_layer, forward_with_features
+from fastjac.features import capture, check_logits, find_layer
+from fastjac.matching import TeacherResult
 from fastjac.models import ModelSpec, check_image_size, create_model, load_weights, read_weights
+from fastjac.models.create import find_head
 from fastjac.models.levels import level_layer
 from fastjac.train.build import load_trained
-from fastjac.train.options import StudentOptions
+from fastjac.train.options import TAUGHT, TERMS, StudentOptions, flag
 from fastjac.train.sources import is_library_name
+from fastjac.train.teacher_cache import TeacherCache, teacher_key
+from fastjac.train.terms import (
+    Hint,
+    decoupled_distillation_loss,
+    knowledge_distillation_loss,
+    label_cross_entropy,
+    relational_distillation_loss,
+)
+
+_MEMORY = 1 << 30  # bytes of Jacobians that are kept in memory without being asked
 
 
 @dataclass(frozen=True)
@@ -39,100 +59,331 @@ Objective = Callable[[Tensor, Tensor], Step]
 
 
 def classification(model: nn.Module) -> Objective:
-    """Cross-entropy with the labels."""
+    """Cross-entropy with the labels ``[B]``, or with probabilities ``[B, classes]``."""
 
     def step(x: Tensor, y: Tensor) -> Step:
         logits = model(x)
-        loss = cross_entropy(logits, y)
+        loss = label_cross_entropy(logits, y)
         return Step(loss, logits, {"ce": loss})
 
     return step
 
 
+@dataclass
+class _Seen:
+    """What the terms read of a network: its logits, and each level's features."""
+
+    logits: Tensor
+    features: Sequence[Tensor]
+
+
 class Distillation(nn.Module):
     """Cross-entropy and what is taken from a teacher, as the options weigh them.
 
-    One forward of each network serves all terms. Holds the teacher, in eval mode and without
-    gradients; the student is trained through it.
+    Called with images ``x`` and labels ``y``: int64 ``[B]``, below 0 for an image without one (no
+    cross-entropy; the Jacobian is that of the teacher's class), or probabilities ``[B, classes]`` (the
+    Jacobian likewise). One forward of each network serves all terms but ``noisy_activations``.
+
+    Holds the teacher, in eval mode and without gradients; the student is trained through it. ``heads``
+    are trained beside the student, for the terms alone: ``hint`` (a 1x1 convolution of the features) and
+    ``logits`` (a second last layer, for a teacher of other classes than the data's).
     """
 
-    def __init__(self, options: StudentOptions, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(
+        self,
+        options: StudentOptions,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: ImageData,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
-        self.weights = {
-            term: getattr(options, term)
-            for term in ("ce", "activations", "attention", "jacobians")
-            if getattr(options, term)
-        }
-        self.student, self.teacher = student, teacher.eval().requires_grad_(False)
-        self.layers: tuple[str | None, str | None] = (None, None)
-        window = options.target == "attention-window"
-        if "attention" in self.weights or ("jacobians" in self.weights and window):
-            self.layers = (
-                options.layer or level_layer(student, options.level),
-                options.teacher_layer or level_layer(teacher, options.level),
-            )
-            find_layer(student, self.layers[0], "the student")
-            find_layer(teacher, self.layers[1], "the teacher")
+        self.options = options
+        self.weights = {term: w for term in TERMS if (w := getattr(options, term))}
+        self.student, self.teacher = student, teacher
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+        self.layers, self.teacher_layers = self._find_layers(student, teacher)
+        self.heads = nn.ModuleDict()
+        if "activations" in self.weights and classes != len(data.classes):
+            self.heads["logits"] = _second_head(student, data, int(classes or 0))
+        if "hints" in self.weights:
+            self.heads["hint"] = self._hint(data)
+        self.target: Target | tuple[Target, ...] | None = None
         self.matching = None
         if "jacobians" in self.weights:
-            if "attention" in self.weights and not window:
-                raise FastjacError(
-                    "--attention with --jacobians needs --target attention-window: both terms are "
-                    "taken at one layer"
-                )
-            target = LabelLogit()
-            if window:
-                target = AttentionWindow(
-                    self.layers[0],
-                    options.window,
-                    options.power,
-                    options.anchor,
-                    teacher_layer=self.layers[1],
-                )
+            self.target = self._target()
             self.matching = JacobianMatching(
-                student, teacher, target, options.normalize, options.batch_stats, options.strategy
+                *(student, teacher, self.target),
+                options.normalize,
+                options.batch_stats,
+                options.strategy,
             )
+        elif "jacobian_norm" in self.weights:
+            self.target = self._target()
+        self.cache = self._cache(data)
+
+    def _find_layers(
+        self, student: nn.Module, teacher: nn.Module | None
+    ) -> tuple[list[str], list[str]]:
+        options, window = self.options, self.options.target == "attention-window"
+        of_features = {"attention", "hints"} & self.weights.keys()
+        of_window = window and {"jacobians", "jacobian_norm"} & self.weights.keys()
+        if not (of_features or of_window):
+            return [], []
+        levels = options.levels or [options.level]
+        mine = [options.layer] if options.layer else [level_layer(student, n) for n in levels]
+        for layer in mine:
+            find_layer(student, layer, "the student")
+        if teacher is None:
+            return mine, []
+        theirs = (
+            [options.teacher_layer]
+            if options.teacher_layer
+            else [level_layer(teacher, n) for n in levels]
+        )
+        for layer in theirs:
+            find_layer(teacher, layer, "the teacher")
+        if len(mine) != len(theirs):
+            raise FastjacError(
+                f"{len(mine)} layers of the student and {len(theirs)} of the teacher; expected as "
+                "many: --layer and --teacher-layer name one each, in place of --levels"
+            )
+        return mine, theirs
+
+    def _target(self) -> Target | tuple[Target, ...]:
+        options = self.options
+        if options.target == "attention-window":
+            teacher_layers = self.teacher_layers or self.layers
+            return tuple(
+                AttentionWindow(
+                    *(layer, options.window, options.power, options.anchor), teacher_layer=theirs
+                )
+                for layer, theirs in zip(self.layers, teacher_layers, strict=True)
+            )
+        if options.target == "logits":
+            return Logits()
+        if options.target == "projection":
+            return Projection(options.projections)
+        if options.target == "cross-entropy":
+            return Scalar(_cross_entropies)
+        return LabelLogit(unlabelled="teacher" if self.teacher is not None else "error")
+
+    def _hint(self, data: ImageData) -> Hint:
+        blank = torch.zeros(2, data.channels, data.size, data.size)
+        widths = []
+        for net, layer in ((self.student, self.layers[0]), (self.teacher, self.teacher_layers[0])):
+            mode = net.training
+            with torch.no_grad(), capture(net.eval(), [layer]) as features:
+                net(blank.to(next(net.parameters()).device))
+            net.train(mode)
+            if features[layer].dim() != 4:
+                raise FastjacError(
+                    f"--hints: layer {layer!r} gives {list(features[layer].shape)}; expected "
+                    "[B, C, h, w]"
+                )
+            widths.append(features[layer].shape[1])
+        return Hint(*widths)
+
+    def _cache(self, data: ImageData) -> TeacherCache | None:
+        """The cache of the teacher's results, where they depend on image and label alone."""
+        options = self.options
+        if self.teacher is None or options.teacher_cache == "off":
+            return None
+        if cannot := self._not_cacheable():
+            if options.teacher_cache != "auto":
+                raise FastjacError(f"--teacher-cache {options.teacher_cache}: {cannot}")
+            return None
+        folder = None
+        if options.teacher_cache != "auto":
+            folder = Path(options.teacher_cache)
+        elif not _comes_often(options, data):
+            return None
+        settings = (self.target, self.teacher_layers, options.strategy, options.channels_last)
+        key = teacher_key(self.teacher, *settings, data.channels, data.size)
+        return TeacherCache(folder, key, self._facts)
+
+    def _not_cacheable(self) -> str:
+        """Why the teacher's results cannot be kept; empty if they can."""
+        options = self.options
+        if options.target == "projection" and self.matching is not None:
+            return "--target projection draws random numbers at each step"
+        if "hints" in self.weights:
+            return "--hints takes whole feature maps"
+        if options.augment:
+            return "with --augment hardly an image comes twice"
+        if options.input_noise:
+            return "with --input-noise no image comes twice"
+        if options.amp:
+            return "the teacher's mixed precision is not kept; leave out --amp"
+        if options.cuda_graphs:
+            return "a CUDA graph cannot look images up; leave out --cuda-graphs"
+        return ""
 
     def forward(self, x: Tensor, y: Tensor) -> Step:
-        terms = {}
-        if self.matching is not None:
-            out = self.matching(x, y)
-            logits, features = out.student_logits, out.student_features
-            logits_t, features_t = out.teacher_logits, out.teacher_features
-            terms["jacobians"] = out.jacobian_loss
-        else:
-            logits, features = forward_with_features(self.student, x, self.layers[0])
+        options, weights = self.options, self.weights
+        if options.input_noise and self.student.training:
+            x = x + options.input_noise * torch.randn_like(x)
+        hard = y if not y.is_floating_point() else y.new_full(y.shape[:1], -1, dtype=torch.int64)
+        terms: dict[str, Tensor] = {}
+        with self._embedding() as embedding:
+            student, teacher = self._networks(x, hard, terms)
+        if "ce" in weights:
+            terms["ce"] = label_cross_entropy(student.logits, y)
+        if teacher is not None:
+            terms |= self._taught_terms(student, teacher, hard, embedding)
+        if "noisy_activations" in weights:
+            noisy = x + options.noise * torch.randn_like(x)
             with torch.no_grad():
-                logits_t, features_t = forward_with_features(self.teacher, x, self.layers[1])
-        if "ce" in self.weights:
-            terms["ce"] = cross_entropy(logits, y)
-        if "activations" in self.weights:
-            terms["activations"] = activation_match_loss(logits, logits_t)
-        if "attention" in self.weights:
-            terms["attention"] = attention_match_loss(features, features_t)
-        loss = sum(self.weights[term] * value for term, value in terms.items())
-        return Step(loss, logits, terms)
+                logits_t = self.teacher(noisy)
+            terms["noisy_activations"] = activation_match_loss(self.student(noisy), logits_t)
+        loss = sum(weights[term] * value for term, value in terms.items())
+        return Step(loss, student.logits, terms)
+
+    def _networks(
+        self, x: Tensor, hard: Tensor, terms: dict[str, Tensor]
+    ) -> tuple[_Seen, _Seen | None]:
+        """Run student and teacher; with them the Jacobian's term, into ``terms``."""
+        options, known = self.options, None
+        if self.cache is not None:
+            known = self._restored(x, self.cache(x, hard))
+        if self.matching is not None:
+            out = self.matching(x, hard, known)
+            terms["jacobians"] = out.jacobian_loss
+            window = isinstance(self.target, tuple)
+            student = _Seen(out.student_logits, out.student_features if window else ())
+            return student, _Seen(out.teacher_logits, out.teacher_features if window else ())
+        if self.target is not None:
+            out = with_jacobian(
+                *(self.student, x, self.target, hard),
+                batch_stats=options.batch_stats,
+                strategy=options.strategy,
+            )
+            window = isinstance(self.target, tuple)
+            jacobians = out.jacobian if window else (out.jacobian,)
+            terms["jacobian_norm"] = sum(map(jacobian_norm_penalty, jacobians))
+            student = _Seen(out.output, out.features if window else ())
+        else:
+            student = _seen(self.student, x, self.layers)
+        if known is not None:
+            return student, _Seen(known.logits, known.features)
+        return student, None if self.teacher is None else self._watch_teacher(x)
+
+    def _watch_teacher(self, x: Tensor) -> _Seen:
+        with torch.no_grad():
+            return _seen(self.teacher, x, self.teacher_layers)
+
+    def _taught_terms(
+        self, student: _Seen, taught: _Seen, hard: Tensor, embedding: list[Tensor]
+    ) -> dict[str, Tensor]:
+        weights, temperature = self.weights, self.options.temperature
+        terms: dict[str, Tensor] = {}
+        pairs = list(zip(student.features, taught.features, strict=False))
+        if "activations" in weights:
+            logits = student.logits
+            if "logits" in self.heads:
+                logits = self.heads["logits"](embedding[0].flatten(1))
+            terms["activations"] = activation_match_loss(logits, taught.logits)
+        if "attention" in weights:
+            terms["attention"] = sum(attention_match_loss(s, t) for s, t in pairs)
+        if "kd" in weights:
+            terms["kd"] = knowledge_distillation_loss(student.logits, taught.logits, temperature)
+        if "dkd" in weights:
+            labels = torch.where(hard < 0, taught.logits.argmax(1), hard)
+            terms["dkd"] = decoupled_distillation_loss(
+                student.logits, taught.logits, labels, temperature
+            )
+        if "rkd" in weights:
+            terms["rkd"] = relational_distillation_loss(student.logits, taught.logits)
+        if "hints" in weights:
+            terms["hints"] = self.heads["hint"](*pairs[0])
+        return terms
+
+    @contextmanager
+    def _embedding(self) -> Iterator[list[Tensor]]:
+        """Collects the input of the student's last layer, if a second one reads it."""
+        seen: list[Tensor] = []
+        if "logits" not in self.heads:
+            yield seen
+            return
+        _, head = find_head(self.student)
+        handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def _facts(self, x: Tensor, hard: Tensor) -> list[Tensor]:
+        """What the cache keeps of a teacher: logits, attention maps, and the matcher's part."""
+        if self.matching is None:
+            seen = self._watch_teacher(x)
+            return [seen.logits, *map(_attention_map, seen.features)]
+        result = self.matching.teacher_forward(x, hard)
+        return result.facts(_attention_map)
+
+    def _restored(self, x: Tensor, facts: list[Tensor]) -> TeacherResult | _Seen:
+        if self.matching is None:
+            return _Seen(facts[0], facts[1:])
+        return self.matching.restore_teacher(x, facts)
+
+
+def _comes_often(options: StudentOptions, data: ImageData) -> bool:
+    """Whether an image is seen four times or more, and few enough of them for the memory."""
+    few = options.samples_per_class
+    images = len(data.labels) if few is None else few * len(data.classes)
+    steps = options.epoch_steps or max(1, images // options.batch_size)
+    often = options.epochs * steps * options.batch_size >= 4 * images
+    return often and images * data.channels * data.size**2 * 4 <= _MEMORY
+
+
+def _seen(model: nn.Module, x: Tensor, layers: Sequence[str]) -> _Seen:
+    with capture(model, layers) as features:
+        logits = check_logits(model(x), model)
+    return _Seen(logits, [features[layer] for layer in layers])
+
+
+def _attention_map(features: Tensor) -> Tensor:
+    """Features of one channel with the attention map of ``features``."""
+    return features.square().mean(1, keepdim=True).sqrt()
+
+
+def _cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(logits, y, reduction="none")
+
+
+def _second_head(student: nn.Module, data: ImageData, classes: int) -> nn.Linear:
+    """A last layer for the teacher's classes, on the input of the student's own."""
+    _, head = find_head(student)
+    width = getattr(head, "in_features", None)
+    if width is None:
+        raise FastjacError(
+            f"--activations: the teacher has {classes} classes, {data.name} has {len(data.classes)}, "
+            f"and a second head needs a student whose last layer is linear; it is {type(head).__name__}"
+        )
+    return nn.Linear(width, classes)
 
 
 def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -> Objective:
     """The objective of a student; cross-entropy alone needs no teacher."""
-    taught = [t for t in ("activations", "attention", "jacobians") if getattr(options, t)]
+    taught = [term for term in TAUGHT if getattr(options, term)]
+    if not any(getattr(options, term) for term in TERMS):
+        raise FastjacError(f"every weight is 0: {', '.join(map(flag, TERMS))}")
     if not taught:
-        if not options.ce:
-            raise FastjacError("every weight is 0: --ce, --activations, --attention, --jacobians")
-        return classification(student)
+        if not options.jacobian_norm and not options.input_noise:
+            return classification(student)
+        return Distillation(options, student, None, data)
     if options.teacher is None:
-        raise FastjacError(f"--teacher is missing; --{taught[0]} needs one")
+        raise FastjacError(f"--teacher is missing; {flag(taught[0])} needs one")
     teacher, classes = _teacher(options, data)
-    by_class = "activations" in taught or (
-        "jacobians" in taught and options.target == "label-logit"
-    )
+    by_class = {"kd", "dkd", "noisy_activations"} & set(taught)
+    if "jacobians" in taught and options.target != "attention-window":
+        by_class.add("jacobians")
     if by_class and len(classes) != len(data.classes):
         raise FastjacError(
             f"the teacher {options.teacher} has {len(classes)} classes, {data.name} has "
-            f"{len(data.classes)}"
+            f"{len(data.classes)}, which {', '.join(map(flag, sorted(by_class)))} cannot do with"
         )
-    return Distillation(options, student, teacher)
+    return Distillation(options, student, teacher, data, len(classes))
 
 
 def _teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, list[str]]:

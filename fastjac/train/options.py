@@ -5,36 +5,44 @@ Of the dataclasses in ``TOPICS``, the docstring is the heading above their optio
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from fastjac.errors import FastjacError, unknown
 
-TERMS = ("ce", "activations", "attention", "jacobians")
+# The terms of the loss, by the options that weigh them; and those that need a teacher.
+TAUGHT = ("activations", "attention", "jacobians", "noisy_activations", "kd", "dkd", "rkd", "hints")
+TERMS = ("ce", *TAUGHT, "jacobian_norm")
 # As in fastjac.data and fastjac.models, which import PyTorch.
-DATASETS = ("digits", "cifar100", "mit67", "folder")
+DATASETS = ("digits", "fashion-mnist", "cifar100", "mit67", "folder")
 MODELS = ("vgg4", "vgg9", "vgg")
 
 
 def _option(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(kw_only=True)
-class _Data:
+class DataOptions:
     """data"""
 
     config: str | None = _option(
-        None, "recipe (digits, cifar100, mit67) or YAML file; flags override"
+        None, "recipe (digits, fashion-mnist, cifar100, mit67) or YAML file; flags override"
     )
-    dataset: str = _option("digits", "digits, cifar100, mit67 or folder")
+    dataset: str = _option("digits", "digits, fashion-mnist, cifar100, mit67 or folder")
     data_dir: str | None = _option(None, "folder of the data set's files")
-    download: bool = _option(False, "fetch cifar100 where it is missing")
+    download: bool = _option(False, "fetch cifar100 or fashion-mnist where it is missing")
     img_size: int | None = _option(None, "height and width of the images; default: the data set's")
     augment: bool = _option(False, "random crops and flips of the training images")
+    input_noise: float = _option(0.0, "standard deviation of noise on the training images")
     skip_damaged: bool = _option(False, "read every image first; leave out and count damaged ones")
+    channels: int | None = _option(None, "3: greyscale images as RGB; default: as the images are")
+    validation: int | None = _option(
+        None, "hold out that many training images and score on them, not on the test images"
+    )
     num_classes: int | None = _option(None, "classes to expect; default: as many as there are")
     samples_per_class: int | None = _option(None, "train on that many images of each class")
     workers: int = _option(0, "processes that load images")
@@ -98,7 +106,7 @@ class _Output:
 
 
 @dataclass(kw_only=True)
-class RunOptions(_Output, _Machine, _Optimisation, _Network, _Data):
+class RunOptions(_Output, _Machine, _Optimisation, _Network, DataOptions):
     """What every run of training takes."""
 
     def __post_init__(self) -> None:
@@ -107,7 +115,15 @@ class RunOptions(_Output, _Machine, _Optimisation, _Network, _Data):
             known = [*MODELS, f"torchvision/{self.model}", f"timm/{self.model}"]
             raise unknown("model", self.model, known)
         positive = ("epochs", "batch_size", "lr", "width", "decay_rate", "val_interval")
-        positive += ("img_size", "num_classes", "samples_per_class", "epoch_steps", "threads")
+        positive += (
+            "img_size",
+            "channels",
+            "validation",
+            "num_classes",
+            "samples_per_class",
+            "epoch_steps",
+            "threads",
+        )
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -152,6 +168,20 @@ class _Terms:
     ce: float = _option(1.0, "weight of cross-entropy with the labels")
     activations: float = _option(0.0, "weight of the squared error of the logits")
     attention: float = _option(0.0, "weight of the distance of the attention maps")
+    noisy_activations: float = _option(
+        0.0, "weight of the squared error of the logits at noisy images (one more forward of each)"
+    )
+    noise: float = _option(0.1, "noisy-activations: standard deviation of the noise")
+    kd: float = _option(0.0, "weight of the divergence of the softened probabilities")
+    dkd: float = _option(0.0, "weight of decoupled distillation (CVPR 2022)")
+    temperature: float = _option(4.0, "kd and dkd: temperature")
+    rkd: float = _option(0.0, "weight of relational distillation (needs torchdistill)")
+    hints: float = _option(0.0, "weight of the squared error of the features, through a 1x1 conv")
+    teacher_cache: str = _option(
+        "auto",
+        "keep what the teacher gives for an image: in memory (auto), not (off), or in files of a "
+        "folder",
+    )
 
 
 @dataclass(kw_only=True)
@@ -159,10 +189,13 @@ class _JacobianTerm:
     """the Jacobian term"""
 
     jacobians: float = _option(0.0, "weight of the distance of the input Jacobians")
-    target: Literal["label-logit", "attention-window"] = _option(
-        "label-logit", "the scalar whose Jacobian is matched"
+    jacobian_norm: float = _option(0.0, "weight of the student's squared Jacobian norm")
+    target: Literal["label-logit", "attention-window", "logits", "projection", "cross-entropy"] = (
+        _option("label-logit", "the scalar (or scalars) whose Jacobian is taken")
     )
+    projections: int = _option(1, "projection: random projections of the logits")
     level: int = _option(1, "feature level of the attention map")
+    levels: list[int] = _option([], "several feature levels at once, in place of --level")
     layer: str | None = _option(None, "layer of the student, in place of --level")
     teacher_layer: str | None = _option(None, "layer of the teacher, in place of --level")
     window: float = _option(0.2, "side of the attention window, as a share of the map's height")
@@ -181,7 +214,7 @@ class _JacobianTerm:
 
 @dataclass(kw_only=True)
 class StudentOptions(_JacobianTerm, _Terms, RunOptions):
-    """Distil a teacher into a student."""
+    """Train a student: distil a teacher into it, or penalise its Jacobian."""
 
     example: ClassVar[str] = (
         "student --teacher runs/teacher-digits-vgg4 --jacobians 0.1 --samples-per-class 5 "
@@ -190,11 +223,30 @@ class StudentOptions(_JacobianTerm, _Terms, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for term in TERMS:
-            if not getattr(self, term) >= 0:
-                raise FastjacError(f"--{term}: expected 0 or more, got {getattr(self, term)}")
-        if self.torchcompile and (self.attention or self.jacobians):
-            raise FastjacError("--torchcompile does not go with --attention or --jacobians")
+        for name in (*TERMS, "noise", "input_noise"):
+            if not getattr(self, name) >= 0:
+                raise FastjacError(f"{flag(name)}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("temperature", "projections"):
+            if not getattr(self, name) > 0:
+                raise FastjacError(f"{flag(name)}: expected more than 0, got {getattr(self, name)}")
+        if self.levels and (self.layer or self.teacher_layer):
+            raise FastjacError("--levels and --layer or --teacher-layer: give one of them")
+        self._check_terms()
+
+    def _check_terms(self) -> None:
+        reads = [name for name in ("attention", "hints") if getattr(self, name)]
+        window = self.target == "attention-window"
+        if self.torchcompile and (reads or self.jacobians or self.jacobian_norm):
+            raise FastjacError(
+                "--torchcompile does not go with --attention, --hints, --jacobians or --jacobian-norm"
+            )
+        if self.jacobians and reads and not window:
+            raise FastjacError(
+                f"{flag(reads[0])} with --jacobians needs --target attention-window: both terms are "
+                "taken at one layer"
+            )
+        if self.jacobians and self.jacobian_norm:
+            raise FastjacError("--jacobians and --jacobian-norm: give one of them")
 
 
 @dataclass(kw_only=True)
@@ -205,9 +257,24 @@ class _Table:
         ["ce", "ce+activations", "ce+jacobians", "ce+activations+jacobians"],
         "sums of terms, each at its weight",
     )
-    samples: list[int] = _option([1, 2, 5, 10, 20], "images per class")
+    rows: dict[str, dict[str, Any]] = _option(
+        {}, "further rows, in a recipe: a name, and the options that make it; other terms are off"
+    )
+    samples: list[int] = _option([1, 2, 5, 10, 20], "images per class; 0: all")
     seeds: list[int] = _option([0, 1, 2, 3, 4], "seeds of the students")
+    fewer_seeds: int | None = _option(None, "seeds where there are more than 10 images per class")
+    test_noise: list[float] = _option(
+        [], "score under Gaussian noise of these standard deviations too, a column each"
+    )
+    title: str | None = _option(None, "heading of the report")
     jobs: int | None = _option(None, "students at a time; default: one per CPU, or 1 on a GPU")
+
+
+# What a row of a table may not set: it is the table's, or says where and how.
+_NOT_OF_A_ROW = {
+    "seed", "samples_per_class", "output", "experiment", "resume", "config", "dataset", "data_dir",
+    "download", "num_classes", "validation",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -220,24 +287,52 @@ class TableOptions(_Table, StudentOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.jobs is not None and self.jobs < 1:
-            raise FastjacError(f"--jobs: expected at least 1, got {self.jobs}")
-        for name in ("methods", "samples", "seeds"):
+        for name in ("jobs", "fewer_seeds"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise FastjacError(f"{flag(name)}: expected at least 1, got {value}")
+        for name in ("methods", "samples", "seeds", "test_noise"):
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise FastjacError(f"--{name}: expected different values, got {values}")
-        for method in self.methods:
-            self.terms(method)
+            empty = not values and not (name == "test_noise" or (name == "methods" and self.rows))
+            if empty or len(set(values)) != len(values):
+                raise FastjacError(f"{flag(name)}: expected different values, got {values}")
+        if min(self.samples) < 0:
+            raise FastjacError(f"--samples: expected 0 (all) or more, got {min(self.samples)}")
+        if self.test_noise and not min(self.test_noise) >= 0:
+            raise FastjacError(f"--test-noise: expected 0 or more, got {min(self.test_noise)}")
+        self.contenders()
 
-    def terms(self, method: str) -> dict[str, float]:
+    def contenders(self) -> dict[str, dict[str, Any]]:
+        """For each row of the table, the options that differ from the table's."""
+        rows = {method: self.terms(method) for method in self.methods}
+        for name, given in self.rows.items():
+            if name in rows:
+                raise FastjacError(f"--rows: {name!r} stands there twice")
+            rows[name] = self._row(name, given)
+        return rows
+
+    def terms(self, method: str) -> dict[str, Any]:
         """The weight of every term in ``method``."""
-        chosen = method.split("+")
+        chosen = [term.replace("-", "_") for term in method.split("+")]
         for term in chosen:
             if term not in TERMS:
-                raise unknown("term", term, TERMS, f"method {method!r}")
+                raise unknown("term", term, map(_dashed, TERMS), f"method {method!r}")
             if getattr(self, term) == 0:
-                raise FastjacError(f"method {method!r}: the weight --{term} is 0")
+                raise FastjacError(f"method {method!r}: the weight {flag(term)} is 0")
         return {term: getattr(self, term) if term in chosen else 0.0 for term in TERMS}
+
+    def _row(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        known = [n for n in names(StudentOptions) if n not in _NOT_OF_A_ROW]
+        values = {str(key).replace("-", "_"): value for key, value in given.items()}
+        for key in values:
+            if key not in known:
+                raise unknown("option", _dashed(key), map(_dashed, known), f"row {name!r}")
+        row = {term: self.ce if term == "ce" else 0.0 for term in TERMS} | values
+        own = {n: getattr(self, n) for n in names(StudentOptions)}
+        try:
+            StudentOptions(**own | row)
+        except (FastjacError, TypeError) as error:
+            raise FastjacError(f"row {name!r}: {error}") from error
+        return row
 
 
 @dataclass(kw_only=True)
@@ -259,7 +354,7 @@ class EvaluateOptions:
     checkpoint: str = _option(MISSING, "run folder, last.pt, best.pt or model.safetensors")
     dataset: str | None = _option(None, "default: the one that it was trained on")
     data_dir: str | None = _option(None, "folder of the data set's files")
-    download: bool = _option(False, "fetch cifar100 where it is missing")
+    download: bool = _option(False, "fetch cifar100 or fashion-mnist where it is missing")
     skip_damaged: bool = _option(False, "read every image first; leave out and count damaged ones")
     batch_size: int = _option(256, "images at a time")
     workers: int = _option(0, "processes that load images")
@@ -273,12 +368,12 @@ class EvaluateOptions:
 # These may differ between a run and its resumption: they say where and how, not what.
 ELSEWHERE = {
     "config", "data_dir", "download", "device", "workers", "threads", "output", "experiment",
-    "resume", "tensorboard", "jobs", "ignore_head", "skip_damaged",
+    "resume", "tensorboard", "jobs", "ignore_head", "skip_damaged", "title", "teacher_cache",
 }  # fmt: skip
 
 
 # In the order of the help.
-TOPICS = (_Data, _Network, _Optimisation, _Terms, _JacobianTerm, _Table, _Machine, _Output)
+TOPICS = (DataOptions, _Network, _Optimisation, _Terms, _JacobianTerm, _Table, _Machine, _Output)
 
 
 def check_dataset(name: str) -> None:
@@ -289,7 +384,7 @@ def check_dataset(name: str) -> None:
 
 def flag(name: str) -> str:
     """The flag of a field."""
-    return "--" + name.replace("_", "-")
+    return "--" + _dashed(name)
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -300,6 +395,10 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for k in {**now, **before}
         if k not in free and before.get(k) != now.get(k)
     ]
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def names(cls: type) -> list[str]:

@@ -15,53 +15,50 @@ from fastjac.data import ImageData
 from fastjac.train.build import build_data, load_trained
 from fastjac.train.files import replacing
 from fastjac.train.options import StudentOptions, TableOptions
+from fastjac.train.tables import columns
 
 COLUMNS = 10  # test images in jacobians.png
-LABELS = {
-    "ce": "cross-entropy",
-    "activations": "activations",
-    "attention": "attention",
-    "jacobians": "Jacobians",
-}
+LABELS = {"ce": "cross-entropy", "jacobians": "Jacobians", "jacobian-norm": "Jacobian norm"}
 
 
 def label(method: str) -> str:
-    """``ce+jacobians`` as ``cross-entropy + Jacobians``."""
-    return " + ".join(LABELS[term] for term in method.split("+"))
+    """``ce+jacobians`` as ``cross-entropy + Jacobians``; a row's name as it is."""
+    return " + ".join(LABELS.get(term, term) for term in method.split("+"))
 
 
 def draw_table(table: Sequence[dict[str, Any]], path: Path) -> str:
-    """Accuracy over images per class, a line per method, one standard deviation as error bar."""
+    """Accuracy over what is across, a line per method, one standard deviation as error bar."""
     methods = list(dict.fromkeys(row["method"] for row in table))
-    counts = sorted({row["samples_per_class"] for row in table})
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    key, name, values = columns(table)
+    places = {value: i for i, value in enumerate(values)}
+    height = max(4.2, 0.26 * len(methods) + 1)
+    figure = Figure(figsize=(8.4, height), layout="constrained")
     axes = figure.subplots()
     for i, method in enumerate(methods):
-        rows = sorted(
-            (row for row in table if row["method"] == method),
-            key=lambda row: row["samples_per_class"],
-        )
-        shift = 1.03 ** (i - (len(methods) - 1) / 2)  # so that the error bars stand side by side
+        rows = [row for row in table if row["method"] == method]
+        shift = 0.02 * (i - (len(methods) - 1) / 2)  # so that the error bars stand side by side
         axes.errorbar(
-            [row["samples_per_class"] * shift for row in rows],
+            [places[row[key]] + shift for row in rows],
             [row["mean"] for row in rows],
             [row["std"] or 0 for row in rows],
             label=label(method),
             marker="os^Dvp"[i % 6],
+            linestyle=("-", "--", ":")[i // 10 % 3],
             markersize=5,
             linewidth=1.5,
             capsize=3,
         )
-    axes.set_xscale("log")
-    axes.set_xticks(counts, [str(c) for c in counts])
-    axes.minorticks_off()
-    axes.set_xlabel("training images per class")
+    axes.set_xticks(range(len(values)), [str(value) for value in values])
+    axes.set_xlabel(f"training {name}" if key == "samples_per_class" else name)
     axes.set_ylabel("test accuracy, %")
-    seeds = max(row["n"] for row in table)
-    axes.set_title(f"mean and standard deviation over {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
+    counts = sorted({row["n"] for row in table})
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    axes.set_title(
+        f"mean and standard deviation over {seeds} seed{'s' * (seeds != '1')}", fontsize=10
+    )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return _save(figure, path)
 
 
@@ -73,7 +70,7 @@ def draw_jacobians(options: TableOptions, cells: Sequence[StudentOptions], path:
     """
     plain = next((m for m in options.methods if m == "ce"), None)
     matched = next((m for m in options.methods if "jacobians" in m.split("+")), None)
-    if plain is None or matched is None or options.target != "label-logit":
+    if plain is None or matched is None or options.target != "label-logit" or not options.teacher:
         return []
     count, seed = max(options.samples), options.seeds[0]
     folders = {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
-import statistics
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ import yaml
 from joblib import cpu_count
 from tqdm import tqdm
 
+from fastjac.data import ImageData, NoisyImages
 from fastjac.errors import FastjacError
-from fastjac.train.build import pick_device
+from fastjac.train.build import build_data, load_trained, pick_device
 from fastjac.train.commands import prepare
-from fastjac.train.files import RunFolder, write_csv
+from fastjac.train.files import RunFolder, write_csv, write_text
+from fastjac.train.loop import Training, evaluate
 from fastjac.train.options import (
+    TAUGHT,
     TERMS,
+    DataOptions,
+    RunOptions,
     StudentOptions,
     TableOptions,
     TeacherOptions,
@@ -32,8 +38,7 @@ from fastjac.train.options import (
     names,
 )
 from fastjac.train.parse import parse
-
-Row = dict[str, Any]
+from fastjac.train.tables import Row, as_text, summarize
 
 
 def tabulate(options: TableOptions) -> str:
@@ -49,11 +54,13 @@ def tabulate(options: TableOptions) -> str:
     device = pick_device(options.device)
     path = Path(options.output) / str(options.experiment)
     teacher = None
-    if options.teacher is None and any(method != "ce" for method in options.methods):
+    if options.teacher is None and _need_teacher(options):
         teacher = _teacher(options, path)
         options = replace(options, teacher=str(path / "teacher"))
+    if options.teacher_cache == "auto" and not options.augment:
+        options = replace(options, teacher_cache=str(path / "teacher-cache"))
     cells = _cells(options, path)
-    todo = [cell for cell in cells if not _finished(cell)]
+    todo = [cell for cell in cells if not _finished(cell.run)]
     _check_images(todo)
     if teacher is not None and not _finished(teacher):
         prepare(_resumed(teacher)).run()
@@ -63,12 +70,12 @@ def tabulate(options: TableOptions) -> str:
     _train_all(todo, jobs, str(options.experiment), path)
     from fastjac.train.plots import draw_jacobians, draw_table
 
-    rows = [_result(options, cell) for cell in cells]
+    rows = [row for cell in cells for row in _results(cell, options.test_noise, device)]
     write_csv(path / "runs.csv", rows)
     table = summarize(rows)
     write_csv(path / "table.csv", table)
     pictures = [draw_table(table, path / "table.png")]
-    pictures += draw_jacobians(options, cells, path / "jacobians.png")
+    pictures += draw_jacobians(options, [cell.run for cell in cells], path / "jacobians.png")
     written = ", ".join(["table.csv", "runs.csv", *pictures])
     return f"{as_text(table)}\n\nresults in {path}: {written}"
 
@@ -77,44 +84,61 @@ def _teacher(options: TableOptions, path: Path) -> TeacherOptions:
     """The recipe's teacher, on the table's data and device."""
     if options.config is None:
         raise FastjacError("--teacher is missing, and without --config there is no recipe for one")
-    shared = ["dataset", "data_dir", "download", "img_size", "num_classes", "device", "workers"]
-    shared += ["threads", "amp", "amp_dtype", "channels_last", "tensorboard"]
+    shared = ["dataset", "data_dir", "download", "img_size", "channels", "num_classes"]
+    shared += ["device", "workers", "threads", "amp", "amp_dtype", "channels_last", "tensorboard"]
     overrides = {name: getattr(options, name) for name in shared}
     overrides |= {"output": str(path), "experiment": "teacher"}
     return parse("teacher", TeacherOptions, ["--config", options.config], overrides)
 
 
-def _check_images(cells: Sequence[StudentOptions]) -> None:
+def _need_teacher(options: TableOptions) -> bool:
+    return any(row.get(term) for row in options.contenders().values() for term in TAUGHT)
+
+
+def _check_images(cells: Sequence[Cell]) -> None:
     """Find what is wrong with the students' images and network, before any teacher is trained."""
-    alone = {"ce": 1.0, "activations": 0.0, "attention": 0.0, "jacobians": 0.0}
-    for cell in {cell.samples_per_class: cell for cell in cells}.values():
-        prepare(replace(cell, **alone))
+    alone = {term: float(term == "ce") for term in TERMS} | {"teacher": None, "input_noise": 0.0}
+    for cell in {(cell.row, cell.run.samples_per_class): cell for cell in cells}.values():
+        _prepare(replace(cell.run, **alone))
 
 
-def _check_methods(cells: Sequence[StudentOptions]) -> None:
+def _check_methods(cells: Sequence[Cell]) -> None:
     """Find what is wrong with what they are taught, before any student is trained."""
-    for cell in {tuple(getattr(cell, term) for term in TERMS): cell for cell in cells}.values():
-        prepare(cell).try_once()
+    for cell in {cell.row: cell for cell in cells}.values():
+        _prepare(cell.run).try_once()
 
 
-def _cells(options: TableOptions, path: Path) -> list[StudentOptions]:
-    """The options of every student."""
+@dataclass(frozen=True)
+class Cell:
+    """One student of the table: its row's name, and its options."""
+
+    row: str
+    run: StudentOptions
+
+
+def _cells(options: TableOptions, path: Path) -> list[Cell]:
+    """Every student."""
     own = {name: getattr(options, name) for name in names(StudentOptions)}
-    return [
-        StudentOptions(
-            **own
-            | options.terms(method)
-            | {
-                "samples_per_class": count,
-                "seed": seed,
-                "output": str(path / "students"),
-                "experiment": f"{method}-{count}-seed{seed}",
-            }
-        )
-        for seed in options.seeds
-        for count in options.samples
-        for method in options.methods
-    ]
+    cells = []
+    for seed in options.seeds:
+        for count in options.samples:
+            many = not 0 < count <= 10
+            if many and seed in options.seeds[options.fewer_seeds :] and options.fewer_seeds:
+                continue
+            for row, given in options.contenders().items():
+                where = {
+                    "samples_per_class": count or None,
+                    "seed": seed,
+                    "output": str(path / "students"),
+                    "experiment": f"{_as_name(row)}-{count or 'all'}-seed{seed}",
+                }
+                cells.append(Cell(row, StudentOptions(**own | given | where)))
+    return cells
+
+
+def _as_name(row: str) -> str:
+    """A row's name as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9.+=_-]+", "-", row).strip("-") or "row"
 
 
 def _finished(run: StudentOptions | TeacherOptions) -> bool:
@@ -140,7 +164,24 @@ def _resumed(run: Any) -> Any:
 
 
 def _train_one(run: StudentOptions) -> float:
-    return prepare(_resumed(run)).run(bar=False)["test_accuracy"]
+    return _prepare(_resumed(run)).run(bar=False)["test_accuracy"]
+
+
+def _prepare(run: StudentOptions) -> Training:
+    """The run, with images that this process has read already if it has."""
+    return prepare(run, _data_of(run))
+
+
+def _data_of(run: StudentOptions) -> ImageData:
+    return _data(tuple(getattr(run, name) for name in _DATA_OPTIONS))
+
+
+_DATA_OPTIONS = tuple(names(DataOptions))
+
+
+@functools.lru_cache(maxsize=2)
+def _data(values: tuple[Any, ...]) -> ImageData:
+    return build_data(RunOptions(**dict(zip(_DATA_OPTIONS, values, strict=True))))
 
 
 def _enter_worker(threads: int) -> None:
@@ -175,15 +216,15 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _train_all(runs: Sequence[StudentOptions], jobs: int, name: str, path: Path) -> None:
-    if not runs:
+def _train_all(cells: Sequence[Cell], jobs: int, name: str, path: Path) -> None:
+    if not cells:
         return
     try:
         with (
-            tqdm(total=len(runs), desc=name, unit="run", dynamic_ncols=True, disable=None) as bar,
-            _workers(min(jobs, len(runs))) as pool,
+            tqdm(total=len(cells), desc=name, unit="run", dynamic_ncols=True, disable=None) as bar,
+            _workers(min(jobs, len(cells))) as pool,
         ):
-            futures = {pool.submit(_train_one, run): run for run in runs}
+            futures = {pool.submit(_train_one, cell.run): cell.run for cell in cells}
             for done in as_completed(futures):
                 accuracy = done.result()
                 bar.update()
@@ -194,50 +235,39 @@ def _train_all(runs: Sequence[StudentOptions], jobs: int, name: str, path: Path)
         ) from stop
 
 
-def _result(options: TableOptions, run: StudentOptions) -> Row:
-    folder = RunFolder(run.output, str(run.experiment)).path
+def _results(cell: Cell, noises: Sequence[float], device: torch.device) -> list[Row]:
+    """The rows of one student: on the test images, and under each noise."""
+    folder = RunFolder(cell.run.output, str(cell.run.experiment)).path
     accuracy = json.loads((folder / "config.json").read_text())["accuracy"]
-    method = next(m for m in options.methods if run.experiment.startswith(f"{m}-"))
-    return {
-        "method": method,
-        "samples_per_class": run.samples_per_class,
-        "seed": run.seed,
-        "accuracy": round(100 * accuracy, 4),
+    seconds = sum(
+        json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    )
+    about = {
+        "method": cell.row,
+        "samples_per_class": cell.run.samples_per_class or "all",
+        "seed": cell.run.seed,
     }
-
-
-def summarize(rows: Sequence[Row]) -> list[Row]:
-    """Mean, standard deviation (of the sample; empty for one seed) and n, in percent right."""
-    groups: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["samples_per_class"]), []).append(row["accuracy"])
+    if not noises:
+        return [about | {"accuracy": round(100 * accuracy, 4), "seconds": round(seconds, 1)}]
     return [
-        {
-            "method": method,
-            "samples_per_class": count,
-            "mean": round(statistics.mean(values), 4),
-            "std": round(statistics.stdev(values), 4) if len(values) > 1 else "",
-            "n": len(values),
-        }
-        for (method, count), values in sorted(
-            groups.items(), key=lambda item: [r["method"] for r in rows].index(item[0][0])
-        )
+        about | {"noise": noise, "accuracy": round(100 * found, 4), "seconds": round(seconds, 1)}
+        for noise, found in _under_noise(cell.run, folder, noises, device).items()
     ]
 
 
-def as_text(table: Sequence[Row]) -> str:
-    """Methods down, images per class across, ``mean ± std`` in percent."""
-    methods = list(dict.fromkeys(row["method"] for row in table))
-    counts = list(dict.fromkeys(row["samples_per_class"] for row in table))
-    cells = {(row["method"], row["samples_per_class"]): row for row in table}
-    width = max(len("test accuracy, %"), *map(len, methods))
-    lines = [f"{'test accuracy, %':<{width}}" + "".join(f"{c:>14}" for c in counts)]
-    for method in methods:
-        line = f"{method:<{width}}"
-        for count in counts:
-            row = cells[method, count]
-            spread = f" ± {row['std']:.1f}" if row["std"] != "" else ""
-            line += f"{row['mean']:.1f}{spread}".rjust(14)
-        lines.append(line)
-    lines.append(f"{'':<{width}}" + "images per class".rjust(14 * len(counts)))
-    return "\n".join(lines)
+def _under_noise(
+    run: StudentOptions, folder: Path, noises: Sequence[float], device: torch.device
+) -> dict[float, float]:
+    """The accuracy under each noise; kept in the student's folder."""
+    path = folder / "noise.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if todo := [noise for noise in noises if str(noise) not in known]:
+        trained, data = load_trained(folder), _data_of(run)
+        for noise in todo:
+            images = NoisyImages(data.test, noise)
+            found = evaluate(
+                *(trained.model.to(device), images, len(data.classes)), 256, run.workers
+            )
+            known[str(noise)] = found["accuracy"]
+        write_text(path, json.dumps(known) + "\n")
+    return {noise: known[str(noise)] for noise in noises}
