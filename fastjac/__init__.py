@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastjac.losses import (
         activation_match_loss,
         attention_match_loss,
+        cross_entropy_jacobian_loss,
         gradient_penalty,
         jacobian_cosine_loss,
         jacobian_match_loss,
@@ -43,6 +44,7 @@ __all__ = [
     "Target",
     "activation_match_loss",
     "attention_match_loss",
+    "cross_entropy_jacobian_loss",
     "fuse",
     "gradient_penalty",
     "graphed",

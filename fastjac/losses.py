@@ -12,8 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, unknown
 from fastjac.ops import jacobian_match
+from fastjac.targets import LabelLogit
+
+CROSS_ENTROPY_TERMS = ("all", "logarithm", "paper")
 
 
 def activation_match_loss(ls: Tensor, lt: Tensor) -> Tensor:
@@ -141,6 +144,82 @@ def masked_jacobian_penalty(j: Tensor, mask: Tensor) -> Tensor:
     return (rows * mask.to(rows.dtype).expand(j.shape).flatten(1)).square().sum(1).mean()
 
 
+def cross_entropy_jacobian_loss(
+    ls: Tensor, lt: Tensor, js: Tensor, jt: Tensor | None = None, terms: str = "all"
+) -> Tensor:
+    """What input noise adds to the cross-entropy with a teacher's soft targets, or with labels.
+
+    For noise ``sigma z``, z standard normal, the expected cross-entropy is the one at x plus ``sigma^2``
+    times this (Proposition 2; ``docs/theory.md`` derives it). With p and q the softmax of teacher and
+    student, ``a_k = grad log p_k``, ``b_k = grad log q_k``, it is the mean over the batch of
+
+    - ``terms="all"``: ``-sum_k p_k <a_k, b_k> + 1/2 sum_k q_k ||b_k||^2
+      - 1/2 sum_k p_k log q_k (||a_k||^2 - sum_m p_m ||a_m||^2)``. That is all of order ``sigma^2`` where
+      the logits' Laplacians are 0: away from the kinks of piecewise linear networks;
+    - ``"logarithm"``: ``-sum_k p_k <a_k, b_k> + 1/2 sum_k p_k ||b_k||^2``, the probabilities expanded
+      to first order, the logarithm to second. It is ``1/2 sum_k p_k ||b_k - a_k||^2`` less a constant
+      of the teacher's;
+    - ``"paper"``: ``-sum_k p_k <a_k, b_k>``, which is ``-sum_k <grad p_k, grad q_k> / q_k``. It is
+      linear in the student's Jacobian: by itself it has no minimum.
+
+    For labels, p does not depend on x and a = 0: ``"all"`` is ``1/2 sum_k q_k ||b_k||^2``, and
+    ``"logarithm"`` is ``1/2 ||grad log q_y||^2``.
+
+    Args:
+        ls: the student's logits ``[B, K]``.
+        lt: the teacher's logits ``[B, K]``, or labels ``[B]`` (int64).
+        js: the Jacobians of all of the student's logits, ``[B, K, ...]``, as
+            :class:`~fastjac.targets.Logits` gives them.
+        jt: the teacher's, of js's shape; None for labels.
+        terms: ``"all"``, ``"logarithm"`` or ``"paper"``.
+
+    For a temperature, divide logits and Jacobians by it. Returns a scalar in float32 or wider,
+    differentiable in all floating-point arguments, to any order. Raises :class:`fastjac.FastjacError`
+    for shapes that differ and, on a CPU, for labels out of range and logits that are not finite.
+
+    >>> import torch
+    >>> ls, js = torch.zeros(1, 2), torch.tensor([[[3.0, 4.0], [-3.0, -4.0]]])
+    >>> cross_entropy_jacobian_loss(ls, ls, js, js)  # q = p: minus half of sum_k p_k ||a_k||^2
+    tensor(-12.5000)
+    >>> cross_entropy_jacobian_loss(ls, torch.tensor([1]), js, terms="logarithm")
+    tensor(12.5000)
+    """
+    name = "cross_entropy_jacobian_loss"
+    if terms not in CROSS_ENTROPY_TERMS:
+        raise unknown("terms", terms, CROSS_ENTROPY_TERMS, where=name)
+    _check_class_rows(name, "ls", ls, "js", js)
+    log_q = ls.to(torch.promote_types(ls.dtype, torch.float32)).log_softmax(1)
+    q, b = log_q.exp(), _class_rows(js)
+    b = b - (q[:, :, None] * b).sum(1, keepdim=True)
+    b_squared = b.square().sum(2)
+    if not (isinstance(lt, Tensor) and lt.is_floating_point()):
+        if jt is not None or terms == "paper":
+            raise FastjacError(
+                f"{name}: labels have no Jacobian; expected jt=None and terms 'all' or 'logarithm', "
+                f"got {'a jt' if jt is not None else repr(terms)}"
+            )
+        LabelLogit().check(ls, lt)
+        weight = q if terms == "all" else torch.nn.functional.one_hot(lt, ls.shape[1])
+        return (weight * b_squared).sum(1).mean() / 2
+    if jt is None:
+        raise FastjacError(f"{name}: jt is missing; only labels, int64 [B], go without it")
+    _check_class_rows(name, "lt", lt, "jt", jt)
+    if js.shape != jt.shape:
+        raise FastjacError(
+            f"{name}: jt must have js's shape, {list(js.shape)}, got {list(jt.shape)}"
+        )
+    p, a = lt.to(torch.promote_types(lt.dtype, torch.float32)).softmax(1), _class_rows(jt)
+    a = a - (p[:, :, None] * a).sum(1, keepdim=True)
+    loss = -(p * (a * b).sum(2)).sum(1)
+    if terms == "logarithm":
+        loss = loss + (p * b_squared).sum(1) / 2
+    if terms == "all":
+        a_squared = a.square().sum(2)
+        excess = a_squared - (p * a_squared).sum(1, keepdim=True)
+        loss = loss + ((q * b_squared).sum(1) - (p * log_q * excess).sum(1)) / 2
+    return loss.mean()
+
+
 def _same_shape(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
     if student.dim() != dims or student.shape != teacher.shape:
         raise FastjacError(
@@ -156,6 +235,31 @@ def _rows(loss: str, name: str, j: Tensor) -> Tensor:
             f"{loss}: {name} must be floating-point [B, ...]; got {j.dtype} {list(j.shape)}"
         )
     return j.flatten(1).to(torch.promote_types(j.dtype, torch.float32))
+
+
+def _check_class_rows(loss: str, logits_name: str, logits: Tensor, j_name: str, j: Tensor) -> None:
+    """Raise unless ``logits`` are ``[B, K]``, finite where that costs no wait, and j ``[B, K, ...]``."""
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise FastjacError(
+            f"{loss}: {logits_name} must be floating-point logits [B, K]; "
+            f"got {logits.dtype} {list(logits.shape)}"
+        )
+    if j.dim() < 3 or j.shape[:2] != logits.shape or not j.is_floating_point():
+        raise FastjacError(
+            f"{loss}: {j_name} must have a row for each of {logits_name}'s logits, floating-point "
+            f"[{logits.shape[0]}, {logits.shape[1]}, ...]; got {j.dtype} {list(j.shape)}"
+        )
+    if logits.device.type == "cpu" and not (finite := logits.isfinite().all(1)).all():
+        sample = int(finite.logical_not().nonzero()[0])
+        raise FastjacError(
+            f"{loss}: {logits_name} must be finite logits; those of sample {sample} are not, and their "
+            "softmax is no distribution"
+        )
+
+
+def _class_rows(j: Tensor) -> Tensor:
+    """Jacobians ``[B, K, ...]`` as ``[B, K, n]``, in float32 or wider."""
+    return j.flatten(2).to(torch.promote_types(j.dtype, torch.float32))
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -286,6 +287,42 @@ def jacobian_match_loss(js: Tensor, jt: Tensor, normalize: bool = True) -> Tenso
     if normalize:
         wide = [j / j.norm(dim=1, keepdim=True).clamp_min(1e-12) for j in wide]
     return (wide[0] - wide[1]).square().sum(1).mean()
+
+
+def cross_entropy_jacobian_loss(
+    ls: Tensor, lt: Tensor, js: Tensor, jt: Tensor | None = None, terms: str = "all"
+) -> Tensor:
+    """Proposition 2's sigma^2 term by derivatives of softmax and cross-entropy that autograd takes.
+
+    ``"all"`` is half of the trace of ``J^T H J``, H the Hessian of the cross-entropy in both logits; the
+    others are written in the probabilities' gradients, as in the paper. To any order, but slow.
+    """
+    labels = None if lt.is_floating_point() else F.one_hot(lt, ls.shape[1]).to(ls.dtype)
+    if labels is not None:
+        lt, jt = ls.detach(), torch.zeros_like(js)  # of which nothing is read
+
+    def of_sample(s: Tensor, t: Tensor, js: Tensor, jt: Tensor, label: Tensor) -> Tensor:
+        def cross_entropy(s: Tensor, t: Tensor) -> Tensor:
+            p = t.softmax(0) if labels is None else label
+            return -(p * s.log_softmax(0)).sum()
+
+        if terms == "all":
+            j = torch.stack([js, jt])
+            (ss, st), (ts, tt) = torch.func.hessian(cross_entropy, (0, 1))(s, t)
+            hessian = torch.stack([torch.stack([ss, st]), torch.stack([ts, tt])])  # [2, 2, K, K]
+            return torch.einsum("abkl,akn,bln->", hessian, j, j) / 2
+        softmax = functools.partial(torch.softmax, dim=0)
+        q, grad_q = softmax(s), torch.func.jacrev(softmax)(s) @ js
+        p, grad_p = softmax(t), torch.func.jacrev(softmax)(t) @ jt
+        if labels is not None:
+            p, grad_p = label, torch.zeros_like(js)
+        loss = -((grad_p * grad_q).sum(1) / q).sum()
+        if terms == "logarithm":
+            loss = loss + (p * grad_q.square().sum(1) / q.square()).sum() / 2
+        return loss
+
+    rows = zip(ls, lt, js.flatten(2), jt.flatten(2), ls if labels is None else labels, strict=True)
+    return torch.stack([of_sample(*row) for row in rows]).mean()
 
 
 def _gradients(

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastjac
 from fastjac import losses, reference
 from fastjac.errors import FastjacError
 from fastjac.losses import (
     activation_match_loss,
     attention_match_loss,
+    cross_entropy_jacobian_loss,
     gradient_penalty,
     jacobian_cosine_loss,
     jacobian_match_loss,
@@ -168,6 +170,131 @@ def test_masks_are_numbers_too(shape):
         torch.testing.assert_close(masked_jacobian_penalty(j, mask), expected)
 
 
+# With labels in the place of the teacher's logits, the paper's term is none.
+CROSS_ENTROPY = [("all", False), ("logarithm", False), ("paper", False)]
+CROSS_ENTROPY += [("all", True), ("logarithm", True)]
+cross_entropy = pytest.mark.parametrize(("terms", "labels"), CROSS_ENTROPY)
+LABELS = torch.tensor([2, 0, 1])
+
+
+def soft_pair(labels: bool) -> tuple[Tensor, ...]:
+    """ls, lt, js and jt for three samples of four classes."""
+    logits, jacobians = pair(3, 4), pair(3, 4, 5, 2)
+    teacher = (LABELS, None) if labels else (logits[1], jacobians[1])
+    return logits[0], teacher[0], jacobians[0], teacher[1]
+
+
+@cross_entropy
+def test_cross_entropys_jacobians(terms, labels):
+    """By the reference, and by differences of the cross-entropy along each input dimension."""
+    ls, lt, js, jt = soft_pair(labels)
+    loss = cross_entropy_jacobian_loss(ls, lt, js, jt, terms)
+    expected = reference.cross_entropy_jacobian_loss(ls, lt, js, jt, terms)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    if terms != "all":
+        return
+    step, second = 1e-4, 0.0
+
+    def value(s: Tensor, t: Tensor) -> float:
+        return torch.nn.functional.cross_entropy(s, t if labels else t.softmax(1)).item()
+
+    for k in range(10):
+        ds = step * js.flatten(2)[:, :, k]
+        dt = 0 if labels else step * jt.flatten(2)[:, :, k]
+        second += value(ls + ds, lt + dt) - 2 * value(ls, lt) + value(ls - ds, lt - dt)
+    assert loss.item() == pytest.approx(second / step**2 / 2, rel=1e-5)
+
+
+@cross_entropy
+def test_their_gradients(terms, labels):
+    ls, lt, js, jt = soft_pair(labels)
+    given = [t.requires_grad_() for t in (ls, js)]
+    got, expected = (
+        torch.autograd.grad(module.cross_entropy_jacobian_loss(ls, lt, js, jt, terms), given)
+        for module in (losses, reference)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+@cross_entropy
+def test_cross_entropys_gradient_through_the_engine(terms, labels):
+    """Every parameter's gradient equals that of the double backward, in float64."""
+    torch.manual_seed(0)
+    student = torch.nn.Sequential(
+        *(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()),
+        *(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)),
+    ).double()
+    x = torch.randn(3, 1, 6, 6).double()
+    _, lt, _, jt = soft_pair(labels)
+    jt = None if labels else torch.randn(3, 4, 1, 6, 6).double()
+    gradients = []
+    for strategy, module in (("auto", losses), ("autograd", reference)):
+        out = fastjac.with_jacobian(student, x, fastjac.Logits(), strategy=strategy)
+        loss = module.cross_entropy_jacobian_loss(out.output, lt, out.jacobian, jt, terms)
+        gradients.append(torch.autograd.grad(loss, list(student.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    assert all(g.norm() > 0 for g in gradients[0][2:])
+
+
+def test_a_student_that_matches_is_the_minimum():
+    """Of the logarithm's form; the paper's term falls without a bound as the Jacobian grows."""
+    _, lt, _, jt = soft_pair(False)
+    form = [
+        cross_entropy_jacobian_loss(lt, lt, k * jt, jt, "logarithm").item() for k in (0.9, 1, 1.1)
+    ]
+    assert form[1] < min(form[0], form[2])
+    (slope,) = torch.autograd.grad(
+        cross_entropy_jacobian_loss(lt, lt, jt.requires_grad_(), jt.detach(), "logarithm"), jt
+    )
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-14)
+    assert cross_entropy_jacobian_loss(lt, lt, 1e6 * jt, jt, "paper") < -1e5
+
+
+def test_where_the_students_probabilities_are_the_teachers():
+    """``"all"`` and ``"logarithm"`` differ by a constant of the teacher's."""
+    ls, lt, js, jt = soft_pair(False)
+
+    def difference(logits: Tensor, j: Tensor) -> float:
+        forms = [cross_entropy_jacobian_loss(logits, lt, j, jt, t) for t in ("all", "logarithm")]
+        return (forms[0] - forms[1]).item()
+
+    assert difference(lt, js) == pytest.approx(difference(lt, jt), rel=1e-12)
+    assert difference(ls, js) != pytest.approx(difference(ls, jt), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cross_entropys_jacobians_in_low_precision(dtype):
+    ls, lt, js, jt = (t.to(dtype) for t in soft_pair(False))
+    got = cross_entropy_jacobian_loss(ls, lt, 300 * js, 300 * jt)
+    assert got.dtype == torch.float32
+    assert torch.equal(
+        got, cross_entropy_jacobian_loss(*(t.float() for t in (ls, lt, 300 * js, 300 * jt)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"terms": "al"}, "^unknown terms 'al' in cross_entropy_jacobian_loss; nearest: 'all'"),
+        ({"jt": None}, "jt is missing; only labels"),
+        ({"lt": LABELS}, "labels have no Jacobian; expected jt=None"),
+        ({"lt": LABELS, "jt": None, "terms": "paper"}, "terms 'all' or 'logarithm', got 'paper'$"),
+        ({"lt": LABELS + 2, "jt": None}, "labels"),
+        ({"lt": [0, 1, 2], "jt": None}, r"labels y: expected int64 \[3\]"),
+        ({"lt": torch.zeros(3, 5)}, r"jt must have a row .* \[3, 5, ...\]; got .*\[3, 4, 5, 2\]$"),
+        ({"js": torch.zeros(3, 4)}, r"js must have a row .* \[3, 4, ...\]; got .*\[3, 4\]$"),
+        ({"jt": torch.zeros(3, 4, 5, 3)}, r"js's shape, \[3, 4, 5, 2\], got \[3, 4, 5, 3\]$"),
+        ({"ls": torch.zeros(3)}, r"ls must be floating-point logits \[B, K\]; .*\[3\]$"),
+        ({"lt": torch.full((3, 4), math.nan)}, "lt must be finite logits; those of sample 0 are not"),
+        ({"ls": torch.tensor([[0.0] * 4, [0, 0, math.inf, 0], [0] * 4])}, "ls .* sample 1 are not"),
+    ],
+)  # fmt: skip
+def test_bad_input_of_the_cross_entropy(change, message):
+    given = dict(zip(("ls", "lt", "js", "jt"), soft_pair(False), strict=True)) | change
+    with pytest.raises(FastjacError, match=message):
+        cross_entropy_jacobian_loss(**given)
+
+
 def test_activation_match():
     ls, lt = pair(4, 7)
     samples = zip(ls.tolist(), lt.tolist(), strict=True)
@@ -265,5 +392,5 @@ def test_bad_values():
 
 def test_the_examples_run():
     result = doctest.testmod(losses)
-    assert result.attempted >= 14
+    assert result.attempted >= 20
     assert result.failed == 0
