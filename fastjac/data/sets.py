@@ -316,7 +316,7 @@ def _check_md5(path: Path, expected: str) -> None:
         raise FastjacError(f"cifar100: {path} is corrupt: its md5 is {found}, expected {expected}")
 
 
-class _Images(Dataset):
+class Images(Dataset):
     """Image files, read as RGB, the way up that their EXIF data says."""
 
     def __init__(
@@ -357,6 +357,14 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def middle_crop(size: int) -> Callable[[Any], Tensor]:
+    """The middle of an image, ``[3, size, size]`` float32 in [0, 1], as networks are evaluated on it."""
+    from torchvision.transforms import v2
+
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([v2.ToImage(), v2.Resize(size * 8 // 7), v2.CenterCrop(size), to_float])
+
+
 def _without_damaged(samples: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:
     """The samples that can be read, all of which are tried; says how many are left out."""
 
@@ -393,12 +401,12 @@ def _photographs(
                     f"{name}: no {part} image of class {classes[min(absent)]!r} can be read"
                 )
     to_float = v2.ToDtype(torch.float32, scale=True)
-    middle = [v2.ToImage(), v2.Resize(size * 8 // 7), v2.CenterCrop(size), to_float]
     moved = [v2.ToImage(), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), to_float]
+    middle = middle_crop(size)
     return ImageData(
         name=name,
-        train=_Images(train, v2.Compose(moved if augment else middle)),
-        test=_Images(test, v2.Compose(middle)),
+        train=Images(train, v2.Compose(moved) if augment else middle),
+        test=Images(test, middle),
         labels=[label for _, label in train],
         classes=classes,
         channels=3,
@@ -448,7 +456,7 @@ def _read_list(root: Path, name: str) -> list[tuple[str, Path]]:
 _SYSTEM_NAMES = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether a file or folder of that name is its system's or a tool's, and no user's."""
     return name.startswith(".") or name in _SYSTEM_NAMES
 
@@ -474,13 +482,13 @@ def _image_folder(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
 
     def is_shown(file: str) -> bool:
         path = Path(file)
-        if any(map(_is_hidden, path.relative_to(root).parts)):
+        if any(map(is_hidden, path.relative_to(root).parts)):
             hidden.append(path)
             return False
         return path.suffix.lower() in IMG_EXTENSIONS
 
     try:
-        classes = [name for name in find_classes(root)[0] if not _is_hidden(name)]
+        classes = [name for name in find_classes(root)[0] if not is_hidden(name)]
         if not classes:
             raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
         index = {name: k for k, name in enumerate(classes)}
@@ -490,7 +498,7 @@ def _image_folder(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
             f"folder: {root}: {_first_line(error).strip()} Images end in "
             f"{', '.join(IMG_EXTENSIONS)}"
         ) from error
-    hidden += [path for path in sorted(root.iterdir()) if _is_hidden(path.name)]
+    hidden += [path for path in sorted(root.iterdir()) if is_hidden(path.name)]
     if hidden:
         notice(
             f"{root}: {len(hidden)} hidden files and folders skipped, such as "
