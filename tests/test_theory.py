@@ -4,8 +4,6 @@ import doctest
 import itertools
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -431,6 +429,7 @@ POINTS = torch.rand(6, 3)
         (lambda: hausdorff(POINTS, POINTS, "euclid"), "^unknown metric 'euclid'; nearest: 'euclidean'"),
         (lambda: hausdorff(broken(2), POINTS), "^the large set has a NaN or an infinity in point 2"),
         (lambda: nearest_distances(POINTS, broken(5)), r"^the small set .* in point 5"),
+        (lambda: hausdorff(1e19 * POINTS, POINTS), "^the large set has numbers up to .*: rescale both"),
         (lambda: hausdorff(POINTS, 0 * POINTS, "angular"), "^the small set's point 0 is 0"),
         (lambda: farthest_first(POINTS, k=7), "k must be from 1 to the set's 6 points, got 7$"),
         (lambda: farthest_first(POINTS, k=0), "k must be from 1"),
@@ -457,12 +456,6 @@ def broken(point: int) -> Tensor:
 def bound(**change):
     given = {"large_losses": torch.zeros(6), "small_losses": torch.zeros(6)} | change
     return transfer_bound(POINTS, POINTS, **given)
-
-
-def test_it_is_imported_when_it_is_read():
-    code = "import fastjac, sys; print('torch' in sys.modules); fastjac.theory.hausdorff"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (run.returncode, run.stdout) == (0, "False\n"), run.stderr
 
 
 @pytest.mark.parametrize("module", [noise, covering], ids=lambda m: m.__name__)

@@ -296,12 +296,19 @@ def _check_sets(large: Tensor, small: Tensor, metric: str) -> tuple[Tensor, Tens
 
 def _rows(name: str, points: Tensor, metric: str) -> Tensor:
     rows = points.detach().flatten(1)
-    if not torch.stack(torch.aminmax(rows)).isfinite().all():
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    largest = torch.stack(torch.aminmax(rows)).abs().max().item()
+    if not largest < math.inf:
         point = int(rows.isfinite().all(1).logical_not().nonzero()[0])
         raise FastjacError(
             f"the {name} set has a NaN or an infinity in point {point}; expected finite ones"
         )
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    most = math.sqrt(torch.finfo(rows.dtype).max / rows.shape[1]) / 4
+    if largest > most:
+        raise FastjacError(
+            f"the {name} set has numbers up to {largest:.3g}, whose squares overflow; expected at most "
+            f"{most:.3g}: rescale both sets"
+        )
     if metric == "angular":
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         if not (norm > 0).all():
@@ -340,7 +347,8 @@ def _nearest_blocks(
     """Rows of a, a monotone function of each one's distance to b, and the nearest row of b.
 
     At most ``size`` distances exist at a time. With ``best``, a number that the caller raises, rows are
-    left out once that function is not above it; the first blocks are small, so that it rises early.
+    left out once that function is not above it; the first blocks of both sets are small, so that it
+    rises early and most rows go early.
     """
     pruned, euclidean = best is not None, metric != "manhattan"
     most = min(len(b), 2048 if pruned else max(1, size // 256))
@@ -356,8 +364,9 @@ def _nearest_blocks(
         own = block.square().sum(1)
         value = torch.full_like(own, math.inf)
         index = torch.zeros_like(where)
-        for first in range(0, len(b), most):
-            these = slice(first, first + most)
+        first, width = 0, 64 if pruned else most
+        while first < len(b):
+            these = slice(first, first + width)
             if euclidean:
                 found = torch.addmm(squares[these], block, b[these].T, alpha=-2).min(1)
             else:
@@ -369,8 +378,9 @@ def _nearest_blocks(
             if pruned and not (far := value > best).all():
                 where, block, own, value = where[far], block[far], own[far], value[far]
                 index = index[far]
-            if not len(where):
-                break
+                if not len(where):
+                    break
+            first, width = first + width, min(2 * width, most)
         else:
             yield where, value, index
         start += step
