@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -143,13 +144,29 @@ def build_optimizer(options: RunOptions, model: nn.Module) -> Optimizer:
 
 
 def lr_factor(options: RunOptions, steps_per_epoch: int) -> Callable[[int], float]:
-    """The factor on the learning rate as a function of the step."""
-    import math
+    """The factor on the learning rate as a function of the step.
+
+    As timm's CosineLRScheduler and MultiStepLRScheduler have it, by steps; those replace the rate by a
+    number, which a CUDA graph would not see.
+    """
+    warmup = options.warmup_epochs * steps_per_epoch
+    start = options.warmup_lr / options.lr
 
     def factor(step: int) -> float:
+        if step < warmup:
+            return start + (1 - start) * step / warmup
         if options.sched == "cosine":
             return 0.5 * (1 + math.cos(math.pi * step / (options.epochs * steps_per_epoch)))
         done = step // steps_per_epoch
         return options.decay_rate ** sum(done >= m for m in options.decay_milestones)
 
     return factor
+
+
+def build_average(options: RunOptions, model: nn.Module) -> nn.Module | None:
+    """The moving average of the weights of ``model``, where the options want one."""
+    if not options.model_ema:
+        return None
+    from timm.utils import ModelEmaV3  # seconds to import
+
+    return ModelEmaV3(model, options.model_ema_decay, use_warmup=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,40 @@ from typing import Any
 import torch
 import yaml
 
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, TrainingFailed
+
+
+class CannotWrite(TrainingFailed):
+    """A file could not be written, on a full disk for one; the one before it is as it was."""
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; when the block ends well, the file moves to ``path`` in one step."""
+def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A path to write to; when the block ends well, the file moves to ``path`` in one step.
+
+    It is on the disk by then, so that a power cut finds the old file or the new one, whole.
+    ``before`` is called before the move. Raises :class:`CannotWrite` for an error of the system.
+    """
     draft = path.with_name(f".{path.name}.tmp")
     try:
         yield draft
+        _to_disk(draft)
+        before()
         os.replace(draft, path)
+        _to_disk(path.parent)
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,13 +68,22 @@ class RunFolder:
     """``<output>/<experiment>``: everything that a run leaves behind.
 
     ``args.yaml`` (its options), ``subset.json`` (which images, where not all), ``last.pt`` and
-    ``best.pt`` (the full state), ``metrics.jsonl`` and ``summary.csv`` (an epoch per line), and at
-    the end ``model.safetensors`` (the last epoch's weights) with ``config.json``.
+    ``best.pt`` (the full state), the checkpoints before ``last.pt`` (``last-1.pt``, ...),
+    ``metrics.jsonl`` and ``summary.csv`` (an epoch per line), and at the end ``model.safetensors``
+    (the last epoch's weights, or their average) with ``config.json``.
     """
 
     def __init__(self, output: str | Path, experiment: str) -> None:
         self.path = Path(output) / experiment
         self.last, self.best = self.path / "last.pt", self.path / "best.pt"
+
+    def checkpoints(self) -> list[Path]:
+        """``last.pt`` and those before it, as far as they exist, the newest first."""
+        older = sorted(
+            (path for path in self.path.glob("last-*.pt") if path.stem[5:].isdecimal()),
+            key=lambda path: int(path.stem[5:]),
+        )
+        return [path for path in (self.last, *older) if path.is_file()]
 
     def finished(self) -> bool:
         """Whether the run got to its end."""
@@ -67,12 +98,40 @@ class RunFolder:
         text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
         write_text(self.path / "args.yaml", text)
 
-    def save_state(self, state: dict[str, Any], best: bool) -> None:
-        """Write ``last.pt``, ``best.pt`` if it is that, and the metrics of ``state["history"]``."""
+    def save_state(self, state: dict[str, Any], best: bool, keep: int) -> None:
+        """Write ``last.pt``, ``best.pt`` if it is that, and the metrics of ``state["history"]``.
+
+        Of the checkpoints before, ``keep - 1`` stay.
+        """
         for path in (self.best, self.last) if best else (self.last,):
-            with replacing(path) as draft:
-                torch.save(state, draft)
+            rotate = {} if path is self.best else {"before": lambda: self._rotate(keep)}
+            with replacing(path, **rotate) as draft:
+                _save(state, draft)
         self.write_metrics(state["history"])
+
+    def promote(self, path: Path) -> None:
+        """Make the checkpoint ``path`` the last one, in the place of any newer, which cannot be read."""
+        for newer in self.checkpoints():
+            if newer == path:
+                break
+            newer.unlink()
+        if path != self.last:
+            os.replace(path, self.last)
+
+    def _rotate(self, keep: int) -> None:
+        """Make room for a new ``last.pt``, which is there at any time all the same."""
+        older = [self.path / f"last-{number}.pt" for number in range(1, keep)]
+        for path in self.checkpoints():
+            if path not in (self.last, *older[:-1]):
+                path.unlink()
+        for path, name in zip(reversed(older[:-1]), reversed(older[1:]), strict=True):
+            if path.exists():
+                os.replace(path, name)
+        if older and self.last.exists():
+            try:
+                os.link(self.last, older[0])
+            except OSError:  # a file system without hard links
+                os.replace(self.last, older[0])
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write ``metrics.jsonl`` and ``summary.csv``."""
@@ -90,3 +149,14 @@ class RunFolder:
         with replacing(self.path / "model.safetensors") as draft:
             draft.write_bytes(save({k: v.contiguous() for k, v in weights.items()}))
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """``torch.save``, which hides an error of the system behind one of its own."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise

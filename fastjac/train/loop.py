@@ -13,15 +13,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
-from fastjac.data import ImageData, class_balanced, epoch_batches
+from fastjac.data import ImageData, class_balanced
 from fastjac.errors import FastjacError, TrainingFailed, notice
-from fastjac.graphs import graphed
-from fastjac.models import ModelSpec, load_weights
-from fastjac.models.weights import read_checkpoint
-from fastjac.train.build import build_optimizer, describe, lr_factor, pick_device
-from fastjac.train.files import RunFolder
+from fastjac.models import ModelSpec
+from fastjac.train.batches import Batch, Batches
+from fastjac.train.build import (
+    build_average,
+    build_optimizer,
+    describe,
+    lr_factor,
+    pick_device,
+)
+from fastjac.train.checkpoint import capture, position, restore
+from fastjac.train.files import CannotWrite, RunFolder
 from fastjac.train.objective import Objective
-from fastjac.train.options import RunOptions, changed
+from fastjac.train.options import RunOptions
+from fastjac.train.step import Step, warn_of_batch_norm
+from fastjac.train.tally import Tally
 
 CHECK_EVERY = 20  # steps between looks at the loss, each of which makes the host wait for a GPU
 
@@ -75,75 +83,72 @@ class Training:
         if isinstance(objective, nn.Module):
             objective.to(self.device, memory_format=layout)
         self.objective = objective
-        self.images, self.subset = data.train, None
+        images, self.subset = data.train, None
         if options.samples_per_class is not None:
             indices = class_balanced(
                 data.labels, options.samples_per_class, options.seed, data.classes
             )
-            self.images = Subset(data.train, indices)
+            images = Subset(data.train, indices)
             self.subset = {
                 "dataset": data.name,
                 "samples_per_class": options.samples_per_class,
                 "seed": options.seed,
                 "indices": indices,
             }
-        self.steps = len(self._batches(torch.Generator()))
-        # Layers that are trained for the objective's terms alone.
-        self.heads = getattr(objective, "heads", nn.ModuleDict())
-        self.optimizer = build_optimizer(options, nn.ModuleList([model, self.heads]))
+        self.batches = Batches(options, images, len(data.classes), self.device.type == "cuda")
+        self.optimizer = build_optimizer(options, model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lr_factor(options, self.steps)
+            self.optimizer, lr_factor(options, self.batches.steps)
         )
-        self.amp_dtype = getattr(torch, options.amp_dtype)
-        scaled = options.amp and self.amp_dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        self.step = graphed(self._step) if options.cuda_graphs else self._step
-        self.order = torch.Generator().manual_seed(options.seed)
+        self.step = Step(options, objective, model, self.optimizer, self.device)
+        self.ema = build_average(options, model)
         self.epoch, self.history, self.best = 0, [], -1.0
+        # Within an epoch: steps done, the rate at its start, its metrics, the time it took before.
+        self.done, self.rate, self.tally, self.seconds_before = 0, 0.0, Tally(self.device), 0.0
         self.folder = RunFolder(options.output, str(options.experiment))
-
-    def _batches(self, generator: torch.Generator) -> list[list[int]]:
-        options = self.options
-        return epoch_batches(len(self.images), options.batch_size, options.epoch_steps, generator)
+        self.source = self.folder.last
 
     def run(self, bar: bool = True) -> dict[str, Any]:
         """Train to the last epoch; the last row of the history.
 
         Writes the run's folder; shows a bar if it may and the standard error is a terminal. Raises
-        :class:`TrainingFailed` if the loss is not finite, and KeyboardInterrupt, with a message that
-        says what is saved, if interrupted.
+        :class:`TrainingFailed` if the loss is not finite, if memory runs out or a file cannot be
+        written, and KeyboardInterrupt if interrupted; each says what is saved.
         """
         options, folder = self.options, self.folder
         if options.resume:
-            self._resume()
-        elif folder.last.is_file():
+            restore(self)
+        elif folder.checkpoints():
             raise FastjacError(
                 f"{folder.path} holds a run: --resume goes on with it, --experiment names another"
             )
         self.try_once()
-        if self.epoch >= options.epochs:
-            return self._nothing_left()
+        try:
+            return self._nothing_left() if self.epoch >= options.epochs else self._run(bar)
+        except CannotWrite as error:
+            raise TrainingFailed(f"{error}; {self._held()}") from error
+        except KeyboardInterrupt as stop:
+            held = self._held(f" of {options.epochs}, --resume goes on from there")
+            raise KeyboardInterrupt(f"interrupted; {held}") from stop
+
+    def _run(self, bar: bool) -> dict[str, Any]:
+        options, folder = self.options, self.folder
         folder.open(asdict(options))
         if self.subset is not None:
             folder.save_subset(self.subset)
-        if self.epoch == 0:
-            folder.save_state(self._state(), best=False)
-        else:
+        if options.resume:
+            folder.promote(self.source)
             folder.write_metrics(self.history)
+        else:
+            self._save()
         if options.torchcompile:
             self.model.compile()
-        try:
-            with self._bar(bar) as progress, self._events() as events:
-                while self.epoch < options.epochs:
-                    row = self._epoch(progress)
-                    for name, value in row.items():
-                        if events is not None and name != "epoch":
-                            events.add_scalar(name, value, row["epoch"])
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(
-                f"interrupted; {folder.last} holds epoch {self.epoch} of {options.epochs}, "
-                "--resume goes on from there"
-            ) from stop
+        with self._bar(bar) as progress, self._events() as events:
+            while self.epoch < options.epochs:
+                row = self._epoch(progress)
+                for name, value in row.items():
+                    if events is not None and name != "epoch":
+                        events.add_scalar(name, value, row["epoch"])
         return self._finish()
 
     def _nothing_left(self) -> dict[str, Any]:
@@ -154,20 +159,25 @@ class Training:
         )
         if "test_accuracy" not in (row := self.history[-1]):
             best = self._test(row)
-            self.folder.save_state(self._state(), best)
+            self._save(best)
         return self._finish()
 
     def _finish(self) -> dict[str, Any]:
         """Export the weights; the last row of the history."""
         result = self.history[-1]
         about = describe(self.spec, self.data) | {"accuracy": result["test_accuracy"]}
-        self.folder.save_model(self.model.state_dict(), about)
+        self.folder.save_model(self.tested.state_dict(), about)
         return result
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is evaluated and exported."""
+        return self.model if self.ema is None else self.ema.module
 
     def _test(self, row: dict[str, Any]) -> bool:
         """Evaluate, into ``row``; whether it is the best so far."""
         test = evaluate(
-            self.model,
+            self.tested,
             self.data.test,
             len(self.data.classes),
             max(256, self.options.batch_size),
@@ -183,7 +193,7 @@ class Training:
 
         Of the step, nothing stays: no gradient, statistic or random number.
         """
-        count = min(2, len(self._batches(torch.Generator())[0]))
+        count = min(2, self.batches.smallest, self.step.size or 2)
         x, y = default_collate([self.data.test[i % len(self.data.test)] for i in range(count)])
         x = x.to(self.device).contiguous(memory_format=self.layout)
         y = y.to(self.device)
@@ -207,74 +217,76 @@ class Training:
                 raise FastjacError(
                     f"{self.spec.model} returns {type(logits).__name__} in training; expected logits"
                 )
-            with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options.amp):
-                loss = self.objective(x, y).loss
-            loss.backward()
+            if self.step.size is not None:
+                warn_of_batch_norm(self.model)
+            self.step.gradient(x, y, 1.0)
         self.optimizer.zero_grad()
         with torch.no_grad():
             for name, value in self.model.named_buffers():
                 value.copy_(buffers[name])
 
     def _epoch(self, bar: tqdm) -> dict[str, Any]:
-        """Train for one epoch, evaluate if it is time to, save."""
-        start, seen, correct = time.perf_counter(), 0, torch.zeros((), device=self.device)
-        sums: dict[str, Tensor] = {}
-        batches = self._batches(self.order)
+        """Train for what is left of an epoch, evaluate if it is time to, save."""
+        self.started, every = time.perf_counter(), self.options.checkpoint_steps
+        if self.done == 0:
+            self.tally, self.seconds_before = Tally(self.device), 0.0
+            self.rate = float(self.optimizer.param_groups[0]["lr"])
         self.model.train()
-        loader = DataLoader(
-            self.images,
-            batch_sampler=batches,
-            num_workers=self.options.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=self.order,
-        )
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        for step, (x, y) in enumerate(loader, 1):
-            x = x.to(self.device, non_blocking=True).contiguous(memory_format=self.layout)
-            y = y.to(self.device, non_blocking=True)
-            logits, terms = self.step(x, y)
+        for batches in self.batches.epoch(self.done):
+            for piece in self.step(batches, self._place):
+                self.tally.add(piece)
             self.scheduler.step()
-            seen += len(y)
-            correct += (logits.argmax(1) == y).sum()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.float() * len(y)
+            if self.ema is not None:
+                self.ema.update(self.model, self.scheduler.last_epoch)
+            self.done += 1
             bar.update()
-            if step % CHECK_EVERY == 0 or step == len(batches):
-                self._check(sums["loss"] / seen, step)
+            last = self.done == self.batches.steps
+            save = every is not None and self.done % every == 0 and not last
+            if self.done % CHECK_EVERY == 0 or save or last:
+                self._check(self.tally.loss())
                 bar.set_postfix(
                     epoch=self.epoch + 1,
-                    loss=f"{sums['loss'].item() / seen:.3g}",
-                    train=f"{100 * correct.item() / seen:.1f}%",
+                    loss=f"{self.tally.loss():.3g}",
+                    train=f"{100 * self.tally.accuracy():.1f}%",
                     **self._last_test(),
                 )
-        self.epoch += 1
-        row = {"epoch": self.epoch, "lr": rate}
-        row |= {f"train_{name}": value.item() / seen for name, value in sums.items()}
-        row["train_accuracy"] = correct.item() / seen
+            if save:
+                self._save()
+        self.epoch, self.done = self.epoch + 1, 0
+        row = {"epoch": self.epoch, "lr": self.rate, **self.tally.row()}
         best = False
         if self.epoch % self.options.val_interval == 0 or self.epoch == self.options.epochs:
             best = self._test(row)
-        row["seconds"] = round(time.perf_counter() - start, 3)
+        row["seconds"] = round(self.seconds(), 3)
         self.history.append(row)
-        self.folder.save_state(self._state(), best)
+        self._save(best)
         return row
 
-    def _step(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take one step; the logits, and the loss and its terms, detached."""
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options.amp):
-            out = self.objective(x, y)
-        self.optimizer.zero_grad()
-        self.scaler.scale(out.loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        terms = {"loss": out.loss, **out.terms}
-        return out.logits.detach(), {name: value.detach() for name, value in terms.items()}
+    def _place(self, x: Tensor, y: Tensor, number: int) -> Batch:
+        """Batch ``number`` of the step, on the device, mixed and smoothed as the options say."""
+        # A copy even on the CPU, where the images are mixed in place.
+        x = x.to(self.device, non_blocking=True, copy=self.batches.mixup is not None)
+        x = x.contiguous(memory_format=self.layout)
+        y = y.to(self.device, non_blocking=True)
+        return self.batches.soften(x, y, self.done * self.options.grad_accum + number)
 
-    def _check(self, loss: Tensor, step: int) -> None:
-        if not math.isfinite(loss.item()):
+    def seconds(self) -> float:
+        """The time that the epoch has taken."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _save(self, best: bool = False) -> None:
+        self.folder.save_state(capture(self), best, self.options.keep_checkpoints)
+
+    def _held(self, more: str = "") -> str:
+        """What is saved, and ``more`` about it."""
+        held = position(self.folder)
+        return f"{self.folder.last} holds {held}{more}" if held else "nothing is saved"
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise TrainingFailed(
-                f"the loss is {loss.item()} in epoch {self.epoch + 1}, by step {step}; "
-                f"{self.folder.last} holds epoch {self.epoch}; try a lower --lr"
+                f"the loss is {loss} in epoch {self.epoch + 1}, by step {self.done}; "
+                f"{self._held()}; try a lower --lr"
             )
 
     def _last_test(self) -> dict[str, str]:
@@ -283,8 +295,8 @@ class Training:
 
     def _bar(self, shown: bool) -> tqdm:
         return tqdm(
-            total=self.options.epochs * self.steps,
-            initial=self.epoch * self.steps,
+            total=self.options.epochs * self.batches.steps,
+            initial=self.epoch * self.batches.steps + self.done,
             desc=str(self.options.experiment),
             unit="step",
             dynamic_ncols=True,
@@ -302,56 +314,3 @@ class Training:
             raise FastjacError("--tensorboard needs the package tensorboard") from error
         with SummaryWriter(self.folder.path) as writer:
             yield writer
-
-    def _state(self) -> dict[str, Any]:
-        # None where the device draws from torch's own generator.
-        states = getattr(torch.get_device_module(self.device), "get_rng_state_all", list)()
-        return {
-            "about": describe(self.spec, self.data),
-            "options": asdict(self.options),
-            "model": self.model.state_dict(),
-            "heads": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "best": self.best,
-            "history": self.history,
-            "rng": {
-                "torch": torch.get_rng_state(),
-                "devices": {self.device.type: states},
-                "order": self.order.get_state(),
-            },
-        }
-
-    def _resume(self) -> None:
-        path = self.folder.last
-        if not path.is_file():
-            raise FastjacError(f"nothing to resume: {path} is missing")
-        state = read_checkpoint(path)
-        if "rng" not in state:
-            raise FastjacError(f"{path} is not a checkpoint of a run")
-        if state["about"] != (mine := describe(self.spec, self.data)):
-            parts = [
-                f"{k} (was {a}, now {b})"
-                for k, a in {**state["about"], **state["about"]["spec"]}.items()
-                if a != (b := {**mine, **mine["spec"]}.get(k)) and k not in ("spec", "classes")
-            ]
-            raise FastjacError(f"{path} is of another model: {'; '.join(parts) or 'other classes'}")
-        if different := changed(state["options"], asdict(self.options)):
-            raise FastjacError(f"{path} is of a run with other options: {', '.join(different)}")
-        load_weights(self.model, state["model"], path, ignore_head=False)
-        self.heads.load_state_dict(state.get("heads", {}))
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.options.cuda_graphs:  # a tensor, which the file gives on the CPU
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr"].to(self.device)
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
-        torch.set_rng_state(state["rng"]["torch"])
-        # Version 0.1 kept CUDA's alone.
-        devices = state["rng"].get("devices", {"cuda": state["rng"].get("cuda")})
-        if states := devices.get(self.device.type):
-            torch.get_device_module(self.device).set_rng_state_all(states)
-        self.order.set_state(state["rng"]["order"])

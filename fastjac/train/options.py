@@ -68,7 +68,8 @@ class _Optimisation:
 
     epochs: int = _option(30, "epochs to train")
     epoch_steps: int | None = _option(None, "steps of an epoch; default: one pass over the images")
-    batch_size: int = _option(128, "images of a step")
+    batch_size: int = _option(128, "images of a batch")
+    grad_accum: int = _option(1, "batches of a step, whose mean loss it goes down")
     opt: Literal["adam", "adamw", "sgd"] = _option("adam", "optimiser")
     lr: float = _option(1e-3, "learning rate at the start")
     momentum: float = _option(0.9, "momentum of sgd")
@@ -76,6 +77,25 @@ class _Optimisation:
     sched: Literal["none", "multistep", "cosine"] = _option("none", "learning rate over the epochs")
     decay_milestones: list[int] = _option([], "multistep: epochs after which the rate drops")
     decay_rate: float = _option(0.1, "multistep: factor of each drop")
+    warmup_epochs: int = _option(
+        0, "epochs over which the rate rises to --lr, in the place of the first ones of --sched"
+    )
+    warmup_lr: float = _option(1e-5, "learning rate at the start of --warmup-epochs")
+    clip_grad: float | None = _option(None, "scale the gradient down to that norm if it is larger")
+    label_smoothing: float = _option(0.0, "share of the label that is spread over all classes")
+    mixup: float = _option(
+        0.0, "mix the images of a batch in pairs: alpha of the shares, as in timm"
+    )
+    cutmix: float = _option(
+        0.0, "paste a part of one into the other: alpha; with --mixup, half of the batches each"
+    )
+    model_ema: bool = _option(
+        False, "average the weights over the steps; the average is evaluated and exported"
+    )
+    model_ema_decay: float = _option(
+        0.9998,
+        "weight of the past in --model-ema; less in the first steps, as timm's warm-up has it",
+    )
     seed: int = _option(0, "of weights, batches, augmentation and the subset")
 
 
@@ -86,6 +106,9 @@ class _Machine:
     amp: bool = _option(False, "mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "type for --amp")
     channels_last: bool = _option(False, "channels-last memory layout")
+    micro_batch: int | Literal["auto"] | None = _option(
+        None, "images at a time, for the same gradient in less memory; auto: halve when it runs out"
+    )
     cuda_graphs: bool = _option(False, "on a GPU: capture a step once, then replay it")
     torchcompile: bool = _option(False, "compile the network (not with --attention or --jacobians)")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
@@ -102,6 +125,10 @@ class _Output:
     )
     resume: bool = _option(False, "go on where the experiment's last checkpoint is")
     val_interval: int = _option(1, "epochs between evaluations")
+    checkpoint_steps: int | None = _option(
+        None, "steps between checkpoints; default: one at the end of each epoch alone"
+    )
+    keep_checkpoints: int = _option(2, "checkpoints to keep: last.pt, last-1.pt, ...")
     tensorboard: bool = _option(False, "write TensorBoard events too")
 
 
@@ -115,24 +142,27 @@ class RunOptions(_Output, _Machine, _Optimisation, _Network, DataOptions):
             known = [*MODELS, f"torchvision/{self.model}", f"timm/{self.model}"]
             raise unknown("model", self.model, known)
         positive = ("epochs", "batch_size", "lr", "width", "decay_rate", "val_interval")
-        positive += (
-            "img_size",
-            "channels",
-            "validation",
-            "num_classes",
-            "samples_per_class",
-            "epoch_steps",
-            "threads",
-        )
+        positive += ("img_size", "channels", "validation", "num_classes", "samples_per_class")
+        positive += ("epoch_steps", "threads")
+        positive += ("grad_accum", "clip_grad", "checkpoint_steps", "keep_checkpoints")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FastjacError(f"{flag(name)}: expected more than 0, got {value}")
-        for name in ("workers", "weight_decay", "momentum", "seed"):
+        at_least_zero = (
+            "workers",
+            "weight_decay",
+            "momentum",
+            "seed",
+            "warmup_epochs",
+            "warmup_lr",
+        )
+        for name in (*at_least_zero, "mixup", "cutmix"):
             if not getattr(self, name) >= 0:
                 raise FastjacError(f"{flag(name)}: expected 0 or more, got {getattr(self, name)}")
         if bool(self.decay_milestones) != (self.sched == "multistep"):
             raise FastjacError("--decay-milestones goes with --sched multistep, and only with it")
+        self._check_optimisation()
         if self.pretrained and self.weights:
             raise FastjacError("--pretrained and --weights: give one of them")
         if self.ignore_head and not self.weights:
@@ -143,6 +173,39 @@ class RunOptions(_Output, _Machine, _Optimisation, _Network, DataOptions):
             raise FastjacError(
                 "--cuda-graphs does not go with --amp-dtype float16, whose loss scale is read on the "
                 "host; expected bfloat16"
+            )
+        if self.cuda_graphs and (self.micro_batch or self.grad_accum > 1):
+            raise FastjacError(
+                "--cuda-graphs replays a step on one batch: it does not go with --micro-batch or "
+                "--grad-accum"
+            )
+
+    def _check_optimisation(self) -> None:
+        if self.warmup_epochs >= self.epochs:
+            raise FastjacError(
+                f"--warmup-epochs: expected fewer than the {self.epochs} --epochs, got "
+                f"{self.warmup_epochs}"
+            )
+        for name, needed in (("warmup_lr", "warmup_epochs"), ("model_ema_decay", "model_ema")):
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != default and not getattr(self, needed):
+                raise FastjacError(f"{flag(name)} goes with {flag(needed)}")
+        if not 0 < self.model_ema_decay < 1:
+            raise FastjacError(
+                f"--model-ema-decay: expected between 0 and 1, got {self.model_ema_decay}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise FastjacError(
+                f"--label-smoothing: expected 0 or more and less than 1, got {self.label_smoothing}"
+            )
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise FastjacError(
+                "--mixup and --cutmix mix the images of a batch in pairs; expected an even "
+                f"--batch-size, got {self.batch_size}"
+            )
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            raise FastjacError(
+                f"--micro-batch: expected auto or more than 0, got {self.micro_batch}"
             )
 
 
@@ -369,6 +432,7 @@ class EvaluateOptions:
 ELSEWHERE = {
     "config", "data_dir", "download", "device", "workers", "threads", "output", "experiment",
     "resume", "tensorboard", "jobs", "ignore_head", "skip_damaged", "title", "teacher_cache",
+    "checkpoint_steps", "keep_checkpoints", "micro_batch",
 }  # fmt: skip
 
 
@@ -388,7 +452,12 @@ def flag(name: str) -> str:
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The options that would make another run of it, as ``--lr (was 0.1, now 0.2)``."""
+    """The options that would make another run of it, as ``--lr (was 0.1, now 0.2)``.
+
+    An option that is newer than the run ``before`` was at its default then.
+    """
+    defaults = {f.name: f.default for f in fields(StudentOptions) if f.default is not MISSING}
+    before = {name: value for name, value in defaults.items() if name in now} | before
     free = ELSEWHERE | ({"epochs"} if now.get("sched") != "cosine" else set())
     return [
         f"{flag(k)} (was {before.get(k)}, now {now.get(k)})"

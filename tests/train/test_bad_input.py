@@ -280,6 +280,6 @@ def test_a_bug_keeps_its_traceback(trainer, small, monkeypatch):
     def broken(*args):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("fastjac.train.loop.epoch_batches", broken)
+    monkeypatch.setattr("fastjac.train.batches.epoch_batches", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         trainer("teacher", *small)

@@ -26,7 +26,7 @@ from fastjac.train.loop import evaluate
 from fastjac.train.options import StudentOptions
 
 FILES = {"args.yaml", "metrics.jsonl", "summary.csv", "last.pt", "best.pt"}
-FILES |= {"model.safetensors", "config.json"}
+FILES |= {"last-1.pt", "model.safetensors", "config.json"}
 
 
 def test_a_run_leaves_its_files(trainer, small, tmp_path):

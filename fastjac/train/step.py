@@ -1,0 +1,153 @@
+"""One step of the optimiser: the gradient of some batches, in pieces where asked for, and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastjac.errors import TrainingFailed, notice
+from fastjac.graphs import graphed
+from fastjac.train.batches import Batch
+from fastjac.train.objective import Objective
+from fastjac.train.options import RunOptions
+from fastjac.train.randomness import get_states, set_states
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What was computed of some images: labels, logits, the loss and its terms; no gradients."""
+
+    y: Tensor
+    logits: Tensor
+    terms: dict[str, Tensor]
+
+
+class Step:
+    """The step on the mean of the loss over all images of its batches.
+
+    Each batch is cut into pieces of at most ``size`` images, of nearly the same number each; a piece
+    weighs by its share of the images. ``size`` None: batches are not cut.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        objective: Objective,
+        model: nn.Module,
+        optimizer: Optimizer,
+        device: torch.device,
+    ) -> None:
+        self.options, self.objective, self.model = options, objective, model
+        self.optimizer, self.device = optimizer, device
+        self.amp_dtype = getattr(torch, options.amp_dtype)
+        scaled = options.amp and self.amp_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.auto = options.micro_batch == "auto"
+        self.size = None if self.auto else options.micro_batch
+        self.graphed = graphed(self._whole) if options.cuda_graphs else None
+
+    def __call__(
+        self, batches: Sequence[Batch], place: Callable[[Tensor, Tensor, int], Batch]
+    ) -> list[Piece]:
+        """Take the step. ``place(x, y, n)`` gives batch n of it on the device, the same each time."""
+        if self.graphed is not None:
+            ((x, y),) = batches
+            x, y = place(x, y, 0)
+            logits, terms = self.graphed(x, y)
+            return [Piece(y, logits, terms)]
+        while self.auto:
+            random, buffers = get_states(self.device), self._buffers()
+            try:
+                return self._take(batches, place)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(max(len(y) for _, y in batches), error)
+            # Out of the handler, since the error's traceback holds the tensors of the step.
+            set_states(random, self.device)
+            with torch.no_grad():
+                for name, value in self.model.named_buffers():
+                    value.copy_(buffers[name])
+            self.optimizer.zero_grad()
+            getattr(torch.get_device_module(self.device), "empty_cache", int)()
+        try:
+            return self._take(batches, place)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingFailed(
+                f"out of memory ({_first_line(error)}); --micro-batch auto takes the step in pieces"
+            ) from error
+
+    def _take(
+        self, batches: Sequence[Batch], place: Callable[[Tensor, Tensor, int], Batch]
+    ) -> list[Piece]:
+        images = sum(len(y) for _, y in batches)
+        self.optimizer.zero_grad()
+        done = []
+        for number, batch in enumerate(batches):
+            x, y = place(*batch, number)
+            count = 1 if self.size is None else -(-len(x) // self.size)
+            for part in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
+                done.append(self.gradient(*part, len(part[0]) / images))
+        self.update()
+        return done
+
+    def _whole(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step on one batch that lies on the device; the logits and the terms."""
+        self.optimizer.zero_grad()
+        piece = self.gradient(x, y, 1.0)
+        self.update()
+        return piece.logits, piece.terms
+
+    def gradient(self, x: Tensor, y: Tensor, share: float) -> Piece:
+        """Add the gradient of ``share`` times the loss on ``x``."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options.amp):
+            out = self.objective(x, y)
+        self.scaler.scale(out.loss if share == 1 else out.loss * share).backward()
+        terms = {"loss": out.loss, **out.terms}
+        terms = {name: value.detach() for name, value in terms.items()}
+        return Piece(y, out.logits.detach(), terms)
+
+    def update(self) -> None:
+        """Move the weights by the gradient, clipped where asked for."""
+        if (norm := self.options.clip_grad) is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.model.named_buffers()}
+
+    def _halve(self, largest: int, error: RuntimeError) -> None:
+        size = min(largest, self.size or largest)
+        if size == 1:
+            raise TrainingFailed(
+                f"out of memory with one image at a time: {_first_line(error)}"
+            ) from error
+        self.size = -(-size // 2)
+        notice(f"out of memory; --micro-batch auto goes on with {self.size} images at a time")
+        warn_of_batch_norm(self.model)
+
+
+def warn_of_batch_norm(model: nn.Module) -> None:
+    """Say once that pieces of a batch are not the batch, where they are not."""
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
+        notice("with --micro-batch, BatchNorm takes the statistics of each piece, not of the batch")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an accelerator's memory, or that of the host, was too small for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
