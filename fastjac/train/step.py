@@ -59,33 +59,48 @@ class Step:
             x, y = place(x, y, 0)
             logits, terms = self.graphed(x, y)
             return [Piece(y, logits, terms)]
-        while self.auto:
-            random, buffers = get_states(self.device), self._buffers()
-            try:
-                return self._take(batches, place)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._halve(max(len(y) for _, y in batches), error)
-            # Out of the handler, since the error's traceback holds the tensors of the step.
-            set_states(random, self.device)
-            with torch.no_grad():
-                for name, value in self.model.named_buffers():
-                    value.copy_(buffers[name])
-            self.optimizer.zero_grad()
-            getattr(torch.get_device_module(self.device), "empty_cache", int)()
         try:
-            return self._take(batches, place)
+            pieces = None
+            while pieces is None:
+                pieces = self._pieces_that_fit(batches, place)
+            self.update()  # not tried again: it may have moved some of the weights
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise TrainingFailed(
-                f"out of memory ({_first_line(error)}); --micro-batch auto takes the step in pieces"
-            ) from error
+            advice = "" if self.auto else "; try --micro-batch auto"
+            raise TrainingFailed(f"out of memory: {_first_line(error)}{advice}") from error
+        return pieces
 
-    def _take(
+    def _pieces_that_fit(
+        self, batches: Sequence[Batch], place: Callable[[Tensor, Tensor, int], Batch]
+    ) -> list[Piece] | None:
+        """The gradient; for ``auto``, None if memory ran out, with all as it was but for ``size``."""
+        if not self.auto:
+            return self._pieces(batches, place)
+        random = get_states(self.device)
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        try:
+            return self._pieces(batches, place)
+        except RuntimeError as error:
+            largest = max(len(y) for _, y in batches)
+            if not is_out_of_memory(error) or self.size == 1 or largest == 1:
+                raise
+        # Out of the handler, since the error's traceback holds the tensors of the step.
+        self.optimizer.zero_grad()
+        getattr(torch.get_device_module(self.device), "empty_cache", int)()
+        set_states(random, self.device)
+        with torch.no_grad():
+            for name, value in self.model.named_buffers():
+                value.copy_(buffers[name])
+        self.size = -(-min(largest, self.size or largest) // 2)
+        notice(f"out of memory; --micro-batch auto goes on with pieces of {self.size}")
+        warn_of_batch_norm(self.model)
+        return None
+
+    def _pieces(
         self, batches: Sequence[Batch], place: Callable[[Tensor, Tensor, int], Batch]
     ) -> list[Piece]:
+        """The gradient, piece by piece."""
         images = sum(len(y) for _, y in batches)
         self.optimizer.zero_grad()
         done = []
@@ -94,7 +109,6 @@ class Step:
             count = 1 if self.size is None else -(-len(x) // self.size)
             for part in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
                 done.append(self.gradient(*part, len(part[0]) / images))
-        self.update()
         return done
 
     def _whole(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,19 +135,6 @@ class Step:
             nn.utils.clip_grad_norm_(parameters, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.model.named_buffers()}
-
-    def _halve(self, largest: int, error: RuntimeError) -> None:
-        size = min(largest, self.size or largest)
-        if size == 1:
-            raise TrainingFailed(
-                f"out of memory with one image at a time: {_first_line(error)}"
-            ) from error
-        self.size = -(-size // 2)
-        notice(f"out of memory; --micro-batch auto goes on with {self.size} images at a time")
-        warn_of_batch_norm(self.model)
 
 
 def warn_of_batch_norm(model: nn.Module) -> None:

@@ -239,5 +239,5 @@ def test_the_digits_student_is_prepared_as_the_recipe_says(teacher, tmp_path):
     training = prepare(parse("student", StudentOptions, words))
     widths = [m.out_channels for m in training.model if isinstance(m, torch.nn.Conv2d)]
     assert widths == [16, 32, 64]
-    assert training.steps * training.options.epochs == 240
+    assert training.batches.steps * training.options.epochs == 240
     assert feature_levels(training.model) == ["pool2", "pool3"]
