@@ -1,5 +1,6 @@
 # make demo    few-shot distillation on the embedded data set, from nothing to a table
 # make test    the whole test suite
+# make check   the same, and the tests of minutes
 # make wheel   dist/fastjac-*.whl: no PyTorch inside, for every later PyTorch and Python
 # make lint    ruff, and clang-format for C++ and CUDA
 # make format  what `make lint` would change
@@ -22,7 +23,7 @@ BENCH_OPTIONS := --benchmark-enable --benchmark-only --benchmark-quiet
 # An allocator that keeps its pages: else a CPU's page faults are timed, not its arithmetic.
 KEEP_PAGES := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test wheel lint format bench clean
+.PHONY: demo test check wheel lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,6 +31,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
+
+check: test
+	$(PY) -m pytest -m long
 
 wheel: dist/.built
 

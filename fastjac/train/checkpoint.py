@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,7 @@ def _newest(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
         path = paths.pop(0)
         try:
             state = read_checkpoint(path)
+            _check_sums(path)
         except FastjacError as error:
             if not paths:
                 raise
@@ -109,6 +111,14 @@ def _newest(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
     if path != folder.last:
         notice(f"{problem}; {path.name}, the one before it, is used")
     return path, state
+
+
+def _check_sums(path: Path) -> None:
+    """Raise if a byte of the file is another than was written, which ``torch.load`` does not see."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise FastjacError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
 
 
 def _check(training: Training, path: Path, state: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Real processes, really killed: what is left is whole, and resuming gives the same weights."""
 
 import json
+import random
+import shutil
 import signal
 import time
 
@@ -21,15 +23,20 @@ def long_run(small, teacher):
     return [*words, "--sched", "cosine", "--teacher", teacher, "--jacobians", 0.1]
 
 
+def wait_for(process, reached):
+    """Until ``reached()``, while the process runs."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if reached():
+            return
+        time.sleep(0.001)
+    pytest.fail(process.stderr.read() if process.poll() is not None else "not within 120 s")
+
+
 def wait_for_epoch(folder, epoch, process):
     """Until ``metrics.jsonl`` has that epoch."""
     metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.is_file() and len(metrics.read_text().splitlines()) >= epoch:
-            return
-        time.sleep(0.01)
-    pytest.fail(f"no epoch {epoch}: {process.stderr.read() if process.poll() is not None else ''}")
+    wait_for(process, lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= epoch)
 
 
 def lines(folder):
@@ -87,6 +94,102 @@ def photographs(tmp_path):
                 image = Image.effect_noise((24, 24), 60 + 60 * k).convert("RGB")
                 image.save(folder / f"{i}.png")
     return ["--dataset", "folder", "--data-dir", tmp_path / "images", "--img-size", 16]
+
+
+EMA = ["--model-ema", "--model-ema-decay", "0.5"]
+WARM = ["--sched", "cosine", "--warmup-epochs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("data", "flags"),
+    [
+        ("digits", ["--clip-grad", "0.1", *WARM]),
+        ("digits", ["--grad-accum", "2", *EMA]),
+        ("digits", ["--mixup", "0.4", "--cutmix", "1", "--label-smoothing", "0.1"]),
+        ("digits", ["--micro-batch", "4", "--samples-per-class", "3"]),
+        ("digits", ["--micro-batch", "auto"]),
+        ("photographs", ["--augment"]),
+        ("photographs", ["--augment", "--workers", "2", "--mixup", "1", "--grad-accum", "2", *EMA]),
+        ("photographs", ["--augment", "--amp", "--amp-dtype", "float16", "--clip-grad", "1"]),
+        (
+            "photographs",
+            ["--model", "torchvision/mobilenet_v3_small", "--channels-last"],
+        ),  # drops out
+    ],
+)
+def test_resumed_from_any_step(trainer, small, photographs, tmp_path, data, flags):
+    """From checkpoints within epochs and between them: all that follows is what it was."""
+    words = ["teacher", *small, *(photographs if data == "photographs" else ())]
+    words += ["--batch-size", 2] if data == "photographs" else []
+    if "--model" in flags:
+        words = [w for w in words if w not in ("--model", "vgg", "--plan", "4 M 8 M")]
+        words += ["--img-size", 32]
+    words += ["--checkpoint-steps", 1, "--keep-checkpoints", 99, *flags]
+    assert trainer(*words, "--experiment", "whole")[0] == 0
+    whole = tmp_path / "runs" / "whole"
+    for back in (1, 3, 4, 6, 8):
+        cut = tmp_path / "runs" / f"cut{back}"
+        cut.mkdir()
+        shutil.copy(whole / f"last-{back}.pt", cut / "last.pt")
+        state = torch.load(cut / "last.pt", weights_only=True)
+        at = state["epoch"], (state["within_epoch"] or {"steps": 0})["steps"]
+        assert at == divmod(8 - back, 4)
+        assert trainer(*words, "--experiment", cut.name, "--resume")[0] == 0
+        assert lines(whole) == lines(cut)
+        weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, cut)]
+        assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("data", "flags"),
+    [
+        ("digits", ["--sched", "cosine", "--clip-grad", "1"]),
+        ("digits", ["--grad-accum", "2", *EMA]),
+        ("digits", ["--mixup", "0.4", "--cutmix", "1", "--micro-batch", "6"]),
+        ("photographs", ["--augment", "--workers", "1", *EMA]),
+    ],
+)
+def test_killed_at_any_step(start, trainer, small, photographs, tmp_path, data, flags, kills):
+    """Killed by SIGKILL at a random time, resumed, killed again; the end is that of a whole run."""
+    words = ["teacher", *small, "--epoch-steps", 40, "--epochs", (epochs := 2 + 2 * kills), *flags]
+    words += [*photographs, "--batch-size", 2] if data == "photographs" else []
+    assert trainer(*words, "--experiment", "whole")[0] == 0
+    words += ["--checkpoint-steps", 3, "--experiment", "cut"]
+    whole, cut = (tmp_path / "runs" / name for name in ("whole", "cut"))
+    last, reached = cut / "last.pt", []
+    for kill in range(kills):
+        before = last.stat().st_mtime_ns if kill else 0
+        process = start(*words, *(["--resume"] if kill else []))
+        wait_for(process, lambda t=before: last.is_file() and last.stat().st_mtime_ns > t)
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        state = torch.load(last, weights_only=True)
+        reached.append((state["epoch"], (state["within_epoch"] or {"steps": 0})["steps"]))
+    assert reached == sorted(reached)
+    assert (0, 0) <= reached[-1] < (epochs, 0)
+    status, _, err = trainer(*words, "--resume")
+    assert (status, err) == (0, ""), reached
+    assert lines(whole) == lines(cut), reached
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, cut)]
+    assert weights[0] == weights[1], reached
+    assert not [p for p in cut.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_ctrl_c_within_an_epoch(start, trainer, small, tmp_path):
+    folder = tmp_path / "runs" / "x"
+    words = ["teacher", *small, "--epoch-steps", 100000, "--checkpoint-steps", 5]
+    process = start(*words, "--experiment", "x")
+    wait_for(process, lambda: (folder / "last-1.pt").is_file())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    within = torch.load(folder / "last.pt", weights_only=True)["within_epoch"]
+    assert err == (
+        f"fastjac: interrupted; {folder / 'last.pt'} holds step {within['steps']} of epoch 1 of 2, "
+        "--resume goes on from there\n"
+    )
 
 
 @pytest.mark.parametrize(

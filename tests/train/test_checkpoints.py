@@ -1,0 +1,229 @@
+"""The files of a run: none is half a file, the last few are kept, a full disk takes none away."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastjac.errors import TrainingFailed, notice
+from fastjac.models.weights import read_checkpoint
+from fastjac.train.files import RunFolder, replacing, write_text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with checkpoints of the epochs 1 to 4, of which three are kept."""
+    folder = RunFolder(tmp_path, "x")
+    folder.open({})
+    for epoch in (1, 2, 3, 4):
+        folder.save_state({"epoch": epoch, "history": []}, best=epoch == 2, keep=3)
+    return folder
+
+
+def epochs(folder):
+    """By file."""
+    return {path.name: read_checkpoint(path)["epoch"] for path in folder.path.glob("*.pt")}
+
+
+def test_the_last_ones_are_kept(folder):
+    assert epochs(folder) == {"last.pt": 4, "last-1.pt": 3, "last-2.pt": 2, "best.pt": 2}
+    names = [path.name for path in folder.checkpoints()]
+    assert names == ["last.pt", "last-1.pt", "last-2.pt"]
+    folder.save_state({"epoch": 5, "history": []}, best=False, keep=2)
+    assert epochs(folder) == {"last.pt": 5, "last-1.pt": 4, "best.pt": 2}
+    folder.save_state({"epoch": 6, "history": []}, best=False, keep=1)
+    assert epochs(folder) == {"last.pt": 6, "best.pt": 2}
+
+
+def test_kept_without_hard_links(folder, monkeypatch):
+    def refused(*args):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    folder.save_state({"epoch": 5, "history": []}, best=False, keep=3)
+    assert epochs(folder) == {"last.pt": 5, "last-1.pt": 4, "last-2.pt": 3, "best.pt": 2}
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda n: (done.append(os.fstat(n).st_ino), sync(n)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("moved"), replace(a, b)))
+    write_text(tmp_path / "a", "text")
+    assert done == [(tmp_path / "a").stat().st_ino, "moved", tmp_path.stat().st_ino]
+
+
+def test_what_fails_leaves_the_file_before_it(tmp_path):
+    write_text(tmp_path / "a", "before")
+    with pytest.raises(ZeroDivisionError):
+        write_half(tmp_path / "a")
+    with pytest.raises(TrainingFailed, match=r"a cannot be written: No space left on device$"):
+        write_half(tmp_path / "a", "/dev/full")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def write_half(path, full=None):
+    """Fail half-way, by a bug or by a device that has no space, ever."""
+    with replacing(path) as draft:
+        draft.write_text("half")
+        if full is None:
+            raise ZeroDivisionError
+        with open(full, "w") as file:
+            file.write("x")
+
+
+@pytest.fixture
+def run(trainer, small, tmp_path):
+    """Runs an experiment of 3 epochs or what the flags say; its metrics, less the seconds."""
+    notice.cache_clear()
+
+    def begin(name, *flags):
+        words = ["teacher", *small, "--epochs", 3, "--experiment", name, *flags]
+        status, _, err = trainer(*words)
+        assert (status, err) == (0, "")
+        return metrics(tmp_path / "runs" / name)
+
+    return begin
+
+
+def metrics(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.99, None])
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog, share):
+    """Cut off at some place, or missing."""
+    whole = run("whole")
+    run("x", "--epochs", 2)
+    folder = tmp_path / "runs" / "x"
+    content = (folder / "last.pt").read_bytes()
+    if share is None:
+        (folder / "last.pt").unlink()
+    else:
+        (folder / "last.pt").write_bytes(content[: int(share * len(content))])
+    caplog.clear()
+    assert run("x", "--resume") == whole
+    assert [r.message for r in caplog.records] == [caplog.records[0].message]
+    assert caplog.messages[0].startswith(f"fastjac: {folder / 'last.pt'} is ")
+    assert caplog.messages[0].endswith("; last-1.pt, the one before it, is used")
+    assert epochs(RunFolder(tmp_path / "runs", "x"))["last.pt"] == 3
+
+
+def test_a_flipped_bit_is_found(run, tmp_path, caplog):
+    whole = run("whole")
+    run("x", "--epochs", 2)
+    last = tmp_path / "runs" / "x" / "last.pt"
+    content = bytearray(last.read_bytes())
+    weight = torch.load(last, weights_only=True)["model"]["conv2.weight"].numpy().tobytes()
+    content[content.index(weight) + 5] ^= 16
+    last.write_bytes(content)
+    assert run("x", "--resume") == whole
+    assert "last.pt is damaged: the checksum of " in caplog.text
+
+
+def test_no_checkpoint_can_be_read(trainer, small, run, tmp_path):
+    run("x", "--epochs", 1)
+    folder = tmp_path / "runs" / "x"
+    for path in (folder / "last.pt", folder / "last-1.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    status, _, err = trainer("teacher", *small, "--experiment", "x", "--resume")
+    assert status == 2
+    assert "last-1.pt is not a readable PyTorch file" in err
+    assert err.count("\n") == 1
+    status, _, err = trainer("teacher", *small, "--experiment", "x")
+    assert "holds a run: --resume goes on with it" in err
+
+
+def test_a_run_of_an_older_version_goes_on(run, tmp_path):
+    """Without the options and the parts of a checkpoint that are newer."""
+    whole = run("whole")
+    run("x", "--epochs", 2)
+    last = tmp_path / "runs" / "x" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    for name in ("grad_accum", "clip_grad", "mixup", "cutmix", "label_smoothing", "model_ema"):
+        del state["options"][name]
+    for name in ("warmup_epochs", "warmup_lr", "model_ema_decay", "micro_batch"):
+        del state["options"][name]
+    del state["micro_batch"], state["within_epoch"]
+    torch.save(state, last)
+    assert run("x", "--resume") == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MiB, where the system lets one mount it."""
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk):
+    """Leave no space on it."""
+    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def ended(process):
+    """The line of a process that fails, with status 1."""
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err.count("\n")) == (1, "", 1), err
+    return err
+
+
+def test_a_full_disk(start, trainer, small, small_disk, tmp_path):
+    """It fills while a process trains: what is saved stays, and the run goes on when there is room."""
+    words = ["teacher", *small, "--experiment", "x"]
+    process = start(*words, "--epochs", 100000)
+    last = small_disk / "x" / "last.pt"
+    while process.poll() is None and not (small_disk / "x" / "last-1.pt").is_file():
+        pass
+    fill(small_disk)
+    err = ended(process)
+    state = torch.load(last, weights_only=True)
+    assert "cannot be written: No space left on device; " in err
+    assert err.startswith(f"fastjac: {small_disk / 'x'}/")
+    assert err.endswith(f"; {last} holds epoch {state['epoch']}\n")
+    assert torch.load(last.with_name("last-1.pt"), weights_only=True)["epoch"] < state["epoch"]
+    (small_disk / "filler").unlink()
+    words += ["--epochs", state["epoch"] + 1]
+    assert trainer(*words, "--resume")[0] == 0
+    assert trainer(*words, output=tmp_path / "other")[0] == 0
+    assert metrics(small_disk / "x") == metrics(tmp_path / "other" / "x")
+
+
+def test_a_file_that_may_not_be_as_large(run, small, tmp_path):
+    """As by a quota: the system refuses to write on where half of a checkpoint is written."""
+    whole = run("whole")
+    run("x", "--epochs", 2)
+    folder = tmp_path / "runs" / "x"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    size = (folder / "last.pt").stat().st_size
+    words = ["teacher", *small, "--experiment", "x", "--epochs", 3, "--resume"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastjac.train", *map(str, words), "--output", tmp_path / "runs"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size)),
+    )
+    err = ended(process)
+    assert "pt cannot be written: File too large; " in err
+    assert err.endswith(f"; {folder / 'last.pt'} holds epoch 2\n")
+    checkpoints = [path for path in before if path.suffix in (".pt", ".safetensors")]
+    assert {path: path.read_bytes() for path in checkpoints} == {
+        path: before[path] for path in checkpoints
+    }
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+    assert run("x", "--resume") == whole
