@@ -45,6 +45,8 @@ def test_help_names_the_commands():
         ("teacher --batchsize 3", 2),
         ("teacher --epochs many", 2),
         ("teacher --epochs 0", 2),
+        ("teacher --mixup 1 --batch-size 3", 2),
+        ("teacher --cuda-graphs --micro-batch auto", 2),
         ("teacher --dataset digit", 2),
         ("teacher --model vgg7", 2),
         ("teacher --config no.yaml", 2),
