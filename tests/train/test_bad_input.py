@@ -10,6 +10,8 @@ from torchvision.models import resnet18
 
 from fastjac.models import VGG
 
+SIX = ["--batch-size", "6"]
+
 
 @pytest.fixture
 def refused(trainer, tmp_path):
