@@ -37,21 +37,38 @@ class ModelSpec:
     std: tuple[float, ...] | None = None
 
 
-def create_model(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
+def create_model(spec: ModelSpec, pretrained: bool = False, auxiliary: bool = False) -> nn.Module:
     """The network of ``spec``: raw pixels in [0, 1] in, logits out.
 
     Its weights are random, from torch's global generator, unless ``pretrained``: those come from
     the library that has the network, and where its class count differs from ``spec.num_classes``,
     the last layer is new. torchvision's GoogLeNet and Inception come without the auxiliary heads
-    that only their training has, with a notice. Raises for an unknown name (with the nearest), and
-    for what the named network cannot do.
+    that only their training has, with a notice; with ``auxiliary`` they have them, and return the
+    logits alone all the same (hooks see what the heads give). Raises for an unknown name (with the
+    nearest), and for what the named network cannot do.
     """
     library, _, name = spec.model.rpartition("/")
     if library not in _BUILDERS:
         raise unknown("model", spec.model, [*PLANS, "vgg", "torchvision/resnet18", "timm/resnet18"])
     if library and (spec.plan is not None or spec.width != 1):
         raise FastjacError(f"{spec.model}: plan and width are for vgg, vgg4 and vgg9")
-    return _BUILDERS[library](name, spec, pretrained)
+    net = _BUILDERS[library](name, spec, pretrained)
+    heads = auxiliary_heads(net)
+    if heads:
+        net.aux_logits = False  # no tuple of outputs
+    if auxiliary and not heads:
+        raise FastjacError(f"{spec.model} has no auxiliary heads (--aux-weight)")
+    if heads and not auxiliary:
+        notice(f"{spec.model} is built without its auxiliary heads")
+        for head in heads:
+            setattr(net, head, None)
+    return net
+
+
+def auxiliary_heads(net: nn.Module) -> list[str]:
+    """The names of the classifiers that ``net`` has for its training alone."""
+    names = ("aux1", "aux2", "AuxLogits")
+    return [name for name in names if isinstance(getattr(net, name, None), nn.Module)]
 
 
 def _vgg(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
@@ -92,12 +109,6 @@ def _torchvision(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
     else:
         classes = {} if spec.num_classes is None else {"num_classes": spec.num_classes}
         net = torchvision.models.get_model(name, weights=None, **classes)
-    if getattr(net, "aux_logits", False):
-        notice(f"{spec.model} is built without its auxiliary heads")
-        net.aux_logits = False
-        for head in ("aux1", "aux2", "AuxLogits"):
-            if hasattr(net, head):
-                setattr(net, head, None)
     return normalized(net, spec.mean or mean, spec.std or std)
 
 

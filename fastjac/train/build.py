@@ -68,7 +68,7 @@ def build_model(options: RunOptions, data: ImageData) -> tuple[nn.Module, ModelS
         None if options.pretrained else data.mean,
         None if options.pretrained else data.std,
     )
-    model = create_model(spec, options.pretrained)
+    model = create_model(spec, options.pretrained, options.aux_weight > 0)
     check_image_size(model, data.channels, data.size)
     if options.weights is not None:
         weights = read_weights(options.weights)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastjac.data import ImageData, class_balanced
 from fastjac.errors import FastjacError, TrainingFailed, notice
 from fastjac.models import ModelSpec
+from fastjac.train.auxiliary import AuxiliaryHeads
 from fastjac.train.batches import Batch, Batches
 from fastjac.train.build import (
     build_average,
@@ -82,6 +83,8 @@ class Training:
         self.model = model.to(self.device, memory_format=layout)
         if isinstance(objective, nn.Module):
             objective.to(self.device, memory_format=layout)
+        if options.aux_weight:
+            objective = AuxiliaryHeads(objective, model, options.aux_weight)
         self.objective = objective
         images, self.subset = data.train, None
         if options.samples_per_class is not None:

@@ -60,6 +60,11 @@ class _Network:
         None, "start from the weights in a .safetensors, .pth, .pt or .npz file"
     )
     ignore_head: bool = _option(False, "--weights: leave out a head for other classes")
+    aux_weight: float = _option(
+        0.0,
+        "weight of cross-entropy at the auxiliary heads of torchvision's GoogLeNet and Inception; 0: "
+        "they are left out",
+    )
 
 
 @dataclass(kw_only=True)
@@ -157,7 +162,7 @@ class RunOptions(_Output, _Machine, _Optimisation, _Network, DataOptions):
             "warmup_epochs",
             "warmup_lr",
         )
-        for name in (*at_least_zero, "mixup", "cutmix"):
+        for name in (*at_least_zero, "mixup", "cutmix", "aux_weight"):
             if not getattr(self, name) >= 0:
                 raise FastjacError(f"{flag(name)}: expected 0 or more, got {getattr(self, name)}")
         if bool(self.decay_milestones) != (self.sched == "multistep"):
@@ -165,6 +170,10 @@ class RunOptions(_Output, _Machine, _Optimisation, _Network, DataOptions):
         self._check_optimisation()
         if self.pretrained and self.weights:
             raise FastjacError("--pretrained and --weights: give one of them")
+        if self.aux_weight and self.pretrained:
+            raise FastjacError(
+                "--aux-weight does not go with --pretrained, whose heads are absent or of other classes"
+            )
         if self.ignore_head and not self.weights:
             raise FastjacError("--ignore-head goes with --weights")
         if self.cuda_graphs and self.torchcompile:

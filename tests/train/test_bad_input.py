@@ -97,6 +97,11 @@ def images(tmp_path):
             "--mixup and --cutmix mix the images of a batch in pairs; expected an even number of "
             "them, got 5",
         ),
+        (["teacher", "--aux-weight", "1"], "vgg4 has no auxiliary heads (--aux-weight)"),
+        (
+            ["teacher", "--aux-weight", "1", "--model", "torchvision/googlenet", "--pretrained"],
+            "--aux-weight does not go with --pretrained",
+        ),
         (["teacher", "--label-smoothing", "1"], "expected 0 or more and less than 1, got 1.0"),
         (["teacher", "--model-ema-decay", "0.9"], "--model-ema-decay goes with --model-ema"),
         (

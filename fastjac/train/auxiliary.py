@@ -1,0 +1,50 @@
+"""Auxiliary heads of a network: classifiers at inner layers, for the training alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastjac.models.create import auxiliary_heads
+from fastjac.train.objective import Objective, Step
+
+
+class AuxiliaryHeads:
+    """An objective, and ``weight`` times the cross-entropies of the heads of ``model``.
+
+    Their sum is the term ``auxiliary``. In eval mode no head runs, and the objective is what it was.
+    Unlabelled images (-1) do not count.
+    """
+
+    def __init__(self, objective: Objective, model: nn.Module, weight: float) -> None:
+        self.objective, self.weight = objective, weight
+        self.logits: dict[str, Tensor] = {}
+        for name in auxiliary_heads(model):
+            model.get_submodule(name).register_forward_hook(self._keeper(name))
+
+    def _keeper(self, name: str) -> Any:
+        def keep(module: nn.Module, args: Any, logits: Tensor) -> None:
+            self.logits.setdefault(name, logits)  # of the first forward, if there are several
+
+        return keep
+
+    def __call__(self, x: Tensor, y: Tensor) -> Step:
+        self.logits.clear()
+        step = self.objective(x, y)
+        if not self.logits:
+            return step
+        auxiliary = torch.stack([_loss(logits, y) for logits in self.logits.values()]).sum()
+        self.logits.clear()
+        loss = step.loss + self.weight * auxiliary
+        return Step(loss, step.logits, {**step.terms, "auxiliary": auxiliary})
+
+
+def _loss(logits: Tensor, y: Tensor) -> Tensor:
+    """The mean over the labelled images, 0 if there are none."""
+    if y.is_floating_point():
+        return cross_entropy(logits, y)
+    total = cross_entropy(logits, y, ignore_index=-1, reduction="sum")
+    return total / (y >= 0).sum().clamp(min=1)
