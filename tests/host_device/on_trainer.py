@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import host_device
 import pytest
 import torch
-from torch import Tensor
 
 from fastjac.train.__main__ import main
 from fastjac.train.commands import prepare
@@ -64,17 +65,22 @@ def test_a_step_never_waits(tmp_path, teacher, amp):
         target="attention-window",
     )
     training = prepare(options)
-    step, finished = training.step, []
+    finished = []
 
-    def watched(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with host_device.no_synchronisation():
-            taken = step(x, y)
-        finished.append(True)
-        return taken
+    def watched(part: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with host_device.no_synchronisation():
+                result = part(*args)
+            finished.append(part.__name__)
+            return result
 
-    training.step = watched
+        return run
+
+    training.step.gradient = watched(training.step.gradient)
+    training.step.update = watched(training.step.update)
+    training.try_once = lambda: None
     training.run(bar=False)
-    assert len(finished) == 3
+    assert finished == ["gradient", "update"] * 3
 
 
 def test_an_evaluation_of_what_was_trained_elsewhere(teacher, capsys):
