@@ -29,7 +29,7 @@ from fastjac.train.checkpoint import capture, position, restore
 from fastjac.train.files import CannotWrite, RunFolder
 from fastjac.train.objective import Objective
 from fastjac.train.options import RunOptions
-from fastjac.train.step import Step, warn_of_batch_norm
+from fastjac.train.step import OutOfMemory, Step, warn_of_batch_norm
 from fastjac.train.tally import Tally
 
 CHECK_EVERY = 20  # steps between looks at the loss, each of which makes the host wait for a GPU
@@ -128,7 +128,7 @@ class Training:
         self.try_once()
         try:
             return self._nothing_left() if self.epoch >= options.epochs else self._run(bar)
-        except CannotWrite as error:
+        except (CannotWrite, OutOfMemory) as error:
             raise TrainingFailed(f"{error}; {self._held()}") from error
         except KeyboardInterrupt as stop:
             held = self._held(f" of {options.epochs}, --resume goes on from there")
@@ -183,7 +183,7 @@ class Training:
             self.tested,
             self.data.test,
             len(self.data.classes),
-            max(256, self.options.batch_size),
+            self.step.size or max(256, self.options.batch_size),
             self.options.workers,
         )
         row |= {f"test_{name}": value for name, value in test.items()}

@@ -17,6 +17,10 @@ from fastjac.train.options import RunOptions
 from fastjac.train.randomness import get_states, set_states
 
 
+class OutOfMemory(TrainingFailed):
+    """A step did not fit into memory, nor did its pieces where it may be cut."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """What was computed of some images: labels, logits, the loss and its terms; no gradients."""
@@ -68,7 +72,7 @@ class Step:
             if not is_out_of_memory(error):
                 raise
             advice = "" if self.auto else "; try --micro-batch auto"
-            raise TrainingFailed(f"out of memory: {_first_line(error)}{advice}") from error
+            raise OutOfMemory(f"out of memory: {_first_line(error)}{advice}") from error
         return pieces
 
     def _pieces_that_fit(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastjac.errors import TrainingFailed, notice
+from fastjac.models import VGG
 from fastjac.train.batches import Batches
 from fastjac.train.build import build_optimizer, load_trained, lr_factor
 from fastjac.train.commands import prepare
@@ -138,6 +139,28 @@ def test_memory_too_small_for_one_image(options):
     for size, most, advice in ((None, 3, "; try --micro-batch auto"), ("auto", 0, "")):
         with pytest.raises(TrainingFailed, match=f"^out of memory: no more of it{advice}$"):
             one_step(options(micro_batch=size), Counted(most=most, norm=False))
+
+
+def test_a_run_that_does_not_fit(trainer, small, tmp_path, monkeypatch):
+    """One line, that says what to try and what is saved."""
+    forward = VGG.forward
+
+    def limited(self, x):
+        if self.training and len(x) > 4:
+            raise torch.OutOfMemoryError("no more of it")
+        return forward(self, x)
+
+    monkeypatch.setattr(VGG, "forward", limited)
+    status, out, err = trainer("teacher", *small, "--experiment", "x")
+    last = tmp_path / "runs" / "x" / "last.pt"
+    assert (status, out) == (1, "")
+    assert err == (
+        f"fastjac: out of memory: no more of it; try --micro-batch auto; {last} holds epoch 0\n"
+    )
+    words = ["teacher", *small, "--experiment", "x", "--resume", "--micro-batch", "auto"]
+    status, out, err = trainer(*words)
+    assert (status, err) == (0, "")
+    assert torch.load(last, weights_only=True)["micro_batch"] == 3
 
 
 def test_an_update_is_not_tried_again(options, monkeypatch):
