@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastjac.errors import FastjacError, notice
 from fastjac.models.create import find_head
+from fastjac.models.efficientnet_pytorch import as_timm, is_efficientnet_pytorch
 
 # The keys that other trainers save weights at.
 _EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema")
@@ -88,7 +89,7 @@ def load_weights(
     """Copy ``weights`` into ``model``; every name and shape must be the model's.
 
     Names lose what wrappers put before them (``module.``, ``_orig_mod.``, a LightningModule's
-    ``model.``). Absent may be ``normalize.mean`` and ``normalize.std``, as they are from another
+    ``model.``), and those of EfficientNet-PyTorch become timm's. Absent may be ``normalize.mean`` and ``normalize.std``, as they are from another
     library's file, and BatchNorm's counters, as from an old one: the model's stay. So does a head for
     another number of classes, with a notice, if ``ignore_head``. Weights of auxiliary heads that the
     model is built without are left out. ``source`` is named in the error.
@@ -96,6 +97,8 @@ def load_weights(
     own = model.state_dict()
     head = find_head(model)[0] + "."
     weights = _renamed(weights, own, head, source)
+    if is_efficientnet_pytorch(weights):
+        weights = as_timm(weights, own)
     reshaped = [k for k in own if k in weights and weights[k].shape != own[k].shape]
     classes = own[f"{head}weight"].shape[:1] if f"{head}weight" in own else None
     heads = [head]  # and auxiliary ones

@@ -38,6 +38,7 @@ def capture(training: Training) -> dict[str, Any]:
         "about": describe(training.spec, training.data),
         "options": asdict(training.options),
         "model": training.model.state_dict(),
+        "heads": training.heads.state_dict(),
         **averaged,
         "optimizer": training.optimizer.state_dict(),
         "scheduler": training.scheduler.state_dict(),
@@ -59,6 +60,7 @@ def restore(training: Training) -> None:
     path, state = _newest(training.folder)
     _check(training, path, state)
     load_weights(training.model, state["model"], path, ignore_head=False)
+    training.heads.load_state_dict(state.get("heads", {}))
     if training.ema is not None:
         load_weights(training.ema.module, state["model_ema"], path, ignore_head=False)
     training.optimizer.load_state_dict(state["optimizer"])

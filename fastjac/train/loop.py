@@ -99,11 +99,14 @@ class Training:
                 "indices": indices,
             }
         self.batches = Batches(options, images, len(data.classes), self.device.type == "cuda")
-        self.optimizer = build_optimizer(options, model)
+        # Layers that are trained for the objective's terms alone.
+        self.heads = getattr(objective, "heads", nn.ModuleDict())
+        trained = nn.ModuleList([model, self.heads])
+        self.optimizer = build_optimizer(options, trained)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lr_factor(options, self.batches.steps)
         )
-        self.step = Step(options, objective, model, self.optimizer, self.device)
+        self.step = Step(options, objective, trained, self.optimizer, self.device)
         self.ema = build_average(options, model)
         self.epoch, self.history, self.best = 0, [], -1.0
         # Within an epoch: steps done, the rate at its start, its metrics, the time it took before.
