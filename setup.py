@@ -7,11 +7,16 @@ What can be built is built, and what can't is left to PyTorch, with the reason k
 * CUDA operators need a PyTorch with CUDA and its toolkit as well, but no GPU. ``FASTJAC_CUDA=1``
   insists on them, ``FASTJAC_CUDA=0`` leaves them out; ``TORCH_CUDA_ARCH_LIST`` chooses devices.
 
+``FASTJAC_BUILD_FOR=here`` compiles for this machine alone, in a fraction of the time: its processor's
+instruction set, and the architectures of the GPUs that are visible; CUDA operators only where there
+are any. ``FASTJAC_NATIVE=keep`` installs the libraries that lie in ``fastjac/`` as they are.
+
 A compiler that is there and fails is an error: nobody gets the slow path by accident.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -48,12 +53,30 @@ HOST_FLAGS = [
 # Some compilers link their own C++ runtime statically. PyTorch's must not take the place of half of it:
 # then an error's text is cut short, or the process dies.
 LINK_FLAGS = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 # Those that the toolkit has, and PTX of the last for what comes after.
 CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 class Unavailable(Exception):
     """Why something can't be built here."""
+
+
+def only_here() -> bool:
+    """Whether to compile for this machine alone."""
+    asked = os.environ.get("FASTJAC_BUILD_FOR") or "everywhere"
+    if asked not in ("here", "everywhere"):
+        sys.exit(f"fastjac: FASTJAC_BUILD_FOR must be 'here' or 'everywhere', got {asked!r}")
+    return asked == "here"
+
+
+def source_hash() -> str:
+    """Of all that the libraries are compiled from: by it, a wheel is known to fit the source tree."""
+    files = [ROOT / "setup.py", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def toolkit_root(nvcc: str) -> str:
@@ -89,6 +112,8 @@ def cuda_toolkit(cpp_extension) -> str:
         raise Unavailable("built with FASTJAC_CUDA=0")
     if torch.version.cuda is None:
         raise Unavailable(f"PyTorch {torch.__version__}, which it was built with, has no CUDA")
+    if only_here() and os.environ.get("FASTJAC_CUDA") != "1" and not torch.cuda.is_available():
+        raise Unavailable("FASTJAC_BUILD_FOR=here, and no GPU is visible (FASTJAC_CUDA=1 insists)")
     home = cpp_extension.CUDA_HOME
     nvcc = Path(home or "", "bin", "nvcc")
     if home is None or not nvcc.exists():
@@ -115,19 +140,39 @@ def headers() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.*h"))]
 
 
-def cpu_extension(cpp_extension):
+def instruction_set(compiler: str) -> str | None:
+    """The one that csrc/cpu/isa.cpp would choose on this machine; None: compile all of them."""
+    if not only_here():
+        return None
+    from torch.backends.cpu import get_cpu_capability
+
+    # As csrc/cpu/isa.h: only GCC, on x86, compiles more than the portable one.
+    macros = subprocess.run(
+        [compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
+    if "__clang__" in macros or "__x86_64__" not in macros:
+        return "portable"
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(get_cpu_capability(), "portable")
+
+
+def cpu_extension(cpp_extension, only: str | None):
+    files, defined = sources(".", "cpu"), []
+    if only is not None:
+        others = [f"_{isa}.cpp" for isa in INSTRUCTION_SETS if isa != only]
+        files = [f for f in files if not f.endswith(tuple(others))]
+        defined = [f"-DFASTJAC_ONLY_ISA={only}"]
     return cpp_extension.CppExtension(
         "fastjac._cpu",
-        sources(".", "cpu"),
+        files,
         depends=headers(),
-        extra_compile_args={"cxx": [*HOST_FLAGS, *STABLE_ABI]},
+        extra_compile_args={"cxx": [*HOST_FLAGS, *STABLE_ABI, *defined]},
         extra_link_args=LINK_FLAGS,
         py_limited_api=True,
     )
 
 
 def cuda_architectures(nvcc: Path) -> str:
-    """TORCH_CUDA_ARCH_LIST, else all that the toolkit has of ours, and PTX of the last."""
+    """TORCH_CUDA_ARCH_LIST, else this machine's, else all of ours that the toolkit has, and PTX."""
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         architectures = ";".join(re.split(r"[ ;]+", asked.strip(" ;")))
         if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?(;|$))+", architectures):
@@ -136,6 +181,11 @@ def cuda_architectures(nvcc: Path) -> str:
                 f"{asked!r}"
             )
         return architectures
+    import torch
+
+    if only_here() and torch.cuda.is_available():
+        cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(cards))
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = listed.stdout.split()
     return (
@@ -203,7 +253,10 @@ def build_command(cpp_extension):
 
 
 def main() -> None:
-    record: dict = {"libraries": {}, "missing": {}}
+    if os.environ.get("FASTJAC_NATIVE") == "keep":
+        setup()
+        return
+    record: dict = {"libraries": {}, "missing": {}, "sources": source_hash()}
     extensions, commands = [], {"build_py": Package}
     try:
         cpp_extension = torch_extension()
@@ -214,8 +267,12 @@ def main() -> None:
 
         record["torch"] = torch.__version__
         commands["build_ext"] = build_command(cpp_extension)
-        extensions.append(cpu_extension(cpp_extension))
-        record["libraries"]["cpu"] = {"compiler": cpp_extension.get_cxx_compiler()}
+        compiler = cpp_extension.get_cxx_compiler()
+        only = instruction_set(compiler)
+        extensions.append(cpu_extension(cpp_extension, only))
+        record["libraries"]["cpu"] = {"compiler": compiler}
+        if only is not None:
+            record["libraries"]["cpu"]["instruction_set"] = only
         try:
             release = cuda_toolkit(cpp_extension)
             architectures = cuda_architectures(Path(cpp_extension.CUDA_HOME, "bin", "nvcc"))

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from fastjac.errors import FastjacError, unknown
 
 
-def find_layer(model: nn.Module, layer: str, where: str = "the model") -> nn.Module:
+def find_layer(model: nn.Module, layer: str | None, where: str = "the model") -> nn.Module:
     """The module that ``model.named_modules()`` calls ``layer``, or an error with the nearest names."""
     try:
         return model.get_submodule(layer or "?")
     except AttributeError:
         names = [name for name, _ in model.named_modules()]
-        raise unknown("layer", layer, names, where) from None
+        raise unknown("layer", layer or "", names, where) from None
 
 
 def check_logits(logits: object, model: nn.Module) -> Tensor:

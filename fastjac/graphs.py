@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,8 @@ class NoSynchronisation(TorchDispatchMode):
 
 def _place() -> str:
     """The line that is at work outside of PyTorch and of this file."""
-    inside, frame = str(Path(torch.__file__).parent), sys._getframe(1)
+    inside = str(Path(torch.__file__).parent)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name != __file__ and not name.startswith((inside, "<")):
@@ -102,8 +104,10 @@ def _place() -> str:
 
 _COPIES = (_aten._to_copy, _aten.copy_, _aten.copy)
 _WRITES = (_aten.index_put, _aten.index_put_)
-_READS = (_aten._local_scalar_dense, _aten.item, _aten.equal, _aten.is_nonzero, _aten.allclose)
-_READS += (_aten._linalg_check_errors,)
+_READS = (
+    *(_aten._local_scalar_dense, _aten.item, _aten.equal, _aten.is_nonzero, _aten.allclose),
+    _aten._linalg_check_errors,
+)
 _SIZES = (_aten.nonzero, _aten.nonzero_numpy, _aten.masked_select, _aten.unique_dim)
 
 
@@ -181,7 +185,7 @@ class GraphedStep:
         self.step, self.left = step, warmup
         self.graph: torch.cuda.CUDAGraph | None = None
         self._waits: FastjacError | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: torch.cuda.Stream  # from the first call on
         self._example: list[Any] = []
         self._structure: Any = None
         self._results: Any = None
@@ -196,13 +200,12 @@ class GraphedStep:
             if self.graph is None and self.left > 0:
                 self.left -= 1
                 return self._run_beside(args, kwargs)
-            if self.graph is None:
-                self._capture(given)
+            graph = self.graph or self._capture(given)
             self._check_optimizers()
             for static, value in zip(self._example, given, strict=True):
                 if isinstance(static, Tensor):
                     static.copy_(value, non_blocking=True)
-            self.graph.replay()
+            graph.replay()
         return self._results
 
     def _begin(self, given: list[Any], structure: Any) -> None:
@@ -241,8 +244,9 @@ class GraphedStep:
         """The step as it is, on the stream that will be captured."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        watch = NoSynchronisation(raises=False) if self.left == 0 else nullcontext()
-        with torch.cuda.stream(self._stream), warnings.catch_warnings(), watch:
+        watch = NoSynchronisation(raises=False)
+        watching = watch if self.left == 0 else nullcontext()
+        with torch.cuda.stream(self._stream), warnings.catch_warnings(), watching:
             warnings.filterwarnings("ignore", ".*constructed with capturable=True")
             results = _detached(self.step(*args, **kwargs))
         if self.left == 0:
@@ -250,7 +254,7 @@ class GraphedStep:
         current.wait_stream(self._stream)
         return results
 
-    def _capture(self, given: list[Any]) -> None:
+    def _capture(self, given: list[Any]) -> torch.cuda.CUDAGraph:
         """Record the step's kernels on copies of the arguments; nothing of it runs yet."""
         if self._waits is not None:
             raise self._waits
@@ -304,6 +308,7 @@ class GraphedStep:
             )
         self.graph, self._example, self._results = graph, static, results
         self._options = options
+        return graph
 
     def _check_optimizers(self) -> None:
         """Raise if an optimiser has other options than the graph holds."""

@@ -42,18 +42,20 @@ class JacobianOutput:
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``function`` an eager region of a compiled loop."""
 
+    disabled: Callable[..., Any] | None = None
+
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
         # Where it is not imported nothing is compiled, and importing it takes a second.
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        if run.disabled is None:
+        if disabled is None:
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break(msg=_EAGER)
-            run.disabled = torch.compiler.disable(function, reason=_EAGER)
-        return run.disabled(*args, **kwargs)
+            disabled = torch.compiler.disable(function, reason=_EAGER)
+        return disabled(*args, **kwargs)
 
-    run.disabled = None
     return run
 
 
@@ -198,7 +200,7 @@ class Forward:
                     stack.callback(handle.remove)
             with self.tape:
                 self.result = model(self.tape.x, *args, **dict(kwargs or {}))
-        self.features = [features.get(layer) for layer in layers]
+        self.features: list[Any] = [features.get(layer or "") for layer in layers]
         self._select = selector(output, model)
         self._read: Any = None
 
@@ -230,7 +232,7 @@ class Forward:
     ) -> tuple[list[engine.Linearization], bool]:
         """The derivative of each column of the target's phi, and whether phi is ``[B, K]``."""
         features, tape = self.features[place], self.tape
-        read = None if target.features_alone else self.read
+        read: Any = None if target.features_alone else self.read
         with torch.no_grad():
             head = target.head(read, features, y)
             if head is not None:
@@ -292,7 +294,9 @@ class Forward:
 class _Stop:
     """A forward hook that ends the recording once every target's layer has run."""
 
-    def __init__(self, tape: engine.Tape, features: Mapping[str, Tensor], layers: set[str]) -> None:
+    def __init__(
+        self, tape: engine.Tape, features: Mapping[str, Tensor], layers: set[str | None]
+    ) -> None:
         self.tape, self.features, self.layers = tape, features, layers
 
     def __call__(self, module: nn.Module, args: Any, value: Any) -> None:
@@ -430,9 +434,10 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 def _use_aliases(model: nn.Module) -> Callable[[], None]:
     """Put ordinary tensors on the same memory in the place of inference tensors; gives the undoing."""
-    replaced = []
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in both:
             for name, tensor in tensors.items():
                 if tensor is not None and not is_lazy(tensor) and tensor.is_inference():
                     geometry = (tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -46,7 +46,7 @@ def attention_match_loss(fs: Tensor, ft: Tensor) -> Tensor:
     tensor(2.)
     """
     maps = [(f * f).sum(1) / f.shape[1] if f.dim() == 4 else f for f in (fs, ft)]
-    _same_shape("attention_match_loss (maps over h, w)", *maps, dims=3)
+    _same_shape("attention_match_loss (maps over h, w)", maps[0], maps[1], 3)
     unit = [m.flatten(1) for m in maps]
     unit = [m / m.norm(dim=1, keepdim=True).clamp_min(1e-12) for m in unit]
     return (unit[0] - unit[1]).square().sum(1).mean()
@@ -117,7 +117,8 @@ def gradient_penalty(j: Tensor, norm: float = 1.0) -> Tensor:
     if not (isinstance(norm, int | float) and 0 <= norm < math.inf):
         raise FastjacError(f"gradient_penalty: norm must be a number from 0; got {norm!r}")
     rows = _rows("gradient_penalty", "j", j)
-    return (torch.linalg.vector_norm(rows, dim=1) - norm).square().mean()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return (norms - norm).square().mean()
 
 
 def masked_jacobian_penalty(j: Tensor, mask: Tensor) -> Tensor:
@@ -264,5 +265,5 @@ def _class_rows(j: Tensor) -> Tensor:
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows divided by their norms; a row of zeros stays, with a derivative of zero."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / norm.masked_fill(norm == 0, math.inf)

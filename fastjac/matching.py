@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastjac import engine, reference
 from fastjac.engine.crops import widen
+from fastjac.engine.sweeps import INPUT
 from fastjac.errors import FastjacError
 from fastjac.features import find_layer
 from fastjac.jacobian import (
@@ -370,7 +371,7 @@ def _aligned(
     plan, other = rows[0].plan, teacher.row
     if plan is not None and other is not None and other.plan is not None:
         together = plan.crops.position is other.plan.crops.position
-        ours, theirs = rows[0].region, other.region
+        ours, theirs = plan.regions[INPUT], other.plan.regions[INPUT]
         if together and ours.scales == theirs.scales:
             hull = ours.hull(theirs)
             js = engine.input_jacobian(rows, stacked, whole=False).values

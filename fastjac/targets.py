@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class Target:
             layer need not be recorded.
         fills_labels: whether :meth:`labels` gives others than it got.
 
+    The methods' ``features`` is the layer's output, a tensor; None where there is no layer.
+
     >>> import torch
     >>> class Energy(Target):
     ...     '''phi_i = log sum_k exp(output[i, k])'''
@@ -73,11 +75,11 @@ class Target:
     features_alone: bool = False
     fills_labels: bool = False
 
-    def scalar(self, output: Tensor, features: Tensor | None, y: Any) -> Tensor:
+    def scalar(self, output: Tensor, features: Any, y: Any) -> Tensor:
         """phi, ``[B]`` or ``[B, K]``; differentiable in ``output`` and ``features``."""
         raise FastjacError(f"{type(self).__name__} must define scalar(output, features, y)")
 
-    def head(self, output: Tensor, features: Tensor | None, y: Any) -> Head | None:
+    def head(self, output: Tensor, features: Any, y: Any) -> Head | None:
         """The derivatives of phi in closed form; None: those of the operations in :meth:`scalar`."""
         return None
 
@@ -85,11 +87,11 @@ class Target:
         """The same target for the teacher, whose layer may have another name."""
         return self
 
-    def placed(self, features: Tensor | None) -> Target:
+    def placed(self, features: Any) -> Target:
         """The same target with its choices on ``features`` (an argmax, say) fixed."""
         return self
 
-    def paired(self, teacher: Target, features_t: Tensor | None, y: Any) -> Target:
+    def paired(self, teacher: Target, features_t: Any, y: Any) -> Target:
         """The student's target, after the teacher's forward.
 
         ``teacher``: the teacher's target, :meth:`placed` on its features ``features_t``.
@@ -234,8 +236,9 @@ class AttentionWindow(Target):
     _source: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _checked: bool = field(default=False, init=False, repr=False, compare=False)
 
-    normalize: ClassVar[bool] = True
-    features_alone: ClassVar[bool] = True
+    # No fields: no annotations.
+    normalize = True
+    features_alone = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.layer, str):
@@ -418,7 +421,7 @@ class Scalar(Target):
                 f"{type(self.function).__name__}"
             )
 
-    def scalar(self, output: Tensor, features: Tensor | None, y: Any) -> Tensor:
+    def scalar(self, output: Tensor, features: Any, y: Any) -> Tensor:
         return self.function(output if self.layer is None else features, y)
 
 

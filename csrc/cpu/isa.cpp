@@ -6,6 +6,15 @@
 namespace fastjac {
 namespace {
 
+#ifdef FASTJAC_ONLY_ISA
+namespace built {
+[[maybe_unused]] constexpr Isa portable = Isa::kPortable, avx2 = Isa::kAvx2, avx512 = Isa::kAvx512;
+}
+
+Isa chosen() {
+  return built::FASTJAC_ONLY_ISA;
+}
+#else
 Isa best() {
 #ifdef FASTJAC_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -25,6 +34,7 @@ Isa chosen() {
                                        : Isa::kAvx512;
   return best() < limit ? best() : limit;
 }
+#endif
 
 } // namespace
 

@@ -14,7 +14,10 @@ Isa isa();
 #endif
 
 // The table of kernels of this processor's instruction set, where the compiler is one that makes them.
-#if defined(FASTJAC_X86) && !defined(__clang__)
+// FASTJAC_ONLY_ISA: the one that was built (setup.py's FASTJAC_BUILD_FOR=here).
+#if defined(FASTJAC_ONLY_ISA)
+#define FASTJAC_KERNELS FASTJAC_ONLY_ISA::kernels
+#elif defined(FASTJAC_X86) && !defined(__clang__)
 #define FASTJAC_KERNELS                    \
   (isa() == Isa::kAvx512 ? avx512::kernels \
    : isa() == Isa::kAvx2 ? avx2::kernels   \

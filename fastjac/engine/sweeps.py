@@ -280,12 +280,12 @@ class InputJacobian:
     """J of one network: ``values``, of x's shape or the crop that holds all of its support."""
 
     values: Tensor
-    row: Linearization
+    row: Linearization | None  # None where the double backward made J, whole
     is_whole: bool
 
     def whole(self) -> Tensor:
         """J, of the input's shape."""
-        return self.values if self.is_whole else self.row.whole(self.values)
+        return self.values if self.is_whole or self.row is None else self.row.whole(self.values)
 
 
 def input_jacobian(rows: list[Linearization], stacked: bool, whole: bool = True) -> InputJacobian:

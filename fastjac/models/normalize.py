@@ -49,7 +49,7 @@ class _NormalizesInput:
     normalize: Normalize
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.normalize(x))  # type: ignore[misc]
+        return super().forward(self.normalize(x))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (type(self).__mro__[2],), self.__dict__.copy()

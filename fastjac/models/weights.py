@@ -30,7 +30,7 @@ class _Opaque:
     A mapping, since torch's unpickler adds items to those alone; a module's state is in its __dict__.
     """
 
-    def __new__(cls, *args: Any) -> OrderedDict:  # type: ignore[misc]
+    def __new__(cls, *args: Any) -> OrderedDict:
         return OrderedDict()
 
 

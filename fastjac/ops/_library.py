@@ -53,6 +53,15 @@ def build_record() -> dict:
         return {}
 
 
+_CAPABILITIES = {"avx2": ("AVX2", "AVX512"), "avx512": ("AVX512",)}  # as PyTorch names them
+
+
+def _instruction_sets() -> set[str]:
+    """Those of this processor, beyond the portable one."""
+    has = torch.backends.cpu.get_cpu_capability()
+    return {isa for isa, enough in _CAPABILITIES.items() if has in enough}
+
+
 def _load(name: str, needs: NativeLibrary | None = None) -> NativeLibrary:
     path = next(iter(sorted(PACKAGE.glob(f"_{name}.*.so"))), None)
     if os.environ.get("FASTJAC_NATIVE") == "0":
@@ -64,6 +73,12 @@ def _load(name: str, needs: NativeLibrary | None = None) -> NativeLibrary:
         return NativeLibrary(name, None, reason)
     if needs is not None and not needs.loaded:
         return NativeLibrary(name, path, f"{needs.name} is not loaded: {needs.problem}")
+    only = build_record().get("libraries", {}).get(name, {}).get("instruction_set")
+    if only in _CAPABILITIES and only not in _instruction_sets():
+        problem = (
+            f"it was built for {only} alone (FASTJAC_BUILD_FOR=here), which this processor lacks"
+        )
+        return NativeLibrary(name, path, f"{path.name} is not loaded: {problem}", broken=True)
     build = None
     if name == "cuda":
         build, problem = CudaBuild.read(path), "it was built from other sources"
