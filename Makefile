@@ -1,12 +1,14 @@
 # make demo    few-shot distillation on the embedded data set, from nothing to a table
-# make test    the whole test suite
-# make check   the same, and the tests of minutes
+# make test    the tests that a contributor runs, some minutes
+# make check   everything else that continuous integration runs
+# make docs    the documentation as a site, in build/docs
 # make wheel   dist/fastjac-*.whl: no PyTorch inside, for every later PyTorch and Python
-# make lint    ruff, and clang-format for C++ and CUDA
+# make lint    ruff, mypy, and clang-format for C++ and CUDA
 # make format  what `make lint` would change
 # make bench   every benchmark of the operators
 #
-# Each sets up what it needs in VENV, once. PYTHON makes the virtual environment.
+# Each sets up what it needs in VENV, once. PYTHON makes the virtual environment. `demo` and `test`
+# compile for this machine alone, unless a wheel in dist/ fits; scripts/set_up.py says what else there is.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,23 +19,29 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name
 PACKAGE := $(shell find fastjac -name '*.py' -o -name '*.yaml')
 FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
 # The pinned versions of the `dev` extra.
-LINTERS := $(shell grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
+LINTERS := $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' pyproject.toml)
 
+# A process for each core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadgroup
 BENCH_OPTIONS := --benchmark-enable --benchmark-only --benchmark-quiet
 # An allocator that keeps its pages: else a CPU's page faults are timed, not its arithmetic.
 KEEP_PAGES := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test check wheel lint format bench clean
+.PHONY: demo test check docs wheel lint format bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
+	@echo "fastjac: training a teacher and 100 students, 2 to 3 minutes on two cores"
 	$(PY) -m fastjac.train
 
 test: $(VENV)/.installed
-	$(PY) -m pytest
+	$(PYTEST) -m 'not check'
 
-check: test
-	$(PY) -m pytest -m long
+check: wheel docs $(VENV)/.installed
+	$(PYTEST) -m check
+
+docs: $(VENV)/.docs
+	$(PY) -m mkdocs build --strict --quiet
 
 wheel: dist/.built
 
@@ -41,9 +49,10 @@ bench: $(VENV)/.installed
 	$(PY) -m pytest benchmarks $(BENCH_OPTIONS)
 	$(KEEP_PAGES) $(PY) -m pytest benchmarks $(BENCH_OPTIONS)
 
-lint: $(VENV)/.linters
+lint: $(VENV)/.linters $(VENV)/.torch
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.linters
@@ -63,6 +72,7 @@ $(VENV)/.linters: pyproject.toml | $(PY)
 
 # What the extension is built with.
 $(VENV)/.torch: | $(PY)
+	@echo "fastjac: installing PyTorch into $(VENV); the download is the longest part"
 	$(PIP) install torch torchvision 'setuptools>=77' ninja
 	@touch $@
 
@@ -70,12 +80,21 @@ $(VENV)/.torch: | $(PY)
 # compiles only what has changed.
 dist/.built: $(VENV)/.torch pyproject.toml setup.py $(CSRC) $(PACKAGE)
 	rm -rf dist build/lib* && mkdir -p build
-	NVCC_APPEND_FLAGS=-Xptxas=-v $(PIP) wheel -vv --no-build-isolation --no-deps -w dist . \
+	@echo "fastjac: compiling for every processor and GPU, 12 to 14 minutes on two cores"
+	FASTJAC_BUILD_FOR=everywhere NVCC_APPEND_FLAGS=-Xptxas=-v \
+		$(PIP) wheel -vv --no-build-isolation --no-deps -w dist . \
 		>> build/wheel.log 2>&1 || { tail -n 50 build/wheel.log; exit 1; }
 	@touch $@
 
-# The wheel first: this compiles nothing then.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC) | dist/.built
-	$(PIP) install --no-build-isolation -e '.[train,test]'
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	$(PY) scripts/set_up.py train
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	$(PY) scripts/set_up.py train test
 	$(PY) -m fastjac.info
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.installed pyproject.toml
+	FASTJAC_NATIVE=keep $(PIP) install --no-build-isolation -e ".[docs]"
 	@touch $@

@@ -4,9 +4,9 @@
 
 Nothing is compiled if the libraries in ``fastjac/`` fit, or a wheel in ``dist/`` does: one that was
 built from these very sources, runs on this processor, and has CUDA operators if they are wanted.
-``FASTJAC_BUILD_FOR``, ``FASTJAC_CUDA`` and ``TORCH_CUDA_ARCH_LIST`` act as in ``setup.py``, but only this
-machine is compiled for unless they ask for more; ``MAX_JOBS`` is how many files at once. ``ccache`` is
-used where there is one.
+``FASTJAC_BUILD_FOR``, ``FASTJAC_CUDA`` and ``TORCH_CUDA_ARCH_LIST`` act as in ``setup.py``, but only
+this machine is compiled for unless they ask for more; ``MAX_JOBS`` is how many files at once, and
+``ccache`` is used where there is one.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from typing import NoReturn
 import pytest
 import torch
 
+# One process downloads the oldest headers.
+pytestmark = [pytest.mark.check, pytest.mark.xdist_group("headers")]
+
 ROOT = Path(__file__).parents[1]
 REQUIREMENT = re.compile(r'"torch>=([\d.]+)"')
 # The front ends of nvcc and of the compiler check all types, of the host's code and of the device's.

@@ -16,6 +16,9 @@ import pytest
 
 from fastjac.ops._cuda_build import CudaBuild
 
+# One process builds the wheel and the other environment.
+pytestmark = [pytest.mark.check, pytest.mark.xdist_group("wheel")]
+
 ROOT = Path(__file__).parents[1]
 OTHER_TORCH = "torch==2.13.0"
 # Tests of what needs more than PyTorch, of the source tree, or of pure Python that takes its time.
@@ -155,7 +158,7 @@ def other_python(wheel: Path) -> Path:
     pip = (python, "-m", "pip", "--disable-pip-version-check", "-q", "install")
     if not ready.exists():
         command(sys.executable, "-m", "venv", "--clear", folder)
-        command(*pip, OTHER_TORCH, "numpy", "pytest>=8")
+        command(*pip, OTHER_TORCH, "numpy", "pytest>=8", "pytest-xdist>=3.6")
         ready.touch()
     command(*pip, "--no-deps", "--force-reinstall", wheel)
     return python
@@ -176,7 +179,8 @@ def test_it_runs_beside_another_pytorch(other_python, record, tmp_path):
     assert re.search(r"^cuda loaded: +no: PyTorch 2\.13\.0\S* has no CUDA$", said, re.MULTILINE)
     assert not record["torch"].startswith("2.13.0")
 
-    options = ("-q", "-o", "addopts=--strict-markers --import-mode=importlib", "tests")
+    addopts = "addopts=--strict-markers --import-mode=importlib"
+    options = ("-q", "-n", "2", "--dist", "loadgroup", "-o", addopts, "tests")
     said = command(other_python, "-m", "pytest", *options, cwd=tmp_path)
     (passed,) = re.findall(r"(\d+) passed", said)
     assert int(passed) > 100

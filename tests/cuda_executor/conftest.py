@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 # Beside the interpreter's other files: one build for each environment.
@@ -26,9 +27,11 @@ def command(*words: str | Path) -> str:
 
 
 def build(folder: Path, *options: str, target: str = "tests") -> Path:
+    """What CMake makes of ``target``; of several test processes, the first one waits for it."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    command("cmake", "-S", ROOT, "-B", folder, *generator, *options)
-    command("cmake", "--build", folder, "--target", target, "--parallel", "2")
+    with FileLock(f"{folder}.lock"):
+        command("cmake", "-S", ROOT, "-B", folder, *generator, *options)
+        command("cmake", "--build", folder, "--target", target, "--parallel", "2")
     return folder
 
 

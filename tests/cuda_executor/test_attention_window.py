@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastjac.ops import attention_window_ref, attention_window_slope_ref
 
+pytestmark = pytest.mark.check
+
 LAST = torch.channels_last
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from .conftest import BUILD, build, command
+
+pytestmark = pytest.mark.check
 
 # The CPU's on three instruction sets, the executor's, and four operators' device code.
 TESTS = 8

@@ -21,6 +21,8 @@ from instantiations import CALLS, CROPS, LENGTHS, SHAPES, Call
 
 from fastjac.ops import _library
 
+pytestmark = pytest.mark.check
+
 HERE = Path(__file__).parent
 
 

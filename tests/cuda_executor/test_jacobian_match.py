@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastjac.ops import jacobian_match_ref
 
+pytestmark = pytest.mark.check
+
 NORMALIZE = pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str

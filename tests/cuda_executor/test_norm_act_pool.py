@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastjac import ops
 
+pytestmark = pytest.mark.check
+
 POOLS = {"none": (1, 1, 0), "2x2": (2, 2, 0), "3x3": (3, 2, 1), "3x3-unpadded": (3, 2, 0)}
 ACTIVATIONS = ["none", "relu", "relu6", "leaky_relu", "silu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

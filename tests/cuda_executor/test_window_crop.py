@@ -11,6 +11,8 @@ from torch import Tensor
 from fastjac.ops import window_crop_adjoint_ref, window_crop_ref
 from fastjac.ops.window_crop import empty_crop
 
+pytestmark = pytest.mark.check
+
 LAST = torch.channels_last
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str

@@ -17,6 +17,8 @@ from fastjac.ops import _library
 
 from ..cuda_executor.conftest import BUILD, build
 
+pytestmark = pytest.mark.check
+
 HERE = Path(__file__).parent
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.check, pytest.mark.xdist_group("sass")]
+
 HERE = Path(__file__).parent
 MOST = 600  # at more, an H100 waits for the arithmetic and not for its memory
 AT_ONCE = {"cells_of_pushforward": 2}  # cells in a turn, where not one
