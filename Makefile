@@ -41,7 +41,8 @@ check: wheel docs $(VENV)/.installed
 	$(PYTEST) -m check
 
 docs: $(VENV)/.docs
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "fastjac: build/docs/index.html"
 
 wheel: dist/.built
 

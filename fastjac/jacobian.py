@@ -91,7 +91,8 @@ def with_jacobian(
         y: what the target reads beside the output: labels, usually.
         output: which tensor the target reads, where the model returns a structure: a key or attribute,
             an index, or a function of what it returned.
-        args, kwargs: further arguments of the model, constants of the Jacobian.
+        args: further arguments of the model, constants of the Jacobian.
+        kwargs: likewise, by name.
         batch_stats: how a train-mode BatchNorm counts. ``"frozen"``: its statistics come from the
             batch, are constants in d/dx, and functions of the parameters in d/dtheta; J_i is then a
             function of sample i alone. ``"batch"``: as autograd has it, cross-sample terms included.

@@ -138,8 +138,9 @@ class JacobianMatching(nn.Module):
             the same gradient without one, on full maps or on the crops that the window sees;
             ``"auto"``: local where the statistics allow it and the support is under half of the
             input, else dense.
-        output, teacher_output: which tensor the target reads, where a network returns a structure: a
-            key or attribute, an index, or a function. ``teacher_output`` defaults to ``output``.
+        output: which tensor the target reads, where a network returns a structure: a key or attribute,
+            an index, or a function.
+        teacher_output: the same of the teacher; None: ``output``.
 
     Called with ``x`` ``[B, ...]``, raw pixels that both networks see, and labels ``y`` ``[B]`` (int64;
     needed by LabelLogit alone), gives a :class:`MatchingOutput`. It differentiates once: a backward

@@ -25,6 +25,7 @@ OTHER_TORCH = "torch==2.13.0"
 # All others run beside OTHER_TORCH.
 ELSEWHERE = {"data", "models", "train", "cuda_executor", "host_device", "cpu_kernels", "sass"}
 ELSEWHERE |= {
+    "test_docs.py",
     "test_install.py",
     "test_wheel.py",
     "test_gpu_check.py",
