@@ -38,7 +38,8 @@ test: $(VENV)/.installed
 	$(PYTEST) -m 'not check'
 
 check: wheel docs $(VENV)/.installed
-	$(PYTEST) -m check
+	$(PYTEST) -m 'check and not serial'
+	$(PY) -m pytest -m serial
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

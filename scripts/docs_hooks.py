@@ -1,4 +1,4 @@
-"""What the documentation's build adds: the pictures of ``how_it_works.md``, drawn by ``docs_pictures.py``."""
+"""What the build of the documentation adds: pictures, drawn by ``docs_pictures.py``; optional pages."""
 
 from __future__ import annotations
 

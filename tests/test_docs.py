@@ -66,7 +66,11 @@ def loop(device: str) -> dict:
     x, y = torch.rand(4, 3, 16, 16, device=device), torch.arange(4, device=device)
     target = fastjac.AttentionWindow("layer1")
     return {
-        **{"student": student, "teacher": teacher, "fastjac": fastjac, "torch": torch, "F": F},
+        "fastjac": fastjac,
+        "torch": torch,
+        "F": F,
+        "student": student,
+        "teacher": teacher,
         "matcher": fastjac.JacobianMatching(student, teacher, target),
         "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
         "loader": [(x, y)] * 6,

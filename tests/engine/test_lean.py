@@ -295,6 +295,7 @@ def resident() -> int:
     return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
 
 
+@pytest.mark.check
 @EVERY
 def test_memory_after_many_steps_is_that_after_five(target, strategy, batch_stats):
     matcher, x = matching(target, strategy, batch_stats), images()

@@ -144,6 +144,7 @@ def test_a_result_beyond_the_caches_has_the_bits_of_its_images(dtype, layout, ca
             assert torch.equal(got[image : image + 1], expected)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_so_it_has_with_any_instruction_set(isa):
     test = test_a_result_beyond_the_caches_has_the_bits_of_its_images.__name__

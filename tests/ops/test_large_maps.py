@@ -20,6 +20,8 @@ from fastjac.ops import (
 )
 from fastjac.ops.winograd import winograd
 
+pytestmark = [pytest.mark.check, pytest.mark.serial]
+
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 SHAPE = (1, 32, 8192, 8193)
 

@@ -94,6 +94,7 @@ def test_the_help_ends_with_an_example(name):
     assert example.split()[0] == name
 
 
+@pytest.mark.check
 def test_the_examples_run(trainer, tmp_path, monkeypatch):
     """One after the other, as their text says, then cut short by further options."""
     monkeypatch.chdir(tmp_path)

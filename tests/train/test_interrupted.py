@@ -46,6 +46,7 @@ def lines(folder):
     ]
 
 
+@pytest.mark.check
 def test_killed_and_resumed(start, trainer, long_run, tmp_path):
     assert trainer(*long_run, "--experiment", "whole")[0] == 0
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
@@ -64,6 +65,7 @@ def test_killed_and_resumed(start, trainer, long_run, tmp_path):
     assert not [p for p in cut.iterdir() if p.name.endswith(".tmp")]
 
 
+@pytest.mark.check
 def test_ctrl_c(start, trainer, long_run, tmp_path):
     folder = tmp_path / "runs" / "x"
     process = start(*long_run, "--experiment", "x", "--epochs", 4000)

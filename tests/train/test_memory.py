@@ -27,6 +27,7 @@ def faults(how):
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.check
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
 def test_pages_are_kept():
     # Where the heap starts varies, and with it, now and then, when it has room for all.

@@ -258,6 +258,7 @@ def test_a_bar_on_a_terminal(small, tmp_path):
         assert part in text
 
 
+@pytest.mark.check
 def test_a_table_has_one_bar(small, tmp_path):
     words = ["--methods", "ce", "--samples", 1, "--seeds", 0, 1, "--jobs", 1]
     text = on_a_terminal("table", *small, *words, "--output", tmp_path)

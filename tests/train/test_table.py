@@ -79,6 +79,7 @@ def wait(condition, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.check
 def test_demo(trainer, recipe, tmp_path):
     status, out, err = trainer("demo", *recipe, "--jobs", 2)
     assert (status, err) == (0, "")
@@ -131,6 +132,7 @@ def test_a_student_of_the_table_is_a_student(trainer, recipe, teacher, tmp_path)
     assert (table / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
 
 
+@pytest.mark.check
 def test_killed_table_goes_on(start, trainer, recipe, teacher, tmp_path):
     """Its workers do not outlive it, and what was finished is not done again."""
     words = ["table", *recipe, "--methods", "ce+activations", "--seeds", 0, 1, 2, 3, 4, 5]
@@ -154,6 +156,7 @@ def test_killed_table_goes_on(start, trainer, recipe, teacher, tmp_path):
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.check
 def test_ctrl_c_ends_the_workers(start, recipe, teacher, tmp_path):
     words = ["table", *recipe, "--teacher", teacher, "--experiment", "t", "--epochs", 4000]
     process = start(*words, "--jobs", 2)
@@ -174,6 +177,7 @@ def test_ctrl_c_ends_the_workers(start, recipe, teacher, tmp_path):
         assert torch.load(last, weights_only=True)["epoch"] >= 0
 
 
+@pytest.mark.check
 def test_a_failing_student_stops_the_table(trainer, recipe, teacher, tmp_path):
     words = ["--teacher", teacher, "--opt", "sgd", "--lr", 1e30, "--epoch-steps", 40]
     status, out, err = trainer("table", *recipe, *words, "--experiment", "t", "--jobs", 2)
