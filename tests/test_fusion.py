@@ -413,14 +413,18 @@ HOOKS = {
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_see_and_replace_what_they_do_in_pytorch(hook, place):
     """On leaves, containers and the network itself."""
-    found = []
+    found, fused = [], []
     for wrap in (fuse, lambda model: model):
         model, seen = network("2x2"), []
         wrapped = wrap(model)
         HOOKS[hook](
             wrapped.get_submodule(place), lambda t, seen=seen: seen.append(t.detach().clone())
         )
-        found.append((step(wrapped, images()), seen))
+        with FusedCalls() as calls:
+            found.append((step(wrapped, images()), seen))
+        fused.append(calls.found)
+    assert fused[1] == []
+    assert fused[0], "nothing was fused beside the hook"
     assert (hook == "gradient") == (not found[0][1])
     torch.testing.assert_close(*found, **EXACT)
 
@@ -430,7 +434,10 @@ def test_frozen_parameters():
     for model in (fused, plain):
         model.get_parameter("1.norm1.weight").requires_grad_(False)
         model.get_parameter("1.norm2.bias").requires_grad_(False)
-    torch.testing.assert_close(step(fused, images()), step(plain, images()), **EXACT)
+    got, expected = step(fused, images()), step(plain, images())
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert [k for k, grad in got[1].items() if grad is None] == ["1.norm1.weight", "1.norm2.bias"]
+    assert fused_calls(fused) == MIDDLES["residual"][1]
 
 
 def test_what_a_later_operation_overwrites_is_kept():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastjac import AttentionWindow, JacobianMatching, fuse
@@ -91,17 +92,20 @@ def check_gradients(y: Tensor, model: nn.Module, x: Tensor) -> None:
 
 def test_an_activation_is_recomputed_beside_hooks_of_the_callers():
     model, x, seen = unpooled(), images(), []
+    activation = copy.deepcopy(model)[:3](x)
 
     def pack(t: Tensor) -> Tensor:
-        seen.append(t.shape)
-        return t.clone()
+        seen.append(t.clone())
+        return seen[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = fuse(model)(x)
+    alike = [t for t in seen if t.shape == activation.shape]
+    assert alike  # what it is recomputed from is saved
+    assert not any(torch.allclose(t, activation) for t in alike)
     got = torch.autograd.grad(y.square().sum(), model.parameters())
     expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
     torch.testing.assert_close(got, expected, **EXACT)
-    assert seen
 
 
 def test_what_an_activation_is_recomputed_from_must_not_be_overwritten():
@@ -109,8 +113,9 @@ def test_what_an_activation_is_recomputed_from_must_not_be_overwritten():
     loss = fuse(model)(images()).square().sum()
     with torch.no_grad():
         model[1].weight.mul_(2)
+    # This weight's gradient reads the activation, and nothing else that depends on the norm's weight.
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        torch.autograd.grad(loss, model[3].a.weight)
 
 
 FIRST = {
@@ -131,19 +136,28 @@ def with_first(first: nn.Conv2d, *pool: nn.Module) -> nn.Sequential:
     return nn.Sequential(first, *layers).double()
 
 
+def outputs_of(module: nn.Module) -> list[StorageWeakRef]:
+    """The memory of what the module's next forward gives; filled once that has run."""
+    found = []
+
+    def note(module: nn.Module, args: tuple, value: Tensor) -> None:
+        found.append(StorageWeakRef(value.untyped_storage()))
+        handle.remove()
+
+    handle = module.register_forward_hook(note)
+    return found
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("pool", ["none", "2x2", "3x3"])
 @pytest.mark.parametrize("first", FIRST)
 def test_a_first_convolution_is_not_kept_but_recomputed(first, pool, memory_format):
     pools = {"none": [], "2x2": [nn.MaxPool2d(2)], "3x3": [nn.MaxPool2d(3, 2, 1)]}[pool]
-    model, alive = with_first(FIRST[first](), *pools).to(memory_format=memory_format), []
-    handle = model[0].register_forward_hook(
-        lambda module, args, value: alive.append(StorageWeakRef(value.untyped_storage()))
-    )
+    model = with_first(FIRST[first](), *pools).to(memory_format=memory_format)
+    kept = outputs_of(model[0])
     x = images().contiguous(memory_format=memory_format)
     y = fuse(model)(x)
-    handle.remove()
-    assert [ref.expired() for ref in alive] == [True]
+    assert [ref.expired() for ref in kept] == [True]
     check_gradients(y, model, x)
 
 
@@ -163,16 +177,19 @@ def test_what_a_first_convolution_is_recomputed_from():
         loss = fuse(model)(x).square().sum()
         with torch.no_grad():
             overwritten.mul_(2)
+        # The norm's gradient reads the convolution's output, not what that came from.
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+            torch.autograd.grad(loss, model[1].weight)
 
 
 def test_a_first_convolution_is_recomputed_as_autocast_made_it():
     x, gradients = images().float(), []
     for wrap in (fuse, lambda model: model):
         model = with_first(FIRST["bias"](), nn.MaxPool2d(2)).float()
+        kept = outputs_of(model[0])
         with torch.autocast("cpu", torch.bfloat16):
             loss = wrap(model)(x).square().sum()
+        assert [ref.expired() for ref in kept] == [wrap is fuse]
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     got, expected = gradients
@@ -190,7 +207,10 @@ def test_the_engine_recomputes_a_first_convolution(strategy, batch_stats):
         nn.init.normal_(teacher[0].weight, generator=torch.Generator().manual_seed(1))
         target = AttentionWindow("3", window=1 / 3)
         matcher = JacobianMatching(student, teacher, target, batch_stats=batch_stats, strategy=way)
+        kept = outputs_of(student[0])
         out = matcher(images())
+        if way == "local":  # on whole maps the sweeps read it
+            assert [ref.expired() for ref in kept] == [True]
         (out.jacobian_loss + out.student_logits.square().sum()).backward()
         gradients.append([p.grad for p in student.parameters()])
     torch.testing.assert_close(*gradients, **EXACT)
@@ -200,8 +220,11 @@ def test_torch_compile_trains_a_fused_network():
     """Compiled, the model runs as it is: the compiler fuses."""
     model = with_first(FIRST["bias"]())
     fused = fuse(model)
-    gradients = []
-    for run in (torch.compile(fused, backend="aot_eager"), model):
+    gradients, compiled = [], CompileCounterWithBackend("aot_eager")
+    for run in (torch.compile(fused, backend=compiled), model):
         loss = run(images()).square().sum()
         gradients.append(torch.autograd.grad(loss, model.parameters()))
     torch.testing.assert_close(*gradients, **EXACT)
+    (graph,) = compiled.graphs
+    assert "batch_norm" in graph.code
+    assert "norm_act_pool" not in graph.code
