@@ -31,7 +31,7 @@ KEEP_PAGES := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_P
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	@echo "fastjac: training a teacher and 100 students, 2 to 3 minutes on two cores"
+	@echo "fastjac: training a teacher and 100 students, about 3 minutes on two cores"
 	$(PY) -m fastjac.train
 
 test: $(VENV)/.installed

@@ -32,6 +32,7 @@ ELSEWHERE |= {
     "test_support.py",
     "test_headers.py",
     "test_metadata.py",
+    "test_set_up.py",
     "test_launches.py",
     "test_no_synchronisation.py",
 }
