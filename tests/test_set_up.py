@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -153,3 +153,53 @@ def test_make_says_what_there_is():
     assert said.returncode == 0, said.stderr
     assert "scripts/set_up.py train\n" in said.stdout or "fastjac.train" in said.stdout
     assert "pytest" not in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [
+        ("11.8", r"the CUDA toolkit is 11\.8, but PyTorch's CUDA is 13\.0"),
+        (None, "no CUDA toolkit was found"),
+    ],
+)
+def test_a_toolkit_that_does_not_fit_is_a_reason_to_build_without(
+    monkeypatch, setup, tmp_path, release, reason
+):
+    for name in BUILD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if release is not None:
+        (tmp_path / "bin").mkdir()
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.write_text(
+            f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}'\n"
+        )
+        nvcc.chmod(0o755)
+    with pytest.raises(setup.Unavailable, match=reason):
+        setup.cuda_toolkit(SimpleNamespace(CUDA_HOME=str(tmp_path)))
+
+
+def test_without_a_gpu_this_machine_needs_no_cuda(monkeypatch, setup):
+    for name in BUILD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("FASTJAC_BUILD_FOR", "here")
+    with pytest.raises(setup.Unavailable, match="no GPU is visible"):
+        setup.cuda_toolkit(SimpleNamespace(CUDA_HOME=None))
+    monkeypatch.setenv("FASTJAC_CUDA", "1")
+    with pytest.raises(setup.Unavailable, match="no CUDA toolkit was found"):
+        setup.cuda_toolkit(SimpleNamespace(CUDA_HOME=None))
+
+
+def test_with_gpus_their_architectures_are_built(monkeypatch, setup):
+    for name in BUILD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FASTJAC_BUILD_FOR", "here")
+    cards = [(9, 0), (8, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", cards.__getitem__)
+    assert setup.cuda_architectures(Path("no-nvcc")) == "8.0;9.0"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0+PTX")
+    assert setup.cuda_architectures(Path("no-nvcc")) == "12.0+PTX"
