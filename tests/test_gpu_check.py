@@ -255,7 +255,9 @@ def collected(step) -> list[str]:
     words = step.command[step.command.index(sys.executable) :]
     words = [w for w in words if not w.startswith(("--junit", "--benchmark-j"))]
     words += ["--collect-only", "--disable-warnings"]  # a warning may name any test
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    # Not as a worker of pytest-xdist, in which pytest-benchmark is off.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    run = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return [line for line in run.stdout.splitlines() if "::" in line]
 
