@@ -194,6 +194,7 @@ class Forward:
         self._reads_output = not all(t.features_alone for t in targets)
         with torch.enable_grad(), eager_regions(), ExitStack() as stack:
             features = stack.enter_context(capture(model, layers))
+            stack.enter_context(engine.synchronised_batch_norms())
             if not self._reads_output:
                 hook = _Stop(self.tape, features, set(layers))
                 for layer in hook.layers:

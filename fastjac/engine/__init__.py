@@ -5,7 +5,15 @@ of a target's scalar on it; :func:`input_jacobian` gives J, as the output of one
 a reverse sweep, and its backward is a forward sweep.
 """
 
+from fastjac.engine.rules import synchronised_batch_norms
 from fastjac.engine.sweeps import InputJacobian, Linearization, input_jacobian, linearize
 from fastjac.engine.tape import Tape
 
-__all__ = ["InputJacobian", "Linearization", "Tape", "input_jacobian", "linearize"]
+__all__ = [
+    "InputJacobian",
+    "Linearization",
+    "Tape",
+    "input_jacobian",
+    "linearize",
+    "synchronised_batch_norms",
+]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastjac.engine.crops import Crops, narrow, widen
@@ -262,12 +263,27 @@ def _pushed(row: Linearization, v: Tensor, whole: bool, release: bool) -> list[T
         if not row.half:
             return row.forward_sweep(v, release)
         largest = v.abs().amax().to(torch.promote_types(v.dtype, torch.float32))
-        scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)
+        scale = torch.where(largest.isfinite() & (largest > 0), largest, 0)
+        scale = _largest_of_all(scale, row)
+        scale = torch.where(scale > 0, scale, 1)
         found = row.forward_sweep((v / scale).to(v.dtype), release)
         scaled = iter(
             torch._foreach_mul([g.to(scale.dtype) for g in found if g is not None], scale)
         )
         return [None if g is None else next(scaled) for g in found]
+
+
+def _largest_of_all(scale: Tensor, row: Linearization) -> Tensor:
+    """The largest scale of the processes that the forward sweep adds sums of tangents with."""
+    groups = {call.rule.processes() for call in row.calls} - {None}
+    if len(groups) > 1:
+        raise FastjacError(
+            "float16 with SyncBatchNorms of different process groups is not supported; expected one "
+            "group, or bfloat16"
+        )
+    for group in groups:
+        dist.all_reduce(scale, dist.ReduceOp.MAX, group)
+    return scale
 
 
 def _plain_arithmetic(device: torch.device) -> Any:

@@ -34,7 +34,13 @@ _CONSTANTS = {
     *(torch.randn_like, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     *(torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial),
 }
-_HOOK = "BackwardHookFunctionBackward"
+# Autograd functions that give their arguments back: of a module's backward hooks, of
+# DistributedDataParallel that looks for unused parameters, and of fully_shard.
+_IDENTITIES = {
+    "BackwardHookFunctionBackward",
+    "_DDPSinkBackward",
+    "RegisterPostBackwardFunctionBackward",
+}
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
@@ -79,8 +85,14 @@ class Call:
         return Call(rule, self.outputs, self.single, self.receivers, self.name, self.module, kept)
 
     def check_versions(self) -> None:
-        """Raise if a tensor that the rule reads was overwritten since it was kept."""
+        """Raise if a tensor that the rule reads was overwritten or freed since it was kept."""
         for tensor, version in self.kept:
+            if tensor.numel() and not tensor.untyped_storage().size():
+                raise FastjacError(
+                    f"a tensor {list(tensor.shape)} that {self.name} needs for its derivative was freed "
+                    "after the forward; of a model under fully_shard, expected "
+                    "reshard_after_forward=False"
+                )
             if tensor._version != version:
                 raise FastjacError(
                     f"a value {list(tensor.shape)} that {self.name} needs for its derivative was "
@@ -165,7 +177,7 @@ class Tape(Fusion):
         trains = False
         for argument in arguments:
             if isinstance(argument, Tensor):
-                value = self._values.get(id(argument)) or self._behind_hook(argument)
+                value = self._values.get(id(argument)) or self._behind_identity(argument)
                 if value is not None:
                     self._check_value(name, argument, value)
                     varying.append(argument)
@@ -181,12 +193,14 @@ class Tape(Fusion):
                 trains = self._scan(name, argument.values(), varying) or trains
         return trains
 
-    def _behind_hook(self, tensor: Tensor) -> Value | None:
-        """What is known of a tensor that a module's backward hook has given a node of its own."""
+    def _behind_identity(self, tensor: Tensor) -> Value | None:
+        """What is known of a tensor that an identity of autograd's has given a node of its own."""
         node, output = tensor.grad_fn, tensor.output_nr
-        if node is None or node.name() != _HOOK:
+        if node is None or node.name() not in _IDENTITIES:
             return None
-        while node is not None and node.name() == _HOOK:
+        while node is not None and node.name() in _IDENTITIES:
+            if len(node.next_functions) != len(node._input_metadata):
+                return None  # not all of its arguments are tensors
             node, output = node.next_functions[output]
         if node is None or hasattr(node, "variable"):
             return None
@@ -284,6 +298,8 @@ class Tape(Fusion):
 
     def _register_hook(self, tensor: Tensor, hook: Any) -> Any:
         """Register a tensor's hook; the reverse sweep runs it too, as PyTorch's does that gives J."""
+        if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp"):
+            return tensor.register_hook(hook)  # it prepares parameters for the ordinary backward
         observed = _observed(hook)
         self.hooks.setdefault(self._values[id(tensor)].number, []).append(observed)
         return tensor.register_hook(observed)
@@ -552,8 +568,7 @@ def _calling_module() -> Any:
 
 _ADVICE = {
     "any": "expected PyTorch operations there, or strategy='autograd'",
-    "SyncBatchNorm": "SyncBatchNorm in train mode under torch.distributed is not supported; expected "
-    "BatchNorm2d, or the module in eval mode",
+    "SyncBatchNorm": "expected torch.nn.SyncBatchNorm's own forward, or the module in eval mode",
     "CheckpointFunction": "expected torch.utils.checkpoint with use_reentrant=False",
     "Gather": "expected the module inside a DataParallel: model.module",
 }

@@ -13,7 +13,7 @@ from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit
 
 
 class SyncBatchNorm(torch.autograd.Function):
-    """Of the name of PyTorch's, which runs on GPUs alone."""
+    """Of the name of PyTorch's, as one that a patched forward calls."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -57,8 +57,7 @@ def network(middle: nn.Module, seed: int) -> nn.Module:
 
 ADVICE = {
     Doubled: "expected PyTorch operations there, or strategy='autograd'",
-    SyncBatchNorm: "SyncBatchNorm in train mode under torch.distributed is not supported; "
-    "expected BatchNorm2d",
+    SyncBatchNorm: "expected torch.nn.SyncBatchNorm's own forward",
 }
 
 

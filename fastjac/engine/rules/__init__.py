@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastjac.engine.rules import group_norm, layers, linear_maps, pointwise, pools, views  # noqa: F401  they register
+from fastjac.engine.rules import (  # noqa: F401  they register
+    group_norm,
+    layers,
+    linear_maps,
+    pointwise,
+    pools,
+    synchronised,
+    views,
+)
 from fastjac.engine.rules.base import NotLocalError, Receiver, Rule, register_rule, registered
 from fastjac.engine.rules.chains import fused_rule
 from fastjac.engine.rules.generic import Generic
+from fastjac.engine.rules.synchronised import synchronised_batch_norms
 
-__all__ = ["NotLocalError", "Receiver", "Rule", "fused_rule", "register_rule", "rules_for"]
+__all__ = [
+    "NotLocalError",
+    "Receiver",
+    "Rule",
+    "fused_rule",
+    "register_rule",
+    "rules_for",
+    "synchronised_batch_norms",
+]
 
 
 def rules_for(function: Any) -> list[type[Rule]]:

@@ -74,6 +74,10 @@ class Rule:
         """Whether ``jvp`` reads the cotangent of the output."""
         return False
 
+    def processes(self) -> Any:
+        """The process group that the sweeps exchange sums with; None: none."""
+        return None
+
     def vjp(self, delta: Any) -> Sequence[Tensor | None]:
         """The cotangent of each source. Of several outputs, ``delta`` lists the cotangents (or None)."""
         raise NotImplementedError(type(self).__name__)

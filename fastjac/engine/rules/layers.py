@@ -213,11 +213,11 @@ class SlottedBatchNorm(torch.autograd.Function):
             gu = curvature.clone() if gu is None else gu.add_(curvature)
         if coefficient is not None:
             gu = torch.zeros_like(u) if gu is None else gu
-            gu.add_(_times_xhat(coefficient, u, mean, invstd))
+            gu.add_(times_xhat(coefficient, u, mean, invstd))
         return gu, gw, gb, None, None, None, None
 
 
-def _times_xhat(coefficient: Tensor, u: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def times_xhat(coefficient: Tensor, u: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     """coefficient * x^, in u's dtype."""
     shape = [1, -1] + [1] * (u.dim() - 2)
     scale = coefficient * invstd
@@ -247,7 +247,7 @@ class BatchNorm(Pointwise):
     batch: bool
     slots: bool
     receives: tuple[bool, bool]  # gamma, u
-    count: int
+    count: int | Tensor
     axes: int
 
     recomputes_cotangent: ClassVar[bool] = True
@@ -322,6 +322,10 @@ class BatchNorm(Pointwise):
         )
         return projected, sums / self.count
 
+    def _joint(self, total: Tensor) -> Tensor:
+        """A sum per channel over all that the statistics were taken over."""
+        return total
+
     def vjp(self, delta: Tensor) -> list[Tensor]:
         if not self.batch:
             return [delta * self._column(self._scale(), delta)]
@@ -348,14 +352,14 @@ class BatchNorm(Pointwise):
         gradients = [total] if scales else []
         if not curves:
             return tangent_y, gradients
-        coefficient, curvature = scale * total * (-1 / self.count), None
+        coefficient, curvature = scale * self._joint(total) * (-1 / self.count), None
         if self.batch:
             left = self._column(-scale * mean_xhat_tangent, projected)
             right = self._column(-self.invstd * mean_delta_xhat, projected)
             curvature = (projected * left).addcmul_(tangent_y, right)
         if self.slots:
             return tangent_y, [*gradients, coefficient, *([curvature] if self.batch else [])]
-        whole = _times_xhat(coefficient, self.u, self.mean, self.invstd)
+        whole = times_xhat(coefficient, self.u, self.mean, self.invstd)
         return tangent_y, [*gradients, whole if curvature is None else whole + curvature]
 
     def input_regions(self, region: Region) -> list[Region]:
