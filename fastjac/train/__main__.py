@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pkgutil import resolve_name
 
 from fastjac.errors import FastjacError, TrainingFailed, unknown
+from fastjac.train import ranks
 from fastjac.train.options import (
     DemoOptions,
     EvaluateOptions,
@@ -28,6 +29,8 @@ commands (COMMAND --help tells the options):
   student   train a network with the help of a teacher
   table     students by several methods, on few images per class, over seeds
   evaluate  score a trained network
+
+torchrun --nproc-per-node N -m fastjac.train teacher|student|evaluate trains or scores on N processes.
 
 On the CPU the process keeps the memory it has had from the system (glibc's mallopt), up to its
 peak: mapping it anew at every step costs more than the arithmetic."""
@@ -52,6 +55,11 @@ def run(argv: Sequence[str]) -> str:
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
     options_class, function = COMMANDS[command]
+    if options_class in (TableOptions, DemoOptions) and ranks.launched():
+        raise FastjacError(
+            f"{command} does not run under torchrun: its runs are independent; expected --jobs, and on "
+            "several machines the same command on each, with one --output that they share"
+        )
     options = parse(command, options_class, rest)
     check_sources(options)
     return resolve_name(function)(options)
@@ -64,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     try:
-        print(run(argv))
+        line = run(argv)
+        if ranks.is_first():
+            print(line)
     except TrainingFailed as error:
         return _say(error, 1)
     except FastjacError as error:
@@ -75,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(error: BaseException, status: int) -> int:
+    if not ranks.fails_first():
+        return status
     # A loader's worker process sends its error after a traceback: the last line is the news.
     lines = str(error).strip().splitlines() or ["interrupted"]
     print(f"fastjac: {lines[-1].removeprefix('fastjac.errors.FastjacError: ')}", file=sys.stderr)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastjac.data import epoch_batches
 from fastjac.errors import FastjacError
+from fastjac.train import ranks
 from fastjac.train.options import RunOptions
 from fastjac.train.randomness import seeding
 
@@ -48,6 +49,8 @@ def draws_nothing(images: Dataset) -> bool:
 class Batches:
     """What every step of an epoch is computed from: ``--grad-accum`` batches of ``--batch-size``.
 
+    Of several processes each has its share of every batch.
+
     ``order`` is the generator that all depends on. Its state at the start of an epoch, ``start``, and
     a number of steps are enough to go on in the middle of it.
     """
@@ -65,7 +68,8 @@ class Batches:
                 num_classes=classes,
             )
         self.order = torch.Generator().manual_seed(options.seed)
-        sizes = [len(batch) for step in self._draw(torch.Generator()) for batch in step]
+        drawn = self._draw(torch.Generator())
+        sizes = [len(ranks.share_of(batch)) for step in drawn for batch in step]
         self.steps, self.smallest = math.ceil(len(sizes) / options.grad_accum), min(sizes)
         if self.mixup and any(size % 2 for size in sizes):
             raise FastjacError(
@@ -99,7 +103,7 @@ class Batches:
         counts = [len(step) for step in steps]
         loader = DataLoader(
             images,
-            batch_sampler=keys[sum(counts[:first]) :],
+            batch_sampler=[ranks.share_of(batch) for batch in keys[sum(counts[:first]) :]],
             num_workers=self.options.workers,
             pin_memory=self.pin,
             generator=torch.Generator(),  # else it draws from the network's

@@ -23,14 +23,20 @@ from fastjac.models import (
     read_weights,
 )
 from fastjac.models.weights import read_checkpoint
+from fastjac.train import ranks
 from fastjac.train.options import RunOptions
 from fastjac.train.sources import find_trained
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; by default a GPU where there is one."""
+    """The device of that name; by default a GPU where there is one, of its own for each process."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if (local := ranks.local_rank()) is not None and name.startswith("cuda"):
+        if name != "cuda":
+            raise FastjacError(f"--device {name}: each process takes its own GPU; expected cuda")
+        name = f"cuda:{local}"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -12,6 +12,7 @@ import torch
 from fastjac.errors import FastjacError, notice
 from fastjac.models import load_weights
 from fastjac.models.weights import read_checkpoint
+from fastjac.train import ranks
 from fastjac.train.build import describe
 from fastjac.train.files import RunFolder
 from fastjac.train.options import changed
@@ -29,11 +30,12 @@ def capture(training: Training) -> dict[str, Any]:
             "steps": training.done,
             "lr": training.rate,
             "seconds": training.seconds(),
-            "tally": training.tally.state_dict(),
+            "tally": training.tally.joint().state_dict(),
         }
     averaged = {} if training.ema is None else {"model_ema": training.ema.module.state_dict()}
     # The order of the epoch that goes on is drawn again from the state at its start.
     order = training.batches.start if training.done else training.batches.order.get_state()
+    first, *others = ranks.gather(get_states(training.device))
     return {
         "about": describe(training.spec, training.data),
         "options": asdict(training.options),
@@ -48,7 +50,7 @@ def capture(training: Training) -> dict[str, Any]:
         "within_epoch": within,
         "best": training.best,
         "history": training.history,
-        "rng": {**get_states(training.device), "order": order},
+        "rng": {**first, "order": order, **({"others": others} if others else {})},
     }
 
 
@@ -76,10 +78,23 @@ def restore(training: Training) -> None:
     if (within := state.get("within_epoch")) is not None:
         training.done, training.rate = within["steps"], within["lr"]
         training.seconds_before = within["seconds"]
-        training.tally.load_state_dict(within["tally"])
-    set_states(state["rng"], training.device)
+        if ranks.is_first():
+            training.tally.load_state_dict(within["tally"])
+        else:  # the sums are those of all processes
+            training.tally.load_names(within["tally"])
+    _restore_random_numbers(training, state["rng"])
     training.batches.order.set_state(state["rng"]["order"])
     training.source = path
+
+
+def _restore_random_numbers(training: Training, states: dict[str, Any]) -> None:
+    """Each process goes on with its own numbers; one that was not there before begins new ones."""
+    rank, others = ranks.rank(), states.get("others", [])
+    if rank <= len(others):
+        set_states(others[rank - 1] if rank else states, training.device)
+    else:
+        done = training.epoch * training.batches.steps + training.done
+        torch.manual_seed(training.options.seed + rank + ranks.count() * done)
 
 
 def position(folder: RunFolder) -> str:

@@ -9,10 +9,11 @@ import torch
 
 from fastjac.data import ImageData
 from fastjac.errors import FastjacError
+from fastjac.train import ranks
 from fastjac.train.build import build_data, build_model, load_trained, pick_device
 from fastjac.train.loop import Training, evaluate
 from fastjac.train.memory import keep_pages
-from fastjac.train.objective import classification, distillation
+from fastjac.train.objective import Classification, distillation
 from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
 
 
@@ -35,15 +36,16 @@ def prepare(options: RunOptions, data: ImageData | None = None) -> Training:
     if isinstance(options, StudentOptions):
         objective = distillation(options, model, data)
     else:
-        objective = classification(model)
-    torch.manual_seed(options.seed)
+        objective = Classification(model)
+    torch.manual_seed(options.seed + ranks.rank())
     return Training(options, data, model, spec, objective)
 
 
 def train(options: RunOptions) -> str:
     """``teacher`` and ``student``."""
-    training = prepare(options)
-    result = training.run()
+    with ranks.together(pick_device(options.device)):
+        training = prepare(options)
+        result = training.run()
     return (
         f"{100 * result['test_accuracy']:.2f} % of {len(training.data.test)} test images right "
         f"after {result['epoch']} epochs; results in {training.folder.path}"
@@ -67,13 +69,15 @@ def score(options: EvaluateOptions) -> str:
             f"{trained.source} knows {len(trained.classes)} classes, {data.name} has "
             f"{len(data.classes)}, or others"
         )
-    result = evaluate(
-        trained.model.to(device),
-        data.test,
-        len(data.classes),
-        options.batch_size,
-        options.workers,
-    )
+    with ranks.together(device):
+        ranks.agree({"images": len(data.test), "classes": list(data.classes)})
+        result = evaluate(
+            trained.model.to(device),
+            data.test,
+            len(data.classes),
+            options.batch_size,
+            options.workers,
+        )
     return (
         f"{100 * result['accuracy']:.2f} % of {len(data.test)} test images right, "
         f"loss {result['loss']:.4f}; {trained.source}"

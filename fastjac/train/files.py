@@ -151,6 +151,28 @@ class RunFolder:
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+class SeenFolder(RunFolder):
+    """The folder as the processes of a run see it that do not write."""
+
+    def open(self, options: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def save_state(self, state: dict[str, Any], best: bool, keep: int) -> None:
+        """Nothing."""
+
+    def promote(self, path: Path) -> None:
+        """Nothing."""
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def save_subset(self, subset: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def save_model(self, weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 def _save(state: dict[str, Any], path: Path) -> None:
     """``torch.save``, which hides an error of the system behind one of its own."""
     try:

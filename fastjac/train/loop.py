@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastjac.data import ImageData, class_balanced
 from fastjac.errors import FastjacError, TrainingFailed, notice
 from fastjac.models import ModelSpec
+from fastjac.train import ranks
 from fastjac.train.auxiliary import AuxiliaryHeads
 from fastjac.train.batches import Batch, Batches
 from fastjac.train.build import (
@@ -26,9 +27,9 @@ from fastjac.train.build import (
     pick_device,
 )
 from fastjac.train.checkpoint import capture, position, restore
-from fastjac.train.files import CannotWrite, RunFolder
+from fastjac.train.files import CannotWrite, RunFolder, SeenFolder
 from fastjac.train.objective import Objective
-from fastjac.train.options import RunOptions
+from fastjac.train.options import ELSEWHERE, RunOptions
 from fastjac.train.step import OutOfMemory, Step, warn_of_batch_norm
 from fastjac.train.tally import Tally
 
@@ -40,7 +41,8 @@ def evaluate(
 ) -> dict[str, float]:
     """``loss`` (mean cross-entropy) and ``accuracy`` (in [0, 1]) of ``model`` on ``images``.
 
-    Runs in eval mode and leaves the model in the mode it was in.
+    Runs in eval mode and leaves the model in the mode it was in. Of several processes each takes a
+    part of the images; the result is that of all.
     """
     from torchmetrics.classification import MulticlassAccuracy  # seconds to import
 
@@ -49,14 +51,19 @@ def evaluate(
     loss = torch.zeros((), device=device)
     mode = model.training
     model.eval()
+    part = images
+    if ranks.count() > 1:
+        ranks.share_buffers(model)
+        part = Subset(images, range(ranks.rank(), len(images), ranks.count()))
     with torch.no_grad():
-        for x, y in DataLoader(images, batch_size, num_workers=workers):
+        for x, y in DataLoader(part, batch_size, num_workers=workers):
             x, y = x.to(device), y.to(device)
             logits = model(x)
             accuracy.update(logits, y)
             loss += nn.functional.cross_entropy(logits.float(), y, reduction="sum")
     model.train(mode)
-    return {"loss": loss.item() / len(images), "accuracy": accuracy.compute().item()}
+    total = ranks.add_up(loss).item()
+    return {"loss": total / len(images), "accuracy": accuracy.compute().item()}
 
 
 class Training:
@@ -111,15 +118,16 @@ class Training:
         self.epoch, self.history, self.best = 0, [], -1.0
         # Within an epoch: steps done, the rate at its start, its metrics, the time it took before.
         self.done, self.rate, self.tally, self.seconds_before = 0, 0.0, Tally(self.device), 0.0
-        self.folder = RunFolder(options.output, str(options.experiment))
+        kind = RunFolder if ranks.is_first() else SeenFolder
+        self.folder = kind(options.output, str(options.experiment))
         self.source = self.folder.last
 
     def run(self, bar: bool = True) -> dict[str, Any]:
         """Train to the last epoch; the last row of the history.
 
         Writes the run's folder; shows a bar if it may and the standard error is a terminal. Raises
-        :class:`TrainingFailed` if the loss is not finite, if memory runs out or a file cannot be
-        written, and KeyboardInterrupt if interrupted; each says what is saved.
+        :class:`TrainingFailed` if the loss is not finite, if memory runs out, a file cannot be
+        written or another process ends, and KeyboardInterrupt if interrupted; each says what is saved.
         """
         options, folder = self.options, self.folder
         if options.resume:
@@ -128,14 +136,34 @@ class Training:
             raise FastjacError(
                 f"{folder.path} holds a run: --resume goes on with it, --experiment names another"
             )
-        self.try_once()
+        unused = self.try_once()
+        self._agree()
         try:
+            self.step.parallelise(unused)
             return self._nothing_left() if self.epoch >= options.epochs else self._run(bar)
         except (CannotWrite, OutOfMemory) as error:
             raise TrainingFailed(f"{error}; {self._held()}") from error
+        except (RuntimeError, ranks.Ended) as error:
+            if not ranks.lost_another(error):
+                raise
+            held = self._held(f" of {options.epochs}, --resume goes on from there")
+            raise TrainingFailed(f"{ranks.LOST}; {held}") from error
         except KeyboardInterrupt as stop:
             held = self._held(f" of {options.epochs}, --resume goes on from there")
             raise KeyboardInterrupt(f"interrupted; {held}") from stop
+
+    def _agree(self) -> None:
+        """Raise if the processes would not train the same; none writes before all are here."""
+        options = {k: v for k, v in asdict(self.options).items() if k not in ELSEWHERE}
+        ranks.agree(
+            {
+                "options": options,
+                "labels": [int(label) for label in self.data.labels],
+                "classes": list(self.data.classes),
+                "test images": len(self.data.test),
+                "checkpoints": [self.epoch, self.done],
+            }
+        )
 
     def _run(self, bar: bool) -> dict[str, Any]:
         options, folder = self.options, self.folder
@@ -194,10 +222,11 @@ class Training:
         self.best = max(self.best, test["accuracy"])
         return best
 
-    def try_once(self) -> None:
+    def try_once(self) -> bool:
         """Evaluate and train on two test images: what does not fit is found before any writing.
 
-        Of the step, nothing stays: no gradient, statistic or random number.
+        Of the step, nothing stays: no gradient, statistic or random number. Returns whether it gave
+        some trainable parameter no gradient.
         """
         count = min(2, self.batches.smallest, self.step.size or 2)
         x, y = default_collate([self.data.test[i % len(self.data.test)] for i in range(count)])
@@ -226,10 +255,12 @@ class Training:
             if self.step.size is not None:
                 warn_of_batch_norm(self.model)
             self.step.gradient(x, y, 1.0)
+        unused = any(p.grad is None for p in self.model.parameters() if p.requires_grad)
         self.optimizer.zero_grad()
         with torch.no_grad():
             for name, value in self.model.named_buffers():
                 value.copy_(buffers[name])
+        return unused
 
     def _epoch(self, bar: tqdm) -> dict[str, Any]:
         """Train for what is left of an epoch, evaluate if it is time to, save."""
@@ -249,17 +280,18 @@ class Training:
             last = self.done == self.batches.steps
             save = every is not None and self.done % every == 0 and not last
             if self.done % CHECK_EVERY == 0 or save or last:
-                self._check(self.tally.loss())
+                tally = self.tally.joint()
+                self._check(tally.loss())
                 bar.set_postfix(
                     epoch=self.epoch + 1,
-                    loss=f"{self.tally.loss():.3g}",
-                    train=f"{100 * self.tally.accuracy():.1f}%",
+                    loss=f"{tally.loss():.3g}",
+                    train=f"{100 * tally.accuracy():.1f}%",
                     **self._last_test(),
                 )
             if save:
                 self._save()
         self.epoch, self.done = self.epoch + 1, 0
-        row = {"epoch": self.epoch, "lr": self.rate, **self.tally.row()}
+        row = {"epoch": self.epoch, "lr": self.rate, **self.tally.joint().row()}
         best = False
         if self.epoch % self.options.val_interval == 0 or self.epoch == self.options.epochs:
             best = self._test(row)
@@ -306,12 +338,12 @@ class Training:
             desc=str(self.options.experiment),
             unit="step",
             dynamic_ncols=True,
-            disable=None if shown else True,  # None: unless it is a terminal
+            disable=None if shown and ranks.is_first() else True,  # None: unless a terminal
         )
 
     @contextlib.contextmanager
     def _events(self):
-        if not self.options.tensorboard:
+        if not (self.options.tensorboard and ranks.is_first()):
             yield None
             return
         try:

@@ -58,15 +58,17 @@ class Step:
 Objective = Callable[[Tensor, Tensor], Step]
 
 
-def classification(model: nn.Module) -> Objective:
+class Classification(nn.Module):
     """Cross-entropy with the labels ``[B]``, or with probabilities ``[B, classes]``."""
 
-    def step(x: Tensor, y: Tensor) -> Step:
-        logits = model(x)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> Step:
+        logits = self.model(x)
         loss = label_cross_entropy(logits, y)
         return Step(loss, logits, {"ce": loss})
-
-    return step
 
 
 @dataclass
@@ -370,7 +372,7 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
         raise FastjacError(f"every weight is 0: {', '.join(map(flag, TERMS))}")
     if not taught:
         if not options.jacobian_norm and not options.input_noise:
-            return classification(student)
+            return Classification(student)
         return Distillation(options, student, None, data)
     if options.teacher is None:
         raise FastjacError(f"--teacher is missing; {flag(taught[0])} needs one")

@@ -73,7 +73,7 @@ class _Optimisation:
 
     epochs: int = _option(30, "epochs to train")
     epoch_steps: int | None = _option(None, "steps of an epoch; default: one pass over the images")
-    batch_size: int = _option(128, "images of a batch")
+    batch_size: int = _option(128, "images of a batch; under torchrun, of all processes")
     grad_accum: int = _option(1, "batches of a step, whose mean loss it goes down")
     opt: Literal["adam", "adamw", "sgd"] = _option("adam", "optimiser")
     lr: float = _option(1e-3, "learning rate at the start")
@@ -116,6 +116,9 @@ class _Machine:
     )
     cuda_graphs: bool = _option(False, "on a GPU: capture a step once, then replay it")
     torchcompile: bool = _option(False, "compile the network (not with --attention or --jacobians)")
+    sync_bn: bool = _option(
+        False, "under torchrun: BatchNorm's statistics over the batch of all processes"
+    )
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     threads: int | None = _option(None, "CPU threads of the training; default: as torch has it")
 

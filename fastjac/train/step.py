@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastjac.errors import TrainingFailed, notice
+from fastjac.engine import synchronised_batch_norms
+from fastjac.errors import FastjacError, TrainingFailed, notice
 from fastjac.graphs import graphed
+from fastjac.train import ranks
 from fastjac.train.batches import Batch
 from fastjac.train.objective import Objective
+from fastjac.train.objective import Step as StepResult
 from fastjac.train.options import RunOptions
 from fastjac.train.randomness import get_states, set_states
 
@@ -52,7 +56,25 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.auto = options.micro_batch == "auto"
         self.size = None if self.auto else options.micro_batch
+        self.parallel: nn.parallel.DistributedDataParallel | None = None
         self.graphed = graphed(self._whole) if options.cuda_graphs else None
+        if ranks.count() > 1 and (options.cuda_graphs or self.auto):
+            chosen = "--cuda-graphs" if options.cuda_graphs else "--micro-batch auto"
+            raise FastjacError(f"{chosen} is for one process; there are {ranks.count()}")
+
+    def parallelise(self, unused: bool) -> None:
+        """Average the gradients over the processes, if there are several.
+
+        ``unused``: some parameters get no gradient.
+        """
+        if ranks.count() == 1:
+            return
+        self.parallel = nn.parallel.DistributedDataParallel(
+            _Together(self.objective), find_unused_parameters=unused
+        )
+        self.objective = self.parallel
+        if self.options.sync_bn:  # after the wrapper, which refuses it on CPUs
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
 
     def __call__(
         self, batches: Sequence[Batch], place: Callable[[Tensor, Tensor, int], Batch]
@@ -111,8 +133,11 @@ class Step:
         for number, batch in enumerate(batches):
             x, y = place(*batch, number)
             count = 1 if self.size is None else -(-len(x) // self.size)
-            for part in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
-                done.append(self.gradient(*part, len(part[0]) / images))
+            parts = list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
+            for k, part in enumerate(parts, 1):
+                last = number + 1 == len(batches) and k == len(parts)
+                with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
+                    done.append(self.gradient(*part, len(part[0]) / images))
         return done
 
     def _whole(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,7 +149,8 @@ class Step:
 
     def gradient(self, x: Tensor, y: Tensor, share: float) -> Piece:
         """Add the gradient of ``share`` times the loss on ``x``."""
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options.amp):
+        autocast = torch.autocast(self.device.type, self.amp_dtype, enabled=self.options.amp)
+        with synchronised_batch_norms(), autocast:
             out = self.objective(x, y)
         self.scaler.scale(out.loss if share == 1 else out.loss * share).backward()
         terms = {"loss": out.loss, **out.terms}
@@ -139,6 +165,19 @@ class Step:
             nn.utils.clip_grad_norm_(parameters, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+
+class _Together(nn.Module):
+    """An objective as DistributedDataParallel takes it: what it gives beside the loss has no graph."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, x: Tensor, y: Tensor) -> StepResult:
+        out = self.objective(x, y)
+        terms = {name: value.detach() for name, value in out.terms.items()}
+        return StepResult(out.loss, out.logits.detach(), terms)
 
 
 def warn_of_batch_norm(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastjac.train import ranks
 from fastjac.train.step import Piece
 
 
@@ -31,6 +32,19 @@ class Tally:
         for name, value in piece.terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.float() * len(y)
 
+    def joint(self) -> Tally:
+        """The tally of all processes together."""
+        if ranks.count() == 1:
+            return self
+        counts = [self.correct.new_tensor(self.images), self.correct, self.labelled]
+        total = torch.stack([v.double() for v in [*counts, *self.sums.values()]])
+        images, correct, labelled, *sums = ranks.add_up(total)
+        joint = Tally(self.device)
+        joint.images = int(images.item())
+        joint.correct, joint.labelled = correct.long(), labelled.long()
+        joint.sums = dict(zip(self.sums, (value.float() for value in sums), strict=True))
+        return joint
+
     def loss(self) -> float:
         """The mean loss so far."""
         return (self.sums["loss"] / self.images).item()
@@ -51,6 +65,10 @@ class Tally:
             "correct": self.correct,
             "labelled": self.labelled,
         }
+
+    def load_names(self, state: dict[str, Any]) -> None:
+        """Start from nothing, with the terms of ``state``, of which another process has the sums."""
+        self.sums = {name: torch.zeros((), device=self.device) for name in state["sums"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.images = state["images"]
