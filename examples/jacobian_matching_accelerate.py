@@ -3,6 +3,7 @@
     L = E l(student(x), y) + lambda * E ||J_student - J_teacher||^2,   J = d(sum_i logit_{i, y_i})/dx
 
 Accelerate prepares the matcher, which holds both networks; the optimizer has the student's parameters.
+Runs by itself, and on several processes by ``accelerate launch`` or ``torchrun``.
 """
 
 import torch
@@ -34,7 +35,7 @@ accelerator = Accelerator(cpu=True, mixed_precision="bf16")
 matcher, optimizer, loader = accelerator.prepare(
     JacobianMatching(student, teacher, LabelLogit()),
     torch.optim.Adam(student.parameters(), lr=2e-3),
-    DataLoader(TensorDataset(x[:FEW], y[:FEW]), batch_size=30, shuffle=True),
+    DataLoader(TensorDataset(x[:FEW], y[:FEW]), 30 // accelerator.num_processes, shuffle=True),
 )
 
 
@@ -48,7 +49,7 @@ def validate():
     return f"jacobian_loss {out.jacobian_loss:.3f}, accuracy {accuracy:.3f}"
 
 
-print("before training:", validate())
+accelerator.print("before training:", validate())
 for _ in range(EPOCHS):
     for images, labels in loader:
         out = matcher(images, labels)
@@ -56,4 +57,4 @@ for _ in range(EPOCHS):
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
-print("after training:", validate())
+accelerator.print("after training:", validate())

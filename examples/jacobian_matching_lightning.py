@@ -25,6 +25,7 @@ class Distillation(lightning.LightningModule):
         return F.cross_entropy(out.student_logits, batch[1]) + self.weight * out.jacobian_loss
 
     def validation_step(self, batch, _):
+        assert torch.is_inference_mode_enabled()
         out = self.matcher(*batch)
         self.log("jacobian_loss", out.jacobian_loss)
         self.log("accuracy", (out.student_logits.argmax(1) == batch[1]).float().mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,16 @@ pytest.importorskip("sklearn", reason="the examples' images ship with scikit-lea
 ROOT = Path(__file__).parents[1]
 
 
-def numbers(name: str, pattern: str) -> list[tuple[float, ...]]:
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def numbers(name: str, pattern: str, launcher: tuple[str, ...] = ()) -> list[tuple[float, ...]]:
     """What ``examples/<name>.py`` prints in the places that ``pattern`` marks with ``#``, by line."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, ROOT / "examples" / f"{name}.py"], env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, *launcher, ROOT / "examples" / f"{name}.py"]
+    env |= {"GLOO_SOCKET_IFNAME": loopback} if launcher else {}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = re.findall(re.escape(pattern).replace(r"\#", r"([\d.]+)"), run.stdout)
     assert found, run.stdout
@@ -79,11 +84,16 @@ def test_jacobian_matching():
 
 
 @pytest.mark.parametrize(
-    ("name", "package"),
-    [("jacobian_matching_lightning", "lightning"), ("jacobian_matching_accelerate", "accelerate")],
+    ("name", "package", "launcher"),
+    [
+        ("jacobian_matching_lightning", "lightning", ()),
+        ("jacobian_matching_accelerate", "accelerate", ()),
+        ("jacobian_matching_accelerate", "accelerate", TWO),
+    ],
 )
-def test_jacobian_matching_in_a_framework(name, package):
+def test_jacobian_matching_in_a_framework(name, package, launcher):
+    """Lightning validates in inference mode; of two processes, the first alone prints."""
     pytest.importorskip(package, reason=f"the example is a loop of {package}")
-    before, after = numbers(name, "training: jacobian_loss #, accuracy #")
+    before, after = numbers(name, "training: jacobian_loss #, accuracy #", launcher)
     assert after[0] < before[0] / 2
     assert after[1] > 0.8 > before[1]
