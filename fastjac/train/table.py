@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from fastjac.data import ImageData, NoisyImages
 from fastjac.errors import FastjacError
 from fastjac.train.build import build_data, load_trained, pick_device
+from fastjac.train.claims import claim, claim_in_turn, wait_for
 from fastjac.train.commands import prepare
 from fastjac.train.files import RunFolder, write_csv, write_text
 from fastjac.train.loop import Training, evaluate
@@ -58,25 +60,28 @@ def tabulate(options: TableOptions) -> str:
         teacher = _teacher(options, path)
         options = replace(options, teacher=str(path / "teacher"))
     if options.teacher_cache == "auto" and not options.augment:
-        options = replace(options, teacher_cache=str(path / "teacher-cache"))
+        options = replace(options, teacher_cache=str(path / f"teacher-cache-{socket.gethostname()}"))
     cells = _cells(options, path)
     todo = [cell for cell in cells if not _finished(cell.run)]
     _check_images(todo)
     if teacher is not None and not _finished(teacher):
-        prepare(_resumed(teacher)).run()
+        while _train_one(teacher, bar=True) is None:
+            wait_for(path / "teacher")
     _check_methods(todo)
-    RunFolder(options.output, str(options.experiment)).open(asdict(options))
+    with claim_in_turn(path):
+        RunFolder(options.output, str(options.experiment)).open(asdict(options))
     jobs = options.jobs or (cpu_count() if device.type == "cpu" else 1)
     _train_all(todo, jobs, str(options.experiment), path)
     from fastjac.train.plots import draw_jacobians, draw_table
 
-    rows = [row for cell in cells for row in _results(cell, options.test_noise, device)]
-    write_csv(path / "runs.csv", rows)
-    table = summarize(rows)
-    write_csv(path / "table.csv", table)
-    pictures = [draw_table(table, path / "table.png")]
-    pictures += draw_jacobians(options, [cell.run for cell in cells], path / "jacobians.png")
-    written = ", ".join(["table.csv", "runs.csv", *pictures])
+    with claim_in_turn(path):
+        rows = [row for cell in cells for row in _results(cell, options.test_noise, device)]
+        write_csv(path / "runs.csv", rows)
+        table = summarize(rows)
+        write_csv(path / "table.csv", table)
+        pictures = [draw_table(table, path / "table.png")]
+        pictures += draw_jacobians(options, [cell.run for cell in cells], path / "jacobians.png")
+        written = ", ".join(["table.csv", "runs.csv", *pictures])
     return f"{as_text(table)}\n\nresults in {path}: {written}"
 
 
@@ -163,16 +168,23 @@ def _resumed(run: Any) -> Any:
     return replace(run, resume=RunFolder(run.output, run.experiment).last.is_file())
 
 
-def _train_one(run: StudentOptions) -> float:
-    return _prepare(_resumed(run)).run(bar=False)["test_accuracy"]
+def _train_one(run: StudentOptions | TeacherOptions, bar: bool = False) -> float | None:
+    """The accuracy of a run; None while another process, maybe of another machine, trains it."""
+    folder = RunFolder(run.output, str(run.experiment))
+    with claim(folder.path) as mine:
+        if not mine:
+            return None
+        if folder.finished():
+            return json.loads((folder.path / "config.json").read_text())["accuracy"]
+        return _prepare(_resumed(run)).run(bar)["test_accuracy"]
 
 
-def _prepare(run: StudentOptions) -> Training:
+def _prepare(run: StudentOptions | TeacherOptions) -> Training:
     """The run, with images that this process has read already if it has."""
     return prepare(run, _data_of(run))
 
 
-def _data_of(run: StudentOptions) -> ImageData:
+def _data_of(run: StudentOptions | TeacherOptions) -> ImageData:
     return _data(tuple(getattr(run, name) for name in _DATA_OPTIONS))
 
 
@@ -224,11 +236,18 @@ def _train_all(cells: Sequence[Cell], jobs: int, name: str, path: Path) -> None:
             tqdm(total=len(cells), desc=name, unit="run", dynamic_ncols=True, disable=None) as bar,
             _workers(min(jobs, len(cells))) as pool,
         ):
-            futures = {pool.submit(_train_one, cell.run): cell.run for cell in cells}
-            for done in as_completed(futures):
-                accuracy = done.result()
-                bar.update()
-                bar.set_postfix_str(f"{futures[done].experiment}: {100 * accuracy:.1f}%")
+            left = [cell.run for cell in cells]
+            while left:
+                futures, left = {pool.submit(_train_one, run): run for run in left}, []
+                for done in as_completed(futures):
+                    run, accuracy = futures[done], done.result()
+                    if accuracy is None:
+                        left.append(run)
+                        continue
+                    bar.update()
+                    bar.set_postfix_str(f"{run.experiment}: {100 * accuracy:.1f}%")
+                if left:
+                    wait_for(Path(left[0].output) / str(left[0].experiment))
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
             f"interrupted; what is finished is kept in {path}, the same command goes on from there"
