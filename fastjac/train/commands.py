@@ -13,7 +13,7 @@ from fastjac.train import ranks
 from fastjac.train.build import build_data, build_model, load_trained, pick_device
 from fastjac.train.loop import Training, evaluate
 from fastjac.train.memory import keep_pages
-from fastjac.train.objective import Classification, distillation
+from fastjac.train.objective import classification, distillation
 from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
 
 
@@ -36,7 +36,7 @@ def prepare(options: RunOptions, data: ImageData | None = None) -> Training:
     if isinstance(options, StudentOptions):
         objective = distillation(options, model, data)
     else:
-        objective = Classification(model)
+        objective = classification(model)
     torch.manual_seed(options.seed + ranks.rank())
     return Training(options, data, model, spec, objective)
 

@@ -58,17 +58,15 @@ class Step:
 Objective = Callable[[Tensor, Tensor], Step]
 
 
-class Classification(nn.Module):
+def classification(model: nn.Module) -> Objective:
     """Cross-entropy with the labels ``[B]``, or with probabilities ``[B, classes]``."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, y: Tensor) -> Step:
-        logits = self.model(x)
+    def step(x: Tensor, y: Tensor) -> Step:
+        logits = model(x)
         loss = label_cross_entropy(logits, y)
         return Step(loss, logits, {"ce": loss})
+
+    return step
 
 
 @dataclass
@@ -372,7 +370,7 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
         raise FastjacError(f"every weight is 0: {', '.join(map(flag, TERMS))}")
     if not taught:
         if not options.jacobian_norm and not options.input_noise:
-            return Classification(student)
+            return classification(student)
         return Distillation(options, student, None, data)
     if options.teacher is None:
         raise FastjacError(f"--teacher is missing; {flag(taught[0])} needs one")

@@ -70,7 +70,7 @@ class Step:
         if ranks.count() == 1:
             return
         self.parallel = nn.parallel.DistributedDataParallel(
-            _Together(self.objective), find_unused_parameters=unused
+            _Together(self.objective, self.model), find_unused_parameters=unused
         )
         self.objective = self.parallel
         if self.options.sync_bn:  # after the wrapper, which refuses it on CPUs
@@ -168,11 +168,15 @@ class Step:
 
 
 class _Together(nn.Module):
-    """An objective as DistributedDataParallel takes it: what it gives beside the loss has no graph."""
+    """An objective as DistributedDataParallel takes it, with the network alone to keep alike.
 
-    def __init__(self, objective: Objective) -> None:
+    What it gives beside the loss has no graph.
+    """
+
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
         super().__init__()
-        self.objective = objective
+        self.objective = objective.__call__  # no module of this one, or the teacher would be
+        self.model = model
 
     def forward(self, x: Tensor, y: Tensor) -> StepResult:
         out = self.objective(x, y)
