@@ -89,10 +89,11 @@ def load_weights(
     """Copy ``weights`` into ``model``; every name and shape must be the model's.
 
     Names lose what wrappers put before them (``module.``, ``_orig_mod.``, a LightningModule's
-    ``model.``), and those of EfficientNet-PyTorch become timm's. Absent may be ``normalize.mean`` and ``normalize.std``, as they are from another
-    library's file, and BatchNorm's counters, as from an old one: the model's stay. So does a head for
-    another number of classes, with a notice, if ``ignore_head``. Weights of auxiliary heads that the
-    model is built without are left out. ``source`` is named in the error.
+    ``model.``), and those of EfficientNet-PyTorch become timm's. Absent may be ``normalize.mean`` and
+    ``normalize.std``, as they are from another library's file, and BatchNorm's counters, as from an old
+    one: the model's stay. So does a head for another number of classes, with a notice, if
+    ``ignore_head``. Weights of auxiliary heads that the model is built without are left out. ``source``
+    is named in the error.
     """
     own = model.state_dict()
     head = find_head(model)[0] + "."

@@ -60,7 +60,9 @@ def tabulate(options: TableOptions) -> str:
         teacher = _teacher(options, path)
         options = replace(options, teacher=str(path / "teacher"))
     if options.teacher_cache == "auto" and not options.augment:
-        options = replace(options, teacher_cache=str(path / f"teacher-cache-{socket.gethostname()}"))
+        options = replace(
+            options, teacher_cache=str(path / f"teacher-cache-{socket.gethostname()}")
+        )
     cells = _cells(options, path)
     todo = [cell for cell in cells if not _finished(cell.run)]
     _check_images(todo)

@@ -56,7 +56,7 @@ def test_every_tensor_finds_its_layer(name):
 def test_another_depth_is_refused():
     weights = {f"_blocks.{n}._project_conv.weight": torch.zeros(1) for n in range(40)}
     weights["_conv_stem.weight"] = torch.zeros(32, 3, 3, 3)
-    with pytest.raises(FastjacError, match="weights.pth"):
+    with pytest.raises(FastjacError, match=r"weights\.pth"):
         load_weights(create_model(ModelSpec("timm/tf_efficientnet_lite0")), weights, "weights.pth")
 
 
