@@ -190,9 +190,7 @@ class Distillation(nn.Module):
         options = self.options
         if self.teacher is None or options.teacher_cache == "off":
             return None
-        if cannot := self._not_cacheable():
-            if options.teacher_cache != "auto":
-                raise FastjacError(f"--teacher-cache {options.teacher_cache}: {cannot}")
+        if options.uncacheable():
             return None
         folder = None
         if options.teacher_cache != "auto":
@@ -202,23 +200,6 @@ class Distillation(nn.Module):
         settings = (self.target, self.teacher_layers, options.strategy, options.channels_last)
         key = teacher_key(self.teacher, *settings, data.channels, data.size)
         return TeacherCache(folder, key, self._facts)
-
-    def _not_cacheable(self) -> str:
-        """Why the teacher's results cannot be kept; empty if they can."""
-        options = self.options
-        if options.target == "projection" and self.matching is not None:
-            return "--target projection draws random numbers at each step"
-        if "hints" in self.weights:
-            return "--hints takes whole feature maps"
-        if options.augment:
-            return "with --augment hardly an image comes twice"
-        if options.input_noise:
-            return "with --input-noise no image comes twice"
-        if options.amp:
-            return "the teacher's mixed precision is not kept; leave out --amp"
-        if options.cuda_graphs:
-            return "a CUDA graph cannot look images up; leave out --cuda-graphs"
-        return ""
 
     def forward(self, x: Tensor, y: Tensor) -> Step:
         options, weights = self.options, self.weights

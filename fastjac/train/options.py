@@ -322,6 +322,24 @@ class StudentOptions(_JacobianTerm, _Terms, RunOptions):
             )
         if self.jacobians and self.jacobian_norm:
             raise FastjacError("--jacobians and --jacobian-norm: give one of them")
+        if self.teacher_cache not in ("auto", "off") and (reason := self.uncacheable()):
+            raise FastjacError(f"--teacher-cache {self.teacher_cache}: {reason}")
+
+    def uncacheable(self) -> str:
+        """Why what the teacher gives cannot be kept from step to step; empty if it can."""
+        if self.target == "projection" and self.jacobians:
+            return "--target projection draws random numbers at each step"
+        if self.hints:
+            return "--hints takes whole feature maps"
+        if self.augment:
+            return "with --augment hardly an image comes twice"
+        if self.input_noise:
+            return "with --input-noise no image comes twice"
+        if self.amp:
+            return "the teacher's mixed precision is not kept; leave out --amp"
+        if self.cuda_graphs:
+            return "a CUDA graph cannot look images up; leave out --cuda-graphs"
+        return ""
 
 
 @dataclass(kw_only=True)

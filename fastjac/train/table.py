@@ -59,10 +59,6 @@ def tabulate(options: TableOptions) -> str:
     if options.teacher is None and _need_teacher(options):
         teacher = _teacher(options, path)
         options = replace(options, teacher=str(path / "teacher"))
-    if options.teacher_cache == "auto" and not options.augment:
-        options = replace(
-            options, teacher_cache=str(path / f"teacher-cache-{socket.gethostname()}")
-        )
     cells = _cells(options, path)
     todo = [cell for cell in cells if not _finished(cell.run)]
     _check_images(todo)
@@ -139,7 +135,12 @@ def _cells(options: TableOptions, path: Path) -> list[Cell]:
                     "output": str(path / "students"),
                     "experiment": f"{_as_name(row)}-{count or 'all'}-seed{seed}",
                 }
-                cells.append(Cell(row, StudentOptions(**own | given | where)))
+                run = StudentOptions(**own | given | where)
+                if run.teacher_cache == "auto" and run.teacher and not run.uncacheable():
+                    # Shared by the students; SQLite's locks are sound on one machine alone.
+                    cache = path / f"teacher-cache-{socket.gethostname()}"
+                    run = replace(run, teacher_cache=str(cache))
+                cells.append(Cell(row, run))
     return cells
 
 
