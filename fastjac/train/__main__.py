@@ -6,6 +6,7 @@ three comes with one line on the standard error. Any other exception is a bug, a
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
@@ -24,7 +25,7 @@ from fastjac.train.sources import check_sources
 USAGE = """usage: python -m fastjac.train [COMMAND] [OPTIONS]
 
 commands (COMMAND --help tells the options):
-  demo      a teacher, a hundred students, a table and two pictures (the default)
+  demo      a teacher, a hundred students, a table and a report (the default)
   teacher   train a network
   student   train a network with the help of a teacher
   table     students by several methods, on few images per class, over seeds
@@ -55,14 +56,18 @@ def run(argv: Sequence[str]) -> str:
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
     options_class, function = COMMANDS[command]
-    if options_class in (TableOptions, DemoOptions) and ranks.launched():
+    table = options_class in (TableOptions, DemoOptions)
+    if table and ranks.launched():
         raise FastjacError(
             f"{command} does not run under torchrun: its runs are independent; expected --jobs, and on "
             "several machines the same command on each, with one --output that they share"
         )
     options = parse(command, options_class, rest)
     check_sources(options)
-    return resolve_name(function)(options)
+    do = resolve_name(function)
+    return (
+        do(options, shlex.join(["python", "-m", "fastjac.train", *argv])) if table else do(options)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -355,7 +355,7 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
         return Distillation(options, student, None, data)
     if options.teacher is None:
         raise FastjacError(f"--teacher is missing; {flag(taught[0])} needs one")
-    teacher, classes = _teacher(options, data)
+    teacher, classes = find_teacher(options, data)
     by_class = {"kd", "dkd", "noisy_activations"} & set(taught)
     if "jacobians" in taught and options.target != "attention-window":
         by_class.add("jacobians")
@@ -367,7 +367,8 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
     return Distillation(options, student, teacher, data, len(classes))
 
 
-def _teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, list[str]]:
+def find_teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, list[str]]:
+    """The teacher that the options name, and its classes."""
     source = str(options.teacher)
     if is_library_name(source):
         spec = ModelSpec(source, in_channels=data.channels)

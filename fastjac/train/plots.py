@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fastjac import LabelLogit, input_jacobian
+from fastjac import AttentionWindow, LabelLogit, input_jacobian
 from fastjac.data import ImageData
+from fastjac.features import capture
+from fastjac.models.levels import level_layer
 from fastjac.train.build import build_data, load_trained
 from fastjac.train.files import replacing
+from fastjac.train.objective import find_teacher
 from fastjac.train.options import StudentOptions, TableOptions
-from fastjac.train.tables import columns
+from fastjac.train.tables import Cell, columns
 
 COLUMNS = 10  # test images in jacobians.png
 LABELS = {"ce": "cross-entropy", "jacobians": "Jacobians", "jacobian-norm": "Jacobian norm"}
@@ -62,43 +67,56 @@ def draw_table(table: Sequence[dict[str, Any]], path: Path) -> str:
     return _save(figure, path)
 
 
-def draw_jacobians(options: TableOptions, cells: Sequence[StudentOptions], path: Path) -> list[str]:
-    """Test images, and the label logit's input Jacobian of the teacher and of two students.
+def draw_jacobians(options: TableOptions, cells: Sequence[Cell], path: Path) -> list[str]:
+    """Test images, and the input Jacobian of the teacher and of two students.
 
-    The students are a plain and a matched one of the first seed, trained on the same images: the
-    largest number per class. Nothing is drawn unless there are both.
+    The students are those of the first row without a Jacobian term and of the first row with one, of the
+    first seed, trained on the same images: the largest number per class. For an attention window, its
+    receptive field (where the teacher's Jacobian is not 0) is framed. Nothing is drawn unless there are
+    both students and a trained teacher.
     """
-    plain = next((m for m in options.methods if m == "ce"), None)
-    matched = next((m for m in options.methods if "jacobians" in m.split("+")), None)
-    if plain is None or matched is None or options.target != "label-logit" or not options.teacher:
+    matched = next((c for c in cells if c.run.jacobians and c.run.teacher), None)
+    plain = next((c for c in cells if not c.run.jacobians), None)
+    if (
+        matched is None
+        or plain is None
+        or matched.run.target not in ("label-logit", "attention-window")
+    ):
         return []
-    count, seed = max(options.samples), options.seeds[0]
-    folders = {
-        label(method): str(Path(cell.output) / str(cell.experiment))
-        for method in (plain, matched)
-        for cell in cells
-        if cell.experiment == f"{method}-{count}-seed{seed}"
+    count, seed = max(options.samples, key=lambda n: n or math.inf), options.seeds[0]
+    shown = {
+        c.row: c.run
+        for row in (plain.row, matched.row)
+        for c in cells
+        if (c.row, c.run.samples_per_class or 0, c.run.seed) == (row, count, seed)
     }
-    data = build_data(options)
+    run = shown[matched.row]
+    data = build_data(run)
     x, y = _one_per_class(data)
-    names = {"teacher": str(options.teacher), **folders}
-    jacobians = {
-        name: _jacobian(load_trained(folder).model, x, y) for name, folder in names.items()
+    teacher, _ = find_teacher(run, data)
+    students = {
+        label(row): load_trained(Path(one.output) / str(one.experiment)).model
+        for row, one in shown.items()
     }
+    nets = {"teacher": teacher, **students}
+    jacobians = _jacobians(run, nets, x, y)
     rows = 1 + len(jacobians)
     figure = Figure(figsize=(1.05 * len(x) + 1.3, 1.25 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, len(x), squeeze=False)
+    window = run.target == "attention-window"
     for column, image in enumerate(x):
         pixels = image[0] if data.channels == 1 else image.permute(1, 2, 0)
         grid[0, column].imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1)
-        grid[0, column].set_title(data.classes[int(y[column])], fontsize=9)
+        grid[0, column].set_title(data.classes[int(y[column])], fontsize=8)
+        if window:
+            _frame(grid[0, column], jacobians["teacher"][column])
     reference = jacobians["teacher"].flatten(1)
     for row, (name, jacobian) in enumerate(jacobians.items(), 1):
         alike = nn.functional.cosine_similarity(jacobian.flatten(1), reference)
         for column, one in enumerate(jacobian):
-            shown = one.mean(0)
-            top = shown.abs().max().item() or 1.0
-            grid[row, column].imshow(shown.numpy(), cmap="RdBu_r", vmin=-top, vmax=top)
+            mean = one.mean(0)
+            top = mean.abs().max().item() or 1.0
+            grid[row, column].imshow(mean.numpy(), cmap="RdBu_r", vmin=-top, vmax=top)
             if name != "teacher":
                 grid[row, column].set_xlabel(
                     f"{alike[column]:.2f}".replace("-", "−"), fontsize=8, labelpad=2
@@ -108,12 +126,47 @@ def draw_jacobians(options: TableOptions, cells: Sequence[StudentOptions], path:
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
+    scalar = "the brightest window of the attention map" if window else "logit of the right class"
     figure.suptitle(
-        f"∂(logit of the right class)/∂(pixels); students of {count} images per class; "
+        f"∂({scalar})/∂(pixels); students of {count or 'all'} images per class; "
         "below each: cosine with the teacher's",
         fontsize=10,
     )
     return [_save(figure, path)]
+
+
+def _jacobians(
+    run: StudentOptions, nets: dict[str, nn.Module], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """Each network's J, at the teacher's window."""
+    if run.target == "label-logit":
+        return {name: input_jacobian(net.eval(), x, LabelLogit(), y) for name, net in nets.items()}
+    level = (run.levels or [run.level])[0]
+    found, source = {}, None
+    for name, net in nets.items():
+        named = run.teacher_layer if name == "teacher" else run.layer
+        target = AttentionWindow(named or level_layer(net, level), run.window, run.power)
+        with torch.no_grad(), capture(net.eval(), [target.layer]) as features:
+            net(x)
+        map_ = features[target.layer]
+        if source is None:
+            source = (target, target.position(map_), map_)
+        position = source[0].transfer(source[1], source[2], map_)
+        found[name] = input_jacobian(net, x, target.at(position))
+    return found
+
+
+def _frame(axes: Any, jacobian: Tensor) -> None:
+    """A rectangle around the support of a Jacobian ``[C, H, W]``."""
+    from matplotlib.patches import Rectangle
+
+    inside = jacobian.abs().amax(0) > 0
+    if not inside.any():
+        return
+    rows, cols = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+    corner = (int(cols[0]) - 0.5, int(rows[0]) - 0.5)
+    size = (int(cols[-1] - cols[0]) + 1, int(rows[-1] - rows[0]) + 1)
+    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="tab:orange", linewidth=1.5))
 
 
 def _wrapped(name: str) -> str:
@@ -134,11 +187,9 @@ def _one_per_class(data: ImageData) -> tuple[Tensor, Tensor]:
     return torch.stack([found[k] for k in order]), torch.tensor(order)
 
 
-def _jacobian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return input_jacobian(model.eval(), x, LabelLogit(), y)
-
-
 def _save(figure: Figure, path: Path) -> str:
-    with replacing(path) as draft:
-        figure.savefig(draft, dpi=160, format="png")
+    vector = path.suffix == ".svg"
+    options = {"transparent": True, "metadata": {"Date": None}} if vector else {"dpi": 160}
+    with replacing(path) as draft, rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastjac"}):
+        figure.savefig(draft, format=path.suffix[1:], **options)
     return path.name

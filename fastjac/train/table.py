@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ from fastjac.train.options import (
     names,
 )
 from fastjac.train.parse import parse
-from fastjac.train.tables import Row, as_text, summarize
+from fastjac.train.report import write_report
+from fastjac.train.tables import Cell, Row, as_text, summarize
 
 
-def tabulate(options: TableOptions) -> str:
-    """Train whatever is not trained yet; write ``table.csv`` and the pictures; the table as text.
+def tabulate(options: TableOptions, command: str = "") -> str:
+    """Train whatever is not trained yet; write ``table.csv`` and the report; the table as text.
 
     Without ``--teacher``, the recipe's own is trained first, on all images.
     """
@@ -77,10 +78,59 @@ def tabulate(options: TableOptions) -> str:
         write_csv(path / "runs.csv", rows)
         table = summarize(rows)
         write_csv(path / "table.csv", table)
-        pictures = [draw_table(table, path / "table.png")]
-        pictures += draw_jacobians(options, [cell.run for cell in cells], path / "jacobians.png")
-        written = ", ".join(["table.csv", "runs.csv", *pictures])
+        pictures = [draw_table(table, path / "table.png"), draw_table(table, path / "table.svg")]
+        jacobians = draw_jacobians(options, cells, path / "jacobians.png")
+        report = write_report(
+            path / "report.html",
+            options.title or str(options.experiment),
+            _about(options, teacher),
+            table,
+            rows,
+            _not_default(options),
+            command or f"python -m fastjac.train table --config {options.config}",
+            {_CAPTIONS[name]: path / name for name in ("table.svg", *jacobians)},
+        )
+        written = ", ".join([report, "table.csv", "runs.csv", *pictures, *jacobians])
     return f"{as_text(table)}\n\nresults in {path}: {written}"
+
+
+_CAPTIONS = {
+    "table.svg": "Mean and standard deviation over the seeds",
+    "jacobians.png": "Input Jacobians of the teacher and of two students",
+}
+
+
+def _about(options: TableOptions, teacher: TeacherOptions | None) -> str:
+    """What was run, in words."""
+    size = "" if options.img_size is None else f" at {options.img_size} x {options.img_size}"
+    student = options.model + (f" ({options.plan})" if options.plan else "")
+    width = "" if options.width == 1 else f" at {options.width:g} of its width"
+    taught = options.teacher_weights or options.teacher
+    by = "no teacher"
+    if teacher is not None:
+        by = f"a {teacher.model} that was trained on all images"
+    elif taught is not None:
+        by = f"the teacher {Path(taught).name if '/' not in str(taught)[:12] else taught}"
+    steps = options.epoch_steps
+    length = f"{options.epochs} epochs" + ("" if steps is None else f" of {steps} steps")
+    few = " (fewer above 10 images per class)" if options.fewer_seeds else ""
+    return (
+        f"{options.dataset}{size}: students {student}{width}, {by}. {length}, batches of "
+        f"{options.batch_size} at most, {options.opt} at {options.lr:g}; {len(options.seeds)} "
+        f"seeds{few}, which draw the images, the weights and the batches."
+    )
+
+
+def _not_default(options: TableOptions) -> dict[str, Any]:
+    plain = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(options)
+    }
+    return {
+        name: value
+        for name, value in asdict(options).items()
+        if value != plain[name] and name not in ("output", "experiment", "jobs", "title")
+    }
 
 
 def _teacher(options: TableOptions, path: Path) -> TeacherOptions:
@@ -109,14 +159,6 @@ def _check_methods(cells: Sequence[Cell]) -> None:
     """Find what is wrong with what they are taught, before any student is trained."""
     for cell in {cell.row: cell for cell in cells}.values():
         _prepare(cell.run).try_once()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One student of the table: its row's name, and its options."""
-
-    row: str
-    run: StudentOptions
 
 
 def _cells(options: TableOptions, path: Path) -> list[Cell]:

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from fastjac.train.options import StudentOptions
+
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student of the table: its row's name, and its options."""
+
+    row: str
+    run: StudentOptions
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
