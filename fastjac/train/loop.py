@@ -47,7 +47,9 @@ def evaluate(
     from torchmetrics.classification import MulticlassAccuracy  # seconds to import
 
     device = next(model.parameters()).device
-    accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False).to(device)
+    accuracy = MulticlassAccuracy(
+        classes, average="micro", validate_args=False, sync_on_compute=False
+    ).to(device)
     loss = torch.zeros((), device=device)
     mode = model.training
     model.eval()
@@ -62,8 +64,11 @@ def evaluate(
             accuracy.update(logits, y)
             loss += nn.functional.cross_entropy(logits.float(), y, reduction="sum")
     model.train(mode)
-    total = ranks.add_up(loss).item()
-    return {"loss": total / len(images), "accuracy": accuracy.compute().item()}
+    if ranks.count() == 1:
+        return {"loss": loss.item() / len(images), "accuracy": accuracy.compute().item()}
+    right = round(accuracy.compute().item() * len(part)) if len(part) else 0
+    total = ranks.add_up(torch.stack([loss.double(), loss.new_tensor(right).double()]))
+    return dict(zip(("loss", "accuracy"), (total / len(images)).tolist(), strict=True))
 
 
 class Training:

@@ -6,6 +6,7 @@ ended by ``torchrun``, and are silent.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -72,7 +73,12 @@ def together(device: torch.device) -> Iterator[None]:
         raise TrainingFailed(LOST) from error
     import torch.distributed as dist
 
+    global _store
+    dist.barrier()  # what one still reads, another must not have closed
     dist.destroy_process_group()
+    # All of it: threads that wait for a group kept alive here would end the interpreter by an abort.
+    _store = None
+    gc.collect()
 
 
 def _join(device: torch.device) -> None:

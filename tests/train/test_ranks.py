@@ -33,7 +33,8 @@ def torchrun(tmp_path):
 
     def begin(count, *words, program=("-m", "fastjac.train"), output=tmp_path / "runs"):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, "--nproc-per-node", count, *program, *words, "--output", output]
+        command = [*launcher, "--nproc-per-node", count, *program, *words]
+        command += ["--output", output] if words[0] != "evaluate" else []
         process = subprocess.Popen(
             list(map(str, command)),
             stdout=subprocess.PIPE,
@@ -94,6 +95,8 @@ def test_two_ranks_train_what_one_process_trains(torchrun, trainer, student, tmp
     assert_alike(two, one)
     assert {f.name for f in two.iterdir()} == {f.name for f in one.iterdir()}
     assert (two / "subset.json").read_bytes() == (one / "subset.json").read_bytes()
+    scored = finish(torchrun(2, "evaluate", one))
+    assert trainer("evaluate", one)[:2] == (0, scored)
 
 
 @pytest.mark.parametrize(("size", "processes"), [(12, 2), (12, 3), (6, 2), (4, 4)])
