@@ -6,6 +6,7 @@ three comes with one line on the standard error. Any other exception is a bug, a
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -99,4 +100,9 @@ def _say(error: BaseException, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if ranks.launched():  # the process group's threads may abort the interpreter's end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
