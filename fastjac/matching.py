@@ -84,12 +84,10 @@ class TeacherResult:
         for target, features, jacobian in zip(
             self.targets, self.features, self.jacobians, strict=True
         ):
-            if isinstance(target, AttentionWindow):
-                row, start = jacobian.row, target.start(features)
-                first = torch.zeros_like(start)
-                if not jacobian.is_whole and row.plan is not None:
-                    first = row.plan.crops.start(row.region)
-                facts += [reduce(features), start, first]
+            if isinstance(target, AttentionWindow) and features is not None:
+                position, start = target.start(features), jacobian.start()
+                start = torch.zeros_like(position) if start is None else start
+                facts += [reduce(features), position, start]
             elif features is not None:
                 raise FastjacError(
                     f"facts: expected a target of the output, or AttentionWindow; got "
@@ -104,16 +102,20 @@ class StoredJacobian:
     """A Jacobian's crop and its first row and column, or (None) all of it; and x's shape."""
 
     values: Tensor
-    start: Tensor | None
+    first: Tensor | None
     shape: torch.Size
     row: None = None
-    is_whole: bool = True
+
+    def start(self) -> Tensor | None:
+        """The first row and column of the crop."""
+        return self.first
 
     def whole(self) -> Tensor:
         """J, of the input's shape."""
-        if self.start is None:
+        if self.first is None:
             return self.values
-        return window_crop_adjoint(self.values, self.start, tuple(self.shape[2:]))
+        height, width = self.shape[2:]
+        return window_crop_adjoint(self.values, self.first, (height, width))
 
 
 class JacobianMatching(nn.Module):
@@ -362,7 +364,7 @@ def _aligned(
     place: int,
     y: Any,
     strategy: str,
-    teacher: engine.InputJacobian,
+    teacher: engine.InputJacobian | StoredJacobian,
 ) -> tuple[Tensor, Tensor]:
     """Both Jacobians of the ``place``-th target over the same pixels.
 

@@ -57,7 +57,6 @@ class Target:
         normalize: what ``JacobianMatching(normalize=None)`` takes for this target.
         features_alone: whether phi reads nothing of the model's output, so that what runs behind the
             layer need not be recorded.
-        fills_labels: whether :meth:`labels` gives others than it got.
 
     The methods' ``features`` is the layer's output, a tensor; None where there is no layer.
 
@@ -73,7 +72,6 @@ class Target:
     layer: str | None = None
     normalize: bool = False
     features_alone: bool = False
-    fills_labels: bool = False
 
     def scalar(self, output: Tensor, features: Any, y: Any) -> Tensor:
         """phi, ``[B]`` or ``[B, K]``; differentiable in ``output`` and ``features``."""
@@ -97,6 +95,11 @@ class Target:
         ``teacher``: the teacher's target, :meth:`placed` on its features ``features_t``.
         """
         return self
+
+    @property
+    def fills_labels(self) -> bool:
+        """Whether :meth:`labels` gives others than it got."""
+        return False
 
     def labels(self, y: Any, teacher_logits: Tensor) -> Any:
         """y for student and teacher in ``JacobianMatching``, once the teacher's logits are known."""

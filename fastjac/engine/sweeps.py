@@ -303,6 +303,12 @@ class InputJacobian:
         """J, of the input's shape."""
         return self.values if self.is_whole or self.row is None else self.row.whole(self.values)
 
+    def start(self) -> Tensor | None:
+        """The first row and column of the crop that ``values`` are, ``[B, 2]``; None: all of x."""
+        if self.is_whole or self.row is None or self.row.plan is None or self.row.region is None:
+            return None
+        return self.row.plan.crops.start(self.row.region)
+
 
 def input_jacobian(rows: list[Linearization], stacked: bool, whole: bool = True) -> InputJacobian:
     """J as the output of one autograd function, differentiable once in what is trainable."""

@@ -30,7 +30,8 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 td b { color: var(--best); } td small { opacity: .75; }
 pre { background: var(--soft); padding: .8rem; border-radius: .4rem; white-space: pre-wrap;
       overflow-wrap: anywhere; }
-svg { max-width: 100%; height: auto; } svg text { fill: currentColor; } img { max-width: 100%; background: #fff; border-radius: .4rem; }
+svg { max-width: 100%; height: auto; } svg text { fill: currentColor; }
+img { max-width: 100%; background: #fff; border-radius: .4rem; }
 figcaption { font-size: .9rem; opacity: .8; } figure { margin: 1rem 0; }
 """
 
