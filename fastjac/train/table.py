@@ -70,7 +70,7 @@ def tabulate(options: TableOptions, command: str = "") -> str:
     with claim_in_turn(path):
         RunFolder(options.output, str(options.experiment)).open(asdict(options))
     jobs = options.jobs or (cpu_count() if device.type == "cpu" else 1)
-    _train_all(todo, jobs, str(options.experiment), path)
+    _train_all(todo, jobs, options.test_noise, str(options.experiment), path)
     from fastjac.train.plots import draw_jacobians, draw_table
 
     with claim_in_turn(path):
@@ -213,7 +213,9 @@ def _resumed(run: Any) -> Any:
     return replace(run, resume=RunFolder(run.output, run.experiment).last.is_file())
 
 
-def _train_one(run: StudentOptions | TeacherOptions, bar: bool = False) -> float | None:
+def _train_one(
+    run: StudentOptions | TeacherOptions, bar: bool = False, noises: Sequence[float] = ()
+) -> float | None:
     """The accuracy of a run; None while another process, maybe of another machine, trains it."""
     folder = RunFolder(run.output, str(run.experiment))
     with claim(folder.path) as mine:
@@ -221,7 +223,10 @@ def _train_one(run: StudentOptions | TeacherOptions, bar: bool = False) -> float
             return None
         if folder.finished():
             return json.loads((folder.path / "config.json").read_text())["accuracy"]
-        return _prepare(_resumed(run)).run(bar)["test_accuracy"]
+        found = _prepare(_resumed(run)).run(bar)["test_accuracy"]
+        if noises:
+            _under_noise(run, folder.path, noises, pick_device(run.device))
+        return found
 
 
 def _prepare(run: StudentOptions | TeacherOptions) -> Training:
@@ -273,7 +278,9 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _train_all(cells: Sequence[Cell], jobs: int, name: str, path: Path) -> None:
+def _train_all(
+    cells: Sequence[Cell], jobs: int, noises: Sequence[float], name: str, path: Path
+) -> None:
     if not cells:
         return
     try:
@@ -283,7 +290,10 @@ def _train_all(cells: Sequence[Cell], jobs: int, name: str, path: Path) -> None:
         ):
             left = [cell.run for cell in cells]
             while left:
-                futures, left = {pool.submit(_train_one, run): run for run in left}, []
+                futures, left = (
+                    {pool.submit(_train_one, run, False, noises): run for run in left},
+                    [],
+                )
                 for done in as_completed(futures):
                     run, accuracy = futures[done], done.result()
                     if accuracy is None:
@@ -320,7 +330,10 @@ def _results(cell: Cell, noises: Sequence[float], device: torch.device) -> list[
 
 
 def _under_noise(
-    run: StudentOptions, folder: Path, noises: Sequence[float], device: torch.device
+    run: StudentOptions | TeacherOptions,
+    folder: Path,
+    noises: Sequence[float],
+    device: torch.device,
 ) -> dict[float, float]:
     """The accuracy under each noise; kept in the student's folder."""
     path = folder / "noise.json"
