@@ -70,12 +70,12 @@ def draw_table(table: Sequence[dict[str, Any]], path: Path) -> str:
 def draw_jacobians(options: TableOptions, cells: Sequence[Cell], path: Path) -> list[str]:
     """Test images, and the input Jacobian of the teacher and of two students.
 
-    The students are those of the first row without a Jacobian term and of the first row with one, of the
-    first seed, trained on the same images: the largest number per class. For an attention window, its
-    receptive field (where the teacher's Jacobian is not 0) is framed. Nothing is drawn unless there are
-    both students and a trained teacher.
+    The students are those of the first row without a Jacobian term and of the first row with one beside
+    cross-entropy, of the first seed, trained on the same images: the largest number per class. For an
+    attention window, its receptive field (where the teacher's Jacobian is not 0) is framed. Nothing is
+    drawn unless there are both students and a trained teacher.
     """
-    matched = next((c for c in cells if c.run.jacobians and c.run.teacher), None)
+    matched = next((c for c in cells if c.run.jacobians and c.run.ce and c.run.teacher), None)
     plain = next((c for c in cells if not c.run.jacobians), None)
     if (
         matched is None
