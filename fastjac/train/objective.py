@@ -26,6 +26,7 @@ from fastjac import (
     with_jacobian,
 )
 from fastjac.data import ImageData
+from fastjac.errors import notice
 from fastjac.features import capture, check_logits, find_layer
 from fastjac.matching import TeacherResult
 from fastjac.models import ModelSpec, check_image_size, create_model, load_weights, read_weights
@@ -107,6 +108,10 @@ class Distillation(nn.Module):
         self.heads = nn.ModuleDict()
         if "activations" in self.weights and classes != len(data.classes):
             self.heads["logits"] = _second_head(student, data, int(classes or 0))
+            notice(
+                f"the teacher has {classes} classes, {data.name} has {len(data.classes)}: a second head "
+                "of the student, which is not exported, matches its activations"
+            )
         if "hints" in self.weights:
             self.heads["hint"] = self._hint(data)
         self.target: Target | tuple[Target, ...] | None = None

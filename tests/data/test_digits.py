@@ -48,7 +48,7 @@ def test_bad_input():
         load_data("cifar10")
     with pytest.raises(FastjacError, match="no augmentation"):
         load_data("digits", augment=True)
-    with pytest.raises(FastjacError, match="only cifar100 can"):
+    with pytest.raises(FastjacError, match="only cifar100 and fashion-mnist can"):
         load_data("mit67", "x", download=True)
     with pytest.raises(FastjacError, match="--data-dir"):
         load_data("cifar100")

@@ -214,7 +214,7 @@ def test_a_named_teacher_with_weights_from_elsewhere(refused, trainer, small, im
     """For the classes of the data, or the library's own; no head of a teacher is left at random."""
     words = ["student", *small, "--dataset", "folder", "--data-dir", images, "--img-size", 32]
     words += ["--teacher", "torchvision/resnet18", "--teacher-weights", tmp_path / "w.pth"]
-    words += ["--activations", 1, "--batch-size", 2, "--epoch-steps", 1]
+    words += ["--kd", 1, "--batch-size", 2, "--epoch-steps", 1]
     for classes, message in (
         (5, "fc.weight is [5, 512], expected [2, 512]"),
         (1000, "has 1000 cl"),

@@ -206,7 +206,7 @@ def test_weights_go_in(trainer, small, teacher, tmp_path):
     torch.testing.assert_close(model.conv1.weight, load_trained(teacher).model.conv1.weight)
 
 
-def test_a_teacher_by_name_with_other_classes(trainer, tmp_path):
+def test_a_teacher_by_name_with_other_classes(trainer, tmp_path, caplog):
     """Transfer at a layer needs no common classes: a torchvision network, its weights from a file."""
     import torchvision
     from PIL import Image
@@ -225,9 +225,18 @@ def test_a_teacher_by_name_with_other_classes(trainer, tmp_path):
     status, out, err = trainer(*words)
     assert (status, err) == (0, "")
     assert "4 test images" in out
-    status, _, err = trainer(*words, "--activations", 1, "--experiment", "x")
+    status, _, err = trainer(*words, "--kd", 1, "--experiment", "x")
     assert status == 2
-    assert "the teacher torchvision/resnet18 has 1000 classes, folder has 2" in err
+    assert "the teacher torchvision/resnet18 has 1000 classes, folder has 2, which --kd" in err
+    # The paper's transfer: a second head, in the teacher's classes, which a resumption finds again.
+    words += ["--activations", 0.01, "--experiment", "heads"]
+    assert trainer(*words)[0] == 0
+    assert "a second head of the student" in caplog.text
+    state = torch.load(tmp_path / "runs" / "heads" / "last.pt", weights_only=True)
+    assert state["heads"]["logits.weight"].shape[0] == 1000
+    assert trainer(*words, "--resume", "--epochs", 2)[0] == 0
+    after = torch.load(tmp_path / "runs" / "heads" / "last.pt", weights_only=True)
+    assert not torch.equal(after["heads"]["logits.weight"], state["heads"]["logits.weight"])
 
 
 def test_tensorboard(trainer, small, tmp_path):
