@@ -200,7 +200,8 @@ def test_summary():
 
 
 def test_recipes_say_what_the_paper_says():
-    assert known() == ["cifar100", "digits", "mit67"]
+    fashion = ["", "-ablations", "-losses", "-robustness", "-transfer", "-weights"]
+    assert known() == ["cifar100", "digits", *(f"fashion-mnist{name}" for name in fashion), "mit67"]
     cifar = parse("student", StudentOptions, ["--config", "cifar100"])
     assert (cifar.model, cifar.opt, cifar.lr, cifar.batch_size) == ("vgg4", "adam", 1e-3, 128)
     assert (cifar.epochs, cifar.decay_milestones, cifar.decay_rate) == (500, [400], 0.1)
@@ -210,16 +211,17 @@ def test_recipes_say_what_the_paper_says():
     mit = parse("student", StudentOptions, ["--config", "mit67"])
     assert (mit.opt, mit.momentum, mit.lr, mit.batch_size) == ("sgd", 0.9, 1e-3, 8)
     assert (mit.epochs, mit.decay_milestones, mit.decay_rate) == (75, [40, 60], 0.1)
-    assert (mit.ce, mit.attention, mit.jacobians, mit.activations) == (1, 10, 10, 0)
+    assert (mit.ce, mit.attention, mit.jacobians, mit.activations) == (1, 10, 10, 10 / 1000)
     assert (mit.target, mit.window, mit.level, mit.normalize) == ("attention-window", 0.2, 1, True)
 
 
-@pytest.mark.parametrize("name", ["cifar100", "digits", "mit67"])
+@pytest.mark.parametrize("name", known())
 @pytest.mark.parametrize("command", ["teacher", "student", "table"])
 def test_every_recipe_is_one_for_every_command(name, command):
     cls = {"teacher": TeacherOptions, "student": StudentOptions, "table": TableOptions}[command]
     assert (
-        parse(command, cls, ["--config", name]).num_classes == {"c": 100, "d": 10, "m": 67}[name[0]]
+        parse(command, cls, ["--config", name]).num_classes
+        == {"c": 100, "d": 10, "f": 10, "m": 67}[name[0]]
     )
 
 
