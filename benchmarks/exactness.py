@@ -2,10 +2,10 @@
 
 On Fashion-MNIST with few labels, by the recipe ``fashion-mnist``:
 
-1. In float64, fastjac and the double backward from one seed: the relative difference of their losses over
-   100 steps, and of the weights then. Noise of half a grey level is on the images: without it their flat
-   backgrounds give max-pools windows of equal values, where the derivative is not unique and rounding
-   chooses.
+1. In float64, fastjac and the double backward from one seed: the relative difference of their losses
+   over 100 steps, and of the weights then. Noise of half a grey level is on the images: without it their
+   flat backgrounds give max-pools windows of equal values, where the derivative is not unique and
+   rounding chooses.
 2. In float32, the accuracy of both over the seeds.
 3. The same with the three mistakes of public re-implementations: ``detached`` Jacobians, which have no
    gradient; the ``mean`` over the input's dimensions in the place of the sum; and one ``mixed`` index,
