@@ -329,7 +329,7 @@ class JacobianMatching(nn.Module):
                         *(self.teacher, x, targets, self.teacher_output, (), None),
                         self.batch_stats,
                     )
-                    placed = tuple(map(Target.placed, targets, run.features))
+                    placed = _placed(targets, run.features)
                     labels = y
                     if any(target.fills_labels for target in targets):
                         labels = _labels(targets, y, run.read)
@@ -353,7 +353,7 @@ class JacobianMatching(nn.Module):
             except FastjacError:
                 self._teacher_by_autograd = False
                 raise
-        placed = tuple(map(Target.placed, targets, features))
+        placed = _placed(targets, features)
         jacobians = tuple(engine.InputJacobian(v.detach(), None, True) for v in values)
         return TeacherResult(select(output), output, tuple(features), placed, labels, jacobians)
 
@@ -380,6 +380,11 @@ def _aligned(
             js = engine.input_jacobian(rows, stacked, whole=False).values
             return widen(js, ours, hull), widen(teacher.values, theirs, hull)
     return engine.input_jacobian(rows, stacked).values, teacher.whole()
+
+
+def _placed(targets: tuple[Target, ...], features: Sequence[Any]) -> tuple[Target, ...]:
+    """The targets with their choices on their layers' features fixed."""
+    return tuple(target.placed(each) for target, each in zip(targets, features, strict=True))
 
 
 def _labels(targets: tuple[Target, ...], y: Any, logits: Tensor) -> Any:

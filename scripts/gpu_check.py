@@ -27,7 +27,7 @@ LOGS = "gpu_check"  # what the steps print and write themselves, beside the JSON
 ON_A_GPU = re.compile(r"pytest\.mark\.cuda|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
 CUDA_TESTS = [
     str(path.relative_to(ROOT))
-    for folder in ("cuda_graphs", "engine", "ops", "train")
+    for folder in (".", "cuda_graphs", "engine", "ops", "train")
     for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))
     if ON_A_GPU.search(path.read_text())
 ]

@@ -87,7 +87,8 @@ class Call:
     def check_versions(self) -> None:
         """Raise if a tensor that the rule reads was overwritten or freed since it was kept."""
         for tensor, version in self.kept:
-            if tensor.numel() and not tensor.untyped_storage().size():
+            strided = tensor.layout == torch.strided
+            if strided and tensor.numel() and not tensor.untyped_storage().size():
                 raise FastjacError(
                     f"a tensor {list(tensor.shape)} that {self.name} needs for its derivative was freed "
                     "after the forward; of a model under fully_shard, expected "
