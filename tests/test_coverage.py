@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from scipy.spatial.distance import directed_hausdorff
 
 from fastjac import errors
 from fastjac.coverage import main
@@ -19,6 +18,7 @@ pytest.importorskip("sklearn", reason="the images ship with scikit-learn")
 pytest.importorskip("torchvision", reason="which reads and resizes them")
 
 from PIL import Image
+from scipy.spatial.distance import directed_hausdorff
 from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 

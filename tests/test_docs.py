@@ -34,7 +34,9 @@ def run(page: Path, block: tuple[str, str], names: dict) -> None:
 
 
 def test_the_pages_have_programs():
-    assert {"index.md", "tutorial.md", "losses.md", "pitfalls.md"} <= {p.name for p in PAGES}
+    assert {"index.md", "tutorial.md", "losses.md", "pitfalls.md", "theory.md"} <= {
+        p.name for p in PAGES
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

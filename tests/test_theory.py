@@ -3,7 +3,6 @@
 import doctest
 import itertools
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -463,13 +462,3 @@ def test_the_docstrings_examples_run(module):
     result = doctest.testmod(module)
     assert result.attempted >= 8
     assert result.failed == 0
-
-
-def test_the_documentations_examples_run():
-    text = (ROOT / "docs" / "theory.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 4
-    names: dict[str, object] = {}
-    for block in blocks:  # as one session; their assertions are what they show
-        exec(compile(block, "docs/theory.md", "exec"), names)
-    assert all("assert" in block for block in blocks)
