@@ -3,7 +3,6 @@
 import doctest
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +31,6 @@ from fastjac.theory import (
     transfer_bound,
 )
 
-ROOT = Path(__file__).parents[1]
 SIGMAS = [0.1, 0.05, 0.025, 0.0125]
 SCIPY = {"euclidean": "euclidean", "manhattan": "cityblock"}
 
