@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fastjac.models.create import auxiliary_heads
 from fastjac.train.objective import Objective, Step
+from fastjac.train.terms import label_cross_entropy
 
 
 class AuxiliaryHeads:
     """An objective, and ``weight`` times the cross-entropies of the heads of ``model``.
 
     Their sum is the term ``auxiliary``. In eval mode no head runs, and the objective is what it was.
-    Unlabelled images (-1) do not count.
+    Unlabelled images (-1) add nothing.
     """
 
     def __init__(self, objective: Objective, model: nn.Module, weight: float) -> None:
@@ -36,15 +36,8 @@ class AuxiliaryHeads:
         step = self.objective(x, y)
         if not self.logits:
             return step
-        auxiliary = torch.stack([_loss(logits, y) for logits in self.logits.values()]).sum()
+        losses = [label_cross_entropy(logits, y) for logits in self.logits.values()]
+        auxiliary = torch.stack(losses).sum()
         self.logits.clear()
         loss = step.loss + self.weight * auxiliary
         return Step(loss, step.logits, {**step.terms, "auxiliary": auxiliary})
-
-
-def _loss(logits: Tensor, y: Tensor) -> Tensor:
-    """The mean over the labelled images, 0 if there are none."""
-    if y.is_floating_point():
-        return cross_entropy(logits, y)
-    total = cross_entropy(logits, y, ignore_index=-1, reduction="sum")
-    return total / (y >= 0).sum().clamp(min=1)

@@ -18,7 +18,6 @@ from fastjac import (
     LabelLogit,
     Logits,
     Projection,
-    Scalar,
     Target,
     activation_match_loss,
     attention_match_loss,
@@ -76,6 +75,18 @@ class _Seen:
 
     logits: Tensor
     features: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class LabelCrossEntropy(LabelLogit):
+    """phi_i = -log softmax(logits_i)[y_i], with labels as :class:`~fastjac.LabelLogit` takes them."""
+
+    def scalar(self, output: Tensor, features: Tensor | None, y: Tensor) -> Tensor:
+        self.check(output, y)
+        return cross_entropy(output, y, reduction="none")
+
+    def head(self, output: Tensor, features: Tensor | None, y: Tensor) -> None:
+        return None
 
 
 class Distillation(nn.Module):
@@ -170,9 +181,8 @@ class Distillation(nn.Module):
             return Logits()
         if options.target == "projection":
             return Projection(options.projections)
-        if options.target == "cross-entropy":
-            return Scalar(_cross_entropies)
-        return LabelLogit(unlabelled="teacher" if self.teacher is not None else "error")
+        of_label = LabelCrossEntropy if options.target == "cross-entropy" else LabelLogit
+        return of_label(unlabelled="teacher" if self.teacher is not None else "error")
 
     def _hint(self, data: ImageData) -> Hint:
         blank = torch.zeros(2, data.channels, data.size, data.size)
@@ -202,8 +212,8 @@ class Distillation(nn.Module):
             folder = Path(options.teacher_cache)
         elif not _comes_often(options, data):
             return None
-        settings = (self.target, self.teacher_layers, options.strategy, options.channels_last)
-        key = teacher_key(self.teacher, *settings, data.channels, data.size)
+        settings = (self.target if self.matching else None, self.teacher_layers, options.strategy)
+        key = teacher_key(self.teacher, *settings, options.channels_last, data.channels, data.size)
         return TeacherCache(folder, key, self._facts)
 
     def forward(self, x: Tensor, y: Tensor) -> Step:
@@ -264,7 +274,7 @@ class Distillation(nn.Module):
     ) -> dict[str, Tensor]:
         weights, temperature = self.weights, self.options.temperature
         terms: dict[str, Tensor] = {}
-        pairs = list(zip(student.features, taught.features, strict=False))
+        pairs = list(zip(student.features, taught.features, strict=True))
         if "activations" in weights:
             logits = student.logits
             if "logits" in self.heads:
@@ -331,10 +341,6 @@ def _seen(model: nn.Module, x: Tensor, layers: Sequence[str]) -> _Seen:
 def _attention_map(features: Tensor) -> Tensor:
     """Features of one channel with the attention map of ``features``."""
     return features.square().mean(1, keepdim=True).sqrt()
-
-
-def _cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
-    return cross_entropy(logits, y, reduction="none")
 
 
 def _second_head(student: nn.Module, data: ImageData, classes: int) -> nn.Linear:

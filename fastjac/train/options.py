@@ -315,10 +315,11 @@ class StudentOptions(_JacobianTerm, _Terms, RunOptions):
             raise FastjacError(
                 "--torchcompile does not go with --attention, --hints, --jacobians or --jacobian-norm"
             )
-        if self.jacobians and reads and not window:
+        of_jacobians = [name for name in ("jacobians", "jacobian_norm") if getattr(self, name)]
+        if of_jacobians and reads and not window:
             raise FastjacError(
-                f"{flag(reads[0])} with --jacobians needs --target attention-window: both terms are "
-                "taken at one layer"
+                f"{flag(reads[0])} with {flag(of_jacobians[0])} needs --target attention-window: both "
+                "terms are taken at one layer"
             )
         if self.jacobians and self.jacobian_norm:
             raise FastjacError("--jacobians and --jacobian-norm: give one of them")

@@ -158,7 +158,8 @@ def _cost(seconds: Sequence[float]) -> str:
 
 def _machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    threads = torch.get_num_threads()
     return (
         f"fastjac {version('fastjac')}, PyTorch {torch.__version__}, "
-        f"Python {platform.python_version()}, {device}, {torch.get_num_threads()} threads."
+        f"Python {platform.python_version()}, {device}, {threads} thread{'s' * (threads > 1)}."
     )

@@ -41,6 +41,7 @@ from fastjac.train.options import (
 )
 from fastjac.train.parse import parse
 from fastjac.train.report import write_report
+from fastjac.train.sources import is_library_name
 from fastjac.train.tables import Cell, Row, as_text, summarize
 
 
@@ -105,12 +106,12 @@ def _about(options: TableOptions, teacher: TeacherOptions | None) -> str:
     size = "" if options.img_size is None else f" at {options.img_size} x {options.img_size}"
     student = options.model + (f" ({options.plan})" if options.plan else "")
     width = "" if options.width == 1 else f" at {options.width:g} of its width"
-    taught = options.teacher_weights or options.teacher
     by = "no teacher"
     if teacher is not None:
         by = f"a {teacher.model} that was trained on all images"
-    elif taught is not None:
-        by = f"the teacher {Path(taught).name if '/' not in str(taught)[:12] else taught}"
+    elif options.teacher is not None:
+        library = is_library_name(options.teacher)
+        by = f"the teacher {options.teacher if library else Path(options.teacher).name}"
     steps = options.epoch_steps
     length = f"{options.epochs} epochs" + ("" if steps is None else f" of {steps} steps")
     few = " (fewer above 10 images per class)" if options.fewer_seeds else ""

@@ -98,6 +98,15 @@ def test_an_image_is_computed_once(tmp_path):
     assert again.images == 4
 
 
+def test_a_norm_and_a_match_of_one_target_share_no_rows(tmp_path):
+    """What is kept for them differs: a penalty takes no Jacobian of the teacher."""
+    x, y, _ = images()
+    for term in ("jacobians", "jacobian_norm"):
+        given = {term: 1.0, "activations": 1.0}
+        cached = objective(**given, teacher_cache=str(tmp_path))(x, y).loss
+        assert torch.allclose(cached, objective(**given)(x, y).loss, rtol=1e-9)
+
+
 def test_the_key_is_of_all_that_counts():
     student, teacher = networks()
     key = teacher_key(teacher, LabelLogit(), 32)

@@ -231,10 +231,11 @@ def test_input_noise_is_for_training():
     built.student.train()
 
 
+@pytest.mark.parametrize("target", ["label-logit", "cross-entropy"])
 @pytest.mark.parametrize("soft", [False, True], ids=["unlabelled", "probabilities"])
-def test_without_a_label_the_jacobian_is_of_the_teachers_class(soft):
+def test_without_a_label_the_jacobian_is_of_the_teachers_class(soft, target):
     x, y, _ = images()
-    built = objective(jacobians=1.0)
+    built = objective(jacobians=1.0, target=target)
     guess = networks()[1](x).argmax(1)
     given = (
         torch.rand(6, CLASSES).double() if soft else torch.where(torch.arange(6) % 2 == 0, y, -1)
@@ -250,6 +251,10 @@ REFUSED = {
     "attention beside a logit's Jacobian": (
         {"attention": 1.0, "jacobians": 1.0},
         "--attention with --jacobians needs --target attention-window",
+    ),
+    "attention beside a logit's norm": (
+        {"attention": 1.0, "jacobian_norm": 1.0},
+        "--attention with --jacobian-norm needs --target attention-window",
     ),
     "both Jacobian terms": (
         {"jacobians": 1.0, "jacobian_norm": 1.0},
