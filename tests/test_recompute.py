@@ -128,8 +128,9 @@ FIRST = {
 }
 
 
-def with_first(first: nn.Conv2d, *pool: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
+def with_first(name: str, *pool: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)  # before all layers, so that two of them are alike
+    first = FIRST[name]()
     norm = nn.BatchNorm2d(first.out_channels)
     last = nn.Conv2d(first.out_channels, C, 3)
     layers = (norm, nn.ReLU(), *pool, last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -153,7 +154,7 @@ def outputs_of(module: nn.Module) -> list[StorageWeakRef]:
 @pytest.mark.parametrize("first", FIRST)
 def test_a_first_convolution_is_not_kept_but_recomputed(first, pool, memory_format):
     pools = {"none": [], "2x2": [nn.MaxPool2d(2)], "3x3": [nn.MaxPool2d(3, 2, 1)]}[pool]
-    model = with_first(FIRST[first](), *pools).to(memory_format=memory_format)
+    model = with_first(first, *pools).to(memory_format=memory_format)
     kept = outputs_of(model[0])
     x = images().contiguous(memory_format=memory_format)
     y = fuse(model)(x)
@@ -163,7 +164,7 @@ def test_a_first_convolution_is_not_kept_but_recomputed(first, pool, memory_form
 
 def test_what_a_first_convolution_is_recomputed_from():
     """Its weight and input must be as they were; of its bias a copy is kept, as PyTorch needs none."""
-    model = with_first(FIRST["bias"]())
+    model = with_first("bias")
     x = images()
     loss = fuse(model)(x).square().sum()
     with torch.no_grad():
@@ -185,8 +186,7 @@ def test_what_a_first_convolution_is_recomputed_from():
 def test_a_first_convolution_is_recomputed_as_autocast_made_it():
     x, gradients = images().float(), []
     for wrap in (fuse, lambda model: model):
-        torch.manual_seed(0)
-        model = with_first(FIRST["bias"](), nn.MaxPool2d(2)).float()
+        model = with_first("bias", nn.MaxPool2d(2)).float()
         kept = outputs_of(model[0])
         with torch.autocast("cpu", torch.bfloat16):
             loss = wrap(model)(x).square().sum()
@@ -204,7 +204,7 @@ def test_the_engine_recomputes_a_first_convolution(strategy, batch_stats):
         pytest.skip("batch statistics are not local")
     gradients = []
     for way in (strategy, "autograd"):
-        student, teacher = (with_first(FIRST["bias"](), nn.MaxPool2d(2)) for _ in range(2))
+        student, teacher = (with_first("bias", nn.MaxPool2d(2)) for _ in range(2))
         nn.init.normal_(teacher[0].weight, generator=torch.Generator().manual_seed(1))
         target = AttentionWindow("3", window=1 / 3)
         matcher = JacobianMatching(student, teacher, target, batch_stats=batch_stats, strategy=way)
@@ -219,7 +219,7 @@ def test_the_engine_recomputes_a_first_convolution(strategy, batch_stats):
 
 def test_torch_compile_trains_a_fused_network():
     """Compiled, the model runs as it is: the compiler fuses."""
-    model = with_first(FIRST["bias"]())
+    model = with_first("bias")
     fused = fuse(model)
     gradients, compiled = [], CompileCounterWithBackend("aot_eager")
     for run in (torch.compile(fused, backend=compiled), model):
