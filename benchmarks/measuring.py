@@ -59,15 +59,15 @@ def time_in_turn(
     return seconds
 
 
-def compare(
-    seconds: Mapping[tuple[str, str], list[float]], names: Sequence[str], layouts: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def compare(seconds: Mapping[tuple[str, str], list[float]]) -> dict[str, dict[str, Any]]:
     """For each name, its better layout: median, 20 and 80 % quantiles, the ratio to the first name."""
+    names = list(dict.fromkeys(name for name, _ in seconds))
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
-        medians = {layout: statistics.median(seconds[name, layout]) for layout in layouts}
+        own_seconds = {layout: times for (each, layout), times in seconds.items() if each == name}
+        medians = {layout: statistics.median(times) for layout, times in own_seconds.items()}
         best = min(medians, key=medians.get)
-        own = seconds[name, best]
+        own = own_seconds[best]
         first = seconds[names[0], rows[names[0]]["layout"]] if rows else own
         low, _, _, high = statistics.quantiles(own, n=5) if len(own) > 1 else own * 4
         rows[name] = {
@@ -75,7 +75,7 @@ def compare(
             "median_s": medians[best],
             "quantiles_s": [low, high],
             "ratio": statistics.median(a / b for a, b in zip(own, first, strict=True)),
-            "seconds": {layout: seconds[name, layout] for layout in layouts},
+            "seconds": own_seconds,
         }
     return rows
 
@@ -167,12 +167,12 @@ def spawn(module: str, words: Sequence[str], env: Mapping[str, str]) -> dict[str
 
 
 def measure_memory(
-    device: str, run: Callable[[Mapping[str, str]], int]
+    device: str, run: Callable[[Mapping[str, str]], int], processes: int = MEMORY_PROCESSES
 ) -> tuple[list[int], int | None]:
     """Bytes of each process, and on a CPU what the steps need: ``run(env)`` measures in a process."""
     if device == "cuda":
         return [run({})], None
-    return [run({}) for _ in range(MEMORY_PROCESSES)], run(PAGES_RETURNED)
+    return [run({}) for _ in range(processes)], run(PAGES_RETURNED)
 
 
 def text_of_time(setting: str, row: Mapping[str, Any]) -> str:
@@ -238,6 +238,16 @@ def add_options(parser: argparse.ArgumentParser, contenders: Sequence[str], roun
     parser.add_argument("--rounds", type=int, default=rounds, help="timed steps of each contender")
     parser.add_argument("--contenders", nargs="+", default=list(contenders))
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument(
+        "--allocators",
+        nargs="+",
+        default=list(ALLOCATORS),
+        choices=ALLOCATORS,
+        help="of a CPU, that steps are timed under",
+    )
+    parser.add_argument(
+        "--memory-processes", type=int, default=MEMORY_PROCESSES, help="whose median is the memory"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--json", type=Path, help="write every figure to this file")

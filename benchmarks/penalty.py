@@ -160,7 +160,7 @@ def time_steps(args: argparse.Namespace, config: Configuration) -> dict[str, Any
         for layout in args.layouts
     }
     seconds = measuring.time_in_turn(contenders, args.rounds)
-    rows = measuring.compare(seconds, args.contenders, args.layouts)
+    rows = measuring.compare(seconds)
     for name, row in rows.items():
         contender = contenders[name, row["layout"]]
         if args.device == "cpu":
@@ -211,7 +211,8 @@ def measure(config: Configuration, args: argparse.Namespace) -> dict[str, Any]:
     for name, error in errors.items():
         if not error <= 1e-9:
             raise SystemExit(f"{name}'s gradient is off by {error:.1e}; nothing was timed")
-    for setting, env in (measuring.ALLOCATORS if args.device == "cpu" else {"device": {}}).items():
+    for setting in args.allocators if args.device == "cpu" else ["device"]:
+        env = measuring.ALLOCATORS.get(setting, {})
         rows = spawn("time", config, args, args.contenders, args.layouts, env)["rows"]
         result["time"][setting] = rows
     layouts = {name: row["layout"] for name, row in next(iter(result["time"].values())).items()}
@@ -220,7 +221,7 @@ def measure(config: Configuration, args: argparse.Namespace) -> dict[str, Any]:
         def run(env: Mapping[str, str], name: str = name) -> int:
             return spawn("memory", config, args, [name], [layouts[name]], env)["bytes"]
 
-        got, needed = measuring.measure_memory(args.device, run)
+        got, needed = measuring.measure_memory(args.device, run, args.memory_processes)
         result["memory"][name] = statistics.median(got)
         result.setdefault("memory_of_each_process", {})[name] = got
         if needed is not None:

@@ -1,214 +1,160 @@
-"""One training step: plain distillation, with Jacobian matching by double backward, and by fastjac.
-
-    python -m benchmarks.step vgg9-224 resnet18-224 --batch 8
+"""One training step of distillation: plain, and with Jacobian matching by every way there is.
 
 A step is student and teacher forward, the loss and its backward; no optimiser. The loss is
-cross-entropy, squared error of the logits and, for a window, attention matching; ``naive`` and
-``fastjac`` add the Jacobian term. ``naive`` is the usual code: one forward with batch statistics,
-``autograd.grad(create_graph=True)``, backward; it runs with ``batch_stats="batch"`` in every
-configuration, since frozen statistics would cost it a second forward. ``--contenders plain fused``
-compares the plain step with itself on networks that ``fastjac.fuse`` has rewritten; in a configuration
-without a layer, since a layer's features end a chain. ``compiled`` is the plain step with both networks
-under ``torch.compile``; on a CPU its memory has the compiler's in it. On a GPU, ``plain-graphed``,
-``fastjac-graphed`` and so on are those steps under ``fastjac.graphed``.
+cross-entropy, squared error of the logits and, for a window, attention matching; to these all but the
+``plain`` ones add the Jacobian term. The contenders:
 
-Time: all contenders in turn in one process, each in its better memory layout; median with 20 % and
-80 % quantiles, and the ratio to plain round by round. On a CPU it is taken under two allocator
-settings, the default and one that keeps its pages, and a profile says how much of it convolutions take,
-PyTorch's and fastjac's own. Of fastjac's step, also the time in the Jacobian's sweeps.
-Host: the same with one image of the smallest size and networks of a few channels (``--width``), so that
-arithmetic is negligible: what the host does for a step, and a GPU may wait for.
+    plain            no Jacobian term, eager
+    plain-compiled   the same, networks and loss as one graph of ``torch.compile``
+    fused            plain, on networks that ``fastjac.fuse`` has rewritten
+    naive            the usual code: ``autograd.grad(create_graph=True)``, then ``backward``
+    naive-compiled   that as one graph, by ``torch._dynamo.config.trace_autograd_ops``
+    func-compiled    ``torch.func.grad`` of a loss with ``torch.func.grad`` inside, compiled
+    make_fx          ``make_fx`` of the loss with the parameters as inputs, compiled
+    make_fx-core     the same with ``core_aten_decompositions``: wrong for a BatchNorm in train mode
+    jvp-of-grad      ``torch.func.jvp`` of the parameters' gradient, along the loss's slope in J
+    grad-of-jvp      the other order: wrong for a BatchNorm in train mode
+    crop-compiled    the double backward, compiled, of the crops that the window sees
+    fastjac          ``JacobianMatching``
+    fastjac-behind   the same, what lies behind the target's layer compiled (ResNet)
+
+The rivals take batch statistics in every configuration, since frozen ones would cost them a second
+forward; ``crop-compiled`` makes that forward on crops, frozen. Each is compared with the reference in
+float64 before anything is timed, and one that is wrong is not timed. A contender in a configuration that
+it cannot serve is left out. On a GPU, ``plain-graphed``, ``fastjac-graphed`` and so on are those steps
+under ``fastjac.graphed``.
+
+Time: all contenders in turn in one process, each in its better memory layout (compiled ones in
+channels-last); median with 20 % and 80 % quantiles, and the ratio to the first round by round. On a
+CPU it is taken under ``--allocators``: the default, and one that keeps its pages; and a profile says
+how much of it convolutions take, PyTorch's and fastjac's own. Of fastjac's step, also the sweeps' time.
+First: in a new process and without any cache of the compiler, seconds from the networks to the end of
+the first step and of the tenth, and of the first step at another size of batch.
+Host: the same as time, with one image of the smallest size and networks of a few channels (``--width``),
+so that arithmetic is negligible: what the host does for a step, and a GPU may wait for.
 Memory: peak resident memory of three steps over that before the first, each contender in processes of
-its own, the median of five; under the default allocator, whose heap keeps what it cannot return, more
-in one process and less in another. On a CPU also under one that maps every tensor of a MiB by itself:
-what the steps need. On a GPU, what PyTorch's allocator says, which does not vary: one process.
+its own, the median; under the default allocator, whose heap keeps what it cannot return, more in one
+process and less in another. On a CPU also under one that maps every tensor of a MiB by itself: what the
+steps need. On a GPU, what PyTorch's allocator says, which does not vary: one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from benchmarks import measuring
+import fastjac
+from benchmarks import contenders, measuring, rivals
+from benchmarks.contenders import CONFIGURATIONS, Configuration, Contender
 
 MODULE = "benchmarks.step"
-CONTENDERS = ("plain", "naive", "fastjac")
+CONTENDERS = ("plain", "plain-compiled", "naive", "naive-compiled", "crop-compiled", "fastjac")
 HOST_STEPS = 200
+WRONG = 1e-9  # a relative error of the gradient in float64 above it
+UNCACHED = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """Networks, image size and target of a step."""
-
-    student: str
-    teacher: str
-    size: int
-    batch: int
-    layer: str | None = None
-    window: float = 1 / 5
-    batch_stats: str = "frozen"
-    classes: int = 100
-    width: float = 1.0  # of a VGG
-
-
-CONFIGURATIONS = {
-    "vgg9-224": Configuration("vgg9", "vgg9", 224, 8, "pool2"),
-    "vgg9-448": Configuration("vgg9", "vgg9", 448, 8, "pool2", window=1 / 10),
-    "vgg9-224-batch": Configuration("vgg9", "vgg9", 224, 8, "pool2", batch_stats="batch"),
-    "vgg9-224-logits": Configuration("vgg9", "vgg9", 224, 8),
-    "resnet18-224": Configuration("resnet18", "resnet34", 224, 8, "layer1"),
-    "vgg4-32": Configuration("vgg4", "vgg9", 32, 128, batch_stats="batch"),
+WAYS: dict[str, type[Contender]] = {
+    "plain": contenders.Contender,
+    "plain-compiled": contenders.PlainCompiled,
+    "fused": contenders.Fused,
+    "naive": rivals.DoubleBackward,
+    "naive-compiled": rivals.DoubleBackwardCompiled,
+    "func-compiled": rivals.FunctionalCompiled,
+    "make_fx": rivals.Traced,
+    "make_fx-core": rivals.TracedDecomposed,
+    "jvp-of-grad": rivals.ForwardOverReverse,
+    "grad-of-jvp": rivals.ReverseOverForward,
+    "crop-compiled": rivals.Cropped,
+    "fastjac": contenders.Matching,
+    "fastjac-behind": contenders.MatchingCompiledBehind,
 }
 
 
-def network(name: str, config: Configuration) -> Any:
-    """A VGG of fastjac's, or a network of torchvision's."""
-    import torchvision
-
-    import fastjac.models.vgg as vgg
-
-    if hasattr(vgg, name):
-        return getattr(vgg, name)(config.classes, width=config.width)
-    return torchvision.models.get_model(name, num_classes=config.classes)
+def way(name: str) -> type[Contender]:
+    """The class of a contender, graphed or not."""
+    return WAYS[name.removesuffix("-graphed")]
 
 
-def compiled(net: Any, layer: str | None) -> Any:
-    """``forward_with_features(net, x, layer)`` of x, as one graph: so its hook must stay."""
-    import torch
-
-    from fastjac.features import find_layer
-
-    caught: list[torch.Tensor] = []
-    if layer:
-        find_layer(net, layer).register_forward_hook(lambda module, args, out: caught.append(out))
-
-    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return net(x), caught.pop() if layer else None
-
-    return torch.compile(forward, fullgraph=True)
+def contender(
+    name: str, config: Configuration, layout: str, device: str, amp: bool, double: bool = False
+) -> Contender:
+    """The contender of this name; with ``-graphed`` behind it, under ``fastjac.graphed``."""
+    found = way(name)(config, layout, device, amp, double)
+    if name.endswith("-graphed"):
+        found.taken = fastjac.graphed(found.take, warmup=2)
+    return found
 
 
-class Contender:
-    """One way of taking the step, on its own copies of the networks."""
-
-    def __init__(
-        self, name: str, config: Configuration, layout: str, device: str, amp: bool
-    ) -> None:
-        import torch
-
-        import fastjac
-        from fastjac.features import forward_with_features
-
-        name, graphed = name.removesuffix("-graphed"), name.endswith("-graphed")
-        torch.manual_seed(0)
-        nets = [network(n, config) for n in (config.student, config.teacher)]
-        form = measuring.memory_format(layout)
-        student, teacher = (net.to(device, memory_format=form) for net in nets)
-        torch.manual_seed(1)
-        x = torch.rand(config.batch, 3, config.size, config.size)
-        self.x = x.to(device, memory_format=form)
-        self.y = torch.randint(config.classes, (config.batch,)).to(device)
-        self.student, self.teacher, self.layer = student.train(), teacher.eval(), config.layer
-        self.device, self.amp = device, amp
-        self.jacobians = name not in ("plain", "fused", "compiled")
-        if name == "fused":
-            self.student, self.teacher = fastjac.fuse(self.student), fastjac.fuse(self.teacher)
-        self.forwards = [
-            compiled(net, self.layer)
-            if name == "compiled"
-            else functools.partial(forward_with_features, net, layer=self.layer)
-            for net in (self.student, self.teacher)
-        ]
-        target = fastjac.LabelLogit()
-        if config.layer:
-            target = fastjac.AttentionWindow(config.layer, window=config.window)
-        naive = {"batch_stats": "batch", "strategy": "autograd"}
-        ours = {"batch_stats": config.batch_stats, "strategy": "auto"}
-        reference = {"batch_stats": config.batch_stats, "strategy": "autograd"}
-        if self.jacobians:
-            ways = {"naive": naive, "fastjac": ours, "reference": reference}
-            self.matcher = fastjac.JacobianMatching(student, teacher, target, **ways[name])
-        self.taken = fastjac.graphed(self.take, warmup=2) if graphed else self.take
-
-    def step(self) -> float:
-        """Take the step; the loss."""
-        return float(self.taken(self.x, self.y))  # waits for the device
-
-    def take(self, x: Any, y: Any) -> Any:
-        """The step on a batch; the loss, for which nothing waits."""
-        import torch
-        import torch.nn.functional as F
-
-        import fastjac
-
-        self.student.zero_grad(set_to_none=True)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
-            if self.jacobians:
-                out = self.matcher(x, y)
-                logits, logits_t = out.student_logits, out.teacher_logits
-                features, features_t = out.student_features, out.teacher_features
-                loss = out.jacobian_loss
-            else:
-                student, teacher = self.forwards
-                with torch.no_grad():
-                    logits_t, features_t = teacher(x)
-                logits, features = student(x)
-                loss = 0.0
-            loss = loss + F.cross_entropy(logits, y)
-            loss = loss + fastjac.activation_match_loss(logits, logits_t)
-            if features is not None:
-                loss = loss + fastjac.attention_match_loss(features, features_t)
-        loss.backward()
-        return loss.detach()
+def serves(name: str, config: Configuration) -> bool:
+    """Whether a contender can take the step of a configuration."""
+    if name == "crop-compiled":
+        return config.layer is not None and config.batch_stats == "frozen" and config.before > 0
+    return name != "fastjac-behind" or config.layer == "layer1"
 
 
-def validate(config: Configuration, device: str) -> float:
-    """The relative error of fastjac's parameter gradient against the reference's, float64, batch 2."""
+def validate(name: str, config: Configuration, device: str) -> float:
+    """The relative error of a contender's parameter gradient, float64, batch 2, small images."""
     small = dataclasses.replace(config, batch=2, size=min(config.size, 112))
-    students = []
-    for name in ("fastjac", "reference"):
-        contender = Contender(name, small, "channels_last", device, amp=False)
-        contender.student.double()
-        contender.teacher.double()
-        contender.x = contender.x.double()
-        contender.step()
-        students.append(contender.student)
-    return measuring.relative_error(*students)
+    tried = contender(name, small, "channels_last", device, amp=False, double=True)
+    tried.step()
+    same = dataclasses.replace(small, batch_stats=tried.batch_stats)
+    reference = contenders.Reference(same, "channels_last", device, amp=False, double=True)
+    reference.step()
+    return measuring.relative_error(tried.student, reference.student)
 
 
 def time_steps(args: argparse.Namespace, config: Configuration, rounds: int) -> dict[str, Any]:
     """Seconds per step of every contender in every layout, round by round."""
-    contenders = {
-        (name, layout): Contender(name, config, layout, args.device, args.amp)
+    taken = {
+        (name, layout): contender(name, config, layout, args.device, args.amp)
         for name in args.contenders
-        for layout in args.layouts
+        for layout in layouts_of(name, args)
     }
-    seconds = measuring.time_in_turn(contenders, rounds)
-    rows = measuring.compare(seconds, args.contenders, args.layouts)
+    seconds = measuring.time_in_turn(taken, rounds)
+    rows = measuring.compare(seconds)
     for name, row in rows.items():
-        contender = contenders[name, row["layout"]]
+        fastest = taken[name, row["layout"]]
         if args.device == "cpu" and args.worker == "time":
-            row["convolutions"] = row["ratio"] * measuring.convolution_share(contender)
+            row["convolutions"] = row["ratio"] * measuring.convolution_share(fastest)
         if name == "fastjac":
-            row["sweeps_s"] = measuring.sweep_seconds(contender, args.device)
+            row["sweeps_s"] = measuring.sweep_seconds(fastest, args.device)
     return rows
+
+
+def layouts_of(name: str, args: argparse.Namespace) -> list[str]:
+    """Those of ``--layouts`` that the contender is worth measuring in; the last of all if none is."""
+    own = way(name).layouts
+    return [layout for layout in args.layouts if layout in own] or args.layouts[-1:]
 
 
 def peak_memory(args: argparse.Namespace, config: Configuration) -> int:
     """Bytes that steps of the one contender need."""
-    how = (args.layouts[0], args.device, args.amp)
-    small = dataclasses.replace(config, size=32, batch=2)
-    return measuring.peak_memory(
-        Contender(args.contenders[0], config, *how),
-        args.device,
-        warm=lambda: Contender(args.contenders[0], small, *how).step(),
-    )
+    name, how = args.contenders[0], (args.layouts[0], args.device, args.amp)
+    taken, small = contender(name, config, *how), dataclasses.replace(config, size=32, batch=2)
+    # Compiling at another size would be another compilation, whose memory stays.
+    warm = taken if "layouts" in vars(type(taken)) else contender(name, small, *how)
+    return measuring.peak_memory(taken, args.device, warm=warm.step)
+
+
+def first_steps(args: argparse.Namespace, config: Configuration) -> dict[str, float]:
+    """Seconds until the first and the tenth step end, and of the first at another size of batch."""
+    start = time.perf_counter()
+    taken = contender(args.contenders[0], config, args.layouts[0], args.device, args.amp)
+    ends = []
+    for _ in range(10):
+        taken.step()
+        ends.append(time.perf_counter() - start)
+    taken.x, taken.y = taken.x[:-1], taken.y[:-1]
+    start = time.perf_counter()
+    taken.step()
+    return {"first": ends[0], "tenth": ends[-1], "other_batch": time.perf_counter() - start}
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
@@ -218,7 +164,9 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
         rounds = args.rounds if args.worker == "time" else HOST_STEPS
         return {"rows": time_steps(args, config, rounds)}
     if args.worker == "validate":
-        return {"error": validate(config, args.device)}
+        return {"error": validate(args.contenders[0], config, args.device)}
+    if args.worker == "first":
+        return first_steps(args, config)
     return {"bytes": peak_memory(args, config)}
 
 
@@ -245,45 +193,48 @@ def host_configuration(config: Configuration, args: argparse.Namespace) -> Confi
 def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[str, Any]:
     """Every figure of one configuration."""
     result: dict[str, Any] = {"configuration": name, **asdict(config), "time": {}, "memory": {}}
-    error = spawn("validate", config, args, args.contenders, args.layouts, {})["error"]
-    result["gradient_error_float64"] = error
-    if error > 1e-9:
-        raise SystemExit(f"{name}: fastjac's gradient is off by {error:.1e}; nothing was timed")
-    settings = measuring.ALLOCATORS if args.device == "cpu" else {"device": {}}
+    result["gradient_error_float64"] = errors = {}
+    tried = [each for each in args.contenders if serves(each, config)]
+    for each in tried:
+        if way(each).jacobians:
+            errors[each] = spawn("validate", config, args, [each], args.layouts, {})["error"]
+    names = [each for each in tried if errors.get(each, 0) <= WRONG]
+    if "fastjac" in errors and "fastjac" not in names:
+        raise SystemExit(f"{name}: fastjac's gradient is off by {errors['fastjac']:.1e}")
     if "host" in args.measure:
         tiny = host_configuration(config, args)
-        rows = spawn("host", tiny, args, args.contenders, args.layouts, {})["rows"]
+        rows = spawn("host", tiny, args, names, args.layouts, {})["rows"]
         result["host"] = {**asdict(tiny), "steps": HOST_STEPS, "rows": rows}
-    layouts = dict.fromkeys(args.contenders, args.layouts[-1])
+    layouts = {each: layouts_of(each, args)[-1] for each in names}
     if "time" in args.measure:
-        for setting, env in settings.items():
-            rows = spawn("time", config, args, args.contenders, args.layouts, env)["rows"]
-            result["time"][setting] = rows
+        for setting in args.allocators if args.device == "cpu" else ["device"]:
+            env = measuring.ALLOCATORS.get(setting, {})
+            result["time"][setting] = spawn("time", config, args, names, args.layouts, env)["rows"]
         layouts = {n: row["layout"] for n, row in next(iter(result["time"].values())).items()}
-    for contender in args.contenders if "memory" in args.measure else ():
+    if "first" in args.measure:
+        result["first"] = {
+            each: spawn("first", config, args, [each], [layouts[each]], UNCACHED) for each in names
+        }
+    for each in names if "memory" in args.measure else ():
 
-        def run(env: Mapping[str, str], contender: str = contender) -> int:
-            mine = (config, args, [contender], [layouts[contender]], env)
-            return spawn("memory", *mine)["bytes"]
+        def run(env: Mapping[str, str], each: str = each) -> int:
+            return spawn("memory", config, args, [each], [layouts[each]], env)["bytes"]
 
-        got, needed = measuring.measure_memory(args.device, run)
-        result["memory"][contender] = statistics.median(got)
-        result.setdefault("memory_of_each_process", {})[contender] = got
+        got, needed = measuring.measure_memory(args.device, run, args.memory_processes)
+        result["memory"][each] = statistics.median(got)
+        result.setdefault("memory_of_each_process", {})[each] = got
         if needed is not None:
-            result.setdefault("memory_needed", {})[contender] = needed
+            result.setdefault("memory_needed", {})[each] = needed
     if args.memory_limit:
         limit = int(args.memory_limit * 2**30)
         result["memory_limit"] = limit
-        result["largest_batch"] = {
-            contender: largest_batch(result, contender, limit, args)
-            for contender in args.contenders
-        }
+        result["largest_batch"] = {each: largest_batch(result, each, limit, args) for each in names}
     return result
 
 
 def largest_batch(result: dict[str, Any], name: str, limit: int, args: argparse.Namespace) -> int:
     """The largest batch whose steps need at most ``limit`` bytes, to 5 %; each try scales the last."""
-    fields = {f: result[f] for f in Configuration.__dataclass_fields__}
+    fields = {f.name: result[f.name] for f in dataclasses.fields(Configuration)}
     rows = next(iter(result["time"].values()), {})
     layout = rows[name]["layout"] if rows else args.layouts[-1]
     needed = {result["batch"]: result["memory"][name]}
@@ -303,10 +254,23 @@ def table(result: dict[str, Any], args: argparse.Namespace) -> str:
     settings = dict(result["time"])
     if "host" in result:
         settings["host"] = result["host"]["rows"]
+    errors = result["gradient_error_float64"]
     for name in args.contenders:
-        cells = [measuring.text_of_time(setting, rows[name]) for setting, rows in settings.items()]
-        cells += filter(None, [measuring.text_of_memory(result, name)])
-        lines.append(f"  {name:10s} | " + " | ".join(cells))
+        if errors.get(name, 0) > WRONG:
+            lines.append(f"  {name:14s} | wrong: the gradient is off by {errors[name]:.1e}")
+            continue
+        measured = {s: rows[name] for s, rows in settings.items() if name in rows}
+        cells = [measuring.text_of_time(setting, row) for setting, row in measured.items()]
+        if name in result["memory"]:
+            cells.append(measuring.text_of_memory(result, name))
+        if name in result.get("first", {}):
+            first = result["first"][name]
+            cells.append(
+                f"first step {first['first']:.1f} s, tenth {first['tenth']:.1f} s, "
+                f"at another batch {first['other_batch']:.1f} s"
+            )
+        if cells:
+            lines.append(f"  {name:14s} | " + " | ".join(cells))
     if "largest_batch" in result:
         found = ", ".join(f"{name} {batch}" for name, batch in result["largest_batch"].items())
         lines.append(f"  largest batch in {result['memory_limit'] / 2**30:g} GiB: {found}")
@@ -326,7 +290,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     measuring.add_options(parser, CONTENDERS, rounds=7)
     parser.add_argument(
-        "--measure", nargs="+", default=["time", "memory"], choices=("time", "memory", "host")
+        *("--measure", "-m"),
+        nargs="+",
+        default=["time", "memory"],
+        choices=("time", "memory", "first", "host"),
+    )
+    parser.add_argument(
+        "--vary",
+        nargs="+",
+        metavar=("FIELD", "VALUE"),
+        help="a field of the configuration (size, layer, window, student, ...) and its values in turn",
     )
     parser.add_argument(
         "--width", type=float, default=1 / 32, help="of the VGGs that host time is measured on"
@@ -338,7 +311,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.configurations:
         if name not in CONFIGURATIONS:
             parser.error(f"unknown configuration {name!r}; expected of: {known}")
+    for name in args.contenders:
+        if name.removesuffix("-graphed") not in WAYS:
+            parser.error(f"unknown contender {name!r}; expected of: {', '.join(WAYS)}")
+    known_fields = {f.name: f.type for f in dataclasses.fields(Configuration)}
+    if args.vary and (len(args.vary) < 2 or args.vary[0] not in known_fields):
+        parser.error(f"--vary: expected one of {', '.join(known_fields)} and values")
     return args
+
+
+def chosen(args: argparse.Namespace) -> list[tuple[str, Configuration]]:
+    """The configurations to measure, with their names."""
+    found = []
+    for name in args.configurations or CONFIGURATIONS:
+        config = CONFIGURATIONS[name]
+        for batch in args.batch or [config.batch]:
+            found.append((name, dataclasses.replace(config, batch=batch)))
+    if not args.vary:
+        return found
+    field, *values = args.vary
+    kind = type(getattr(CONFIGURATIONS["vgg9-224"], field))
+    return [
+        (f"{name}, {field} {value}", dataclasses.replace(config, **{field: kind(value)}))
+        for name, config in found
+        for value in values
+    ]
 
 
 def main() -> None:
@@ -347,12 +344,10 @@ def main() -> None:
         print(json.dumps(worker(args)))
         return
     results = []
-    for name in args.configurations or CONFIGURATIONS:
-        for batch in args.batch or [CONFIGURATIONS[name].batch]:
-            config = dataclasses.replace(CONFIGURATIONS[name], batch=batch)
-            results.append(measure(name, config, args))
-            print(table(results[-1], args), flush=True)
-            measuring.write_json(args, MODULE, results)
+    for name, config in chosen(args):
+        results.append(measure(name, config, args))
+        print(table(results[-1], args), flush=True)
+        measuring.write_json(args, MODULE, results)
 
 
 if __name__ == "__main__":

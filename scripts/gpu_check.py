@@ -47,7 +47,7 @@ UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # The dtype and the layout that a GPU trains in. In all of them the operators' benchmarks take minutes.
 TIMED = "not contiguous and not torch.float and not block"
 CONFIGURATIONS = ("vgg9-224", "resnet18-224")
-CONTENDERS = ("plain", "compiled", "naive", "fastjac")
+CONTENDERS = ("plain", "plain-compiled", "naive", "fastjac")
 GRAPHED = ("plain-graphed", "fastjac-graphed")
 BATCHES = ("8", "64")  # what the host bounds, and what fills the GPU
 # Shares of a copy's bandwidth, each in the same run. What is below the goal is listed; what is below
@@ -278,7 +278,7 @@ def stages(logs: Path, architecture: str) -> list[list[Step]]:
     operators = [*pytest, *timed, "-k", TIMED, f"--benchmark-json={ops}"]
     timing = ("--batch", *BATCHES, "--contenders", *CONTENDERS, *GRAPHED)
     timing += ("--measure", "time", "--rounds", "30")
-    host = ("--contenders", *(c for c in CONTENDERS if c != "compiled"), "--measure", "host")
+    host = ("--contenders", *(c for c in CONTENDERS if c != "plain-compiled"), "--measure", "host")
     found = [
         [Step("build", [python, "setup.py", "build"], 170, build, required=True)],
         [Step("loaded", [python, "-c", loaded], 30, {}, built, required=True)],

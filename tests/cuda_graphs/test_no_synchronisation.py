@@ -65,7 +65,7 @@ def test_every_configuration_of_the_step(name, contender, layout, chains, monkey
     monkeypatch.setattr("fastjac.fusion.mode.native", lambda device: chains)
     config = step.CONFIGURATIONS[name]
     small = replace(config, size=min(config.size, 80), batch=2, width=1 / 32)
-    here = step.Contender(contender, small, layout, "cpu", amp=False)
+    here = step.contender(contender, small, layout, "cpu", amp=False)
     run(here.take, here.x, here.y)
     assert any(p.grad.abs().sum() > 0 for p in here.student.parameters())
 

@@ -10,13 +10,13 @@ from torch import nn
 
 import fastjac
 from benchmarks.launches import launches
-from benchmarks.step import CONFIGURATIONS, Contender
+from benchmarks.step import CONFIGURATIONS, contender
 
 
-def of_step(name: str, contender: str) -> int:
+def of_step(name: str, way: str) -> int:
     """Of a step on small images: its operations are those of large ones."""
     config = dataclasses.replace(CONFIGURATIONS[name], size=64, batch=2, width=1 / 32)
-    taken = Contender(contender, config, "contiguous", "cpu", amp=False)
+    taken = contender(way, config, "contiguous", "cpu", amp=False)
     taken.step()
     return launches(taken.step).total()
 
