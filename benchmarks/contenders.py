@@ -24,6 +24,8 @@ from fastjac.features import find_layer
 class Configuration:
     """Networks, image size and target of a step.
 
+    ``target`` is one of :data:`TARGETS`, where there is no ``layer``; with one, it is its window, and
+    the windows of ``"layer1+layer2"`` are matched from one forward.
     ``before`` and ``after`` are how far the input that the window's features depend on reaches, in
     pixels before the window's first cell and behind its last, in multiples of ``stride``, a cell's size.
     """
@@ -32,7 +34,8 @@ class Configuration:
     teacher: str
     size: int
     batch: int
-    layer: str | None = None
+    layer: str = ""
+    target: str = "label"
     window: float = 1 / 5
     batch_stats: str = "frozen"
     classes: int = 100
@@ -41,6 +44,14 @@ class Configuration:
     before: int = 0
     after: int = 0
 
+
+TARGETS: dict[str, fastjac.Target] = {
+    "label": fastjac.LabelLogit(),
+    "cross-entropy": fastjac.Scalar(lambda z, y: F.cross_entropy(z, y, reduction="none")),
+    "projection": fastjac.Projection(1),
+    "three-logits": fastjac.Logits([0, 1, 2]),
+    "logits": fastjac.Logits(),
+}
 
 _POOL2 = {"layer": "pool2", "stride": 4, "before": 4, "after": 4}
 _LAYER1 = {"layer": "layer1", "stride": 4, "before": 32, "after": 28}
@@ -67,12 +78,14 @@ def network(name: str, config: Configuration) -> nn.Module:
 class WithFeatures(nn.Module):
     """A network that returns its logits and what ``layer`` returned, or None; it may be compiled."""
 
-    def __init__(self, net: nn.Module, layer: str | None) -> None:
+    def __init__(self, net: nn.Module, layer: str) -> None:
         super().__init__()
-        self.net, self.layer = net, layer
+        self.net, self.layer = net, layer.partition("+")[0]
         self.caught: list[Tensor] = []
-        if layer:
-            find_layer(net, layer).register_forward_hook(lambda *call: self.caught.append(call[2]))
+        if self.layer:
+            find_layer(net, self.layer).register_forward_hook(
+                lambda *call: self.caught.append(call[2])
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = self.net(x)
@@ -176,16 +189,17 @@ class Matching(Contender):
     def prepare(self) -> None:
         config = self.config
         self.batch_stats = config.batch_stats
-        target: fastjac.Target = fastjac.LabelLogit()
+        targets: tuple[fastjac.Target, ...] = (TARGETS[config.target],)
         if config.layer:
-            target = fastjac.AttentionWindow(config.layer, window=config.window)
+            layers = config.layer.split("+")
+            targets = tuple(fastjac.AttentionWindow(each, config.window) for each in layers)
         options = {"batch_stats": self.batch_stats, "strategy": self.strategy}
-        self.matcher = fastjac.JacobianMatching(self.student, self.teacher, target, **options)
+        self.matcher = fastjac.JacobianMatching(self.student, self.teacher, targets, **options)
         self.loss = self.compute
 
     def compute(self, x: Tensor, y: Tensor) -> Tensor:
         out = self.matcher(x, y)
-        features = (out.student_features, out.teacher_features)
+        features = (out.student_features[0], out.teacher_features[0])
         plain = distillation_loss(out.student_logits, out.teacher_logits, *features, y)
         return plain + out.jacobian_loss
 
@@ -203,6 +217,6 @@ class MatchingCompiledBehind(Matching):
 
 
 class Reference(Matching):
-    """What every other is compared with: ``JacobianMatching`` by its own double backward."""
+    """What the others are compared with: ``JacobianMatching`` by its own double backward."""
 
     strategy = "autograd"

@@ -126,6 +126,53 @@ def convolution_share(contender: Contender) -> float:
     return statistics.median(shares)
 
 
+def flop(contender: Contender) -> int | None:
+    """Of a step's convolutions and matrix products; None of a compiled one, whose calls nothing sees."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counting(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = op(*args, **(kwargs or {}))
+            name = op.overloadpacket.__name__
+            if op.namespace == "fastjac" and name.startswith("winograd"):
+                # Four products for an output, of the map that is given (as wide, but for padding).
+                *_, height, width = args[0].shape
+                filters, channels, *_ = (args[1] if name == "winograd" else args[2]).shape
+                self.total += 8 * len(args[0]) * height * width * filters * channels
+            elif op.overloadpacket in flop_registry:
+                counted = flop_registry[op.overloadpacket]
+                self.total += counted(*args, **(kwargs or {}), out_val=out)
+            return out
+
+    if type(contender).layouts != LAYOUTS:
+        return None
+    with Counting() as counting:
+        contender.step()
+    return counting.total
+
+
+def flop_per_second(device: str, amp: bool) -> float:
+    """Of a matrix product of 4096 squared (2048 on a CPU), the best of five."""
+    import torch
+
+    size, dtype = (2048 if device == "cpu" else 4096), (torch.bfloat16 if amp else torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds = []
+    for _ in range(6):
+        wait()
+        start = time.perf_counter()
+        a @ b
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
 def resident(field: str) -> int:
     """A field of this process's status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():

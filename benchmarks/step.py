@@ -14,6 +14,7 @@ cross-entropy, squared error of the logits and, for a window, attention matching
     make_fx-core     the same with ``core_aten_decompositions``: wrong for a BatchNorm in train mode
     jvp-of-grad      ``torch.func.jvp`` of the parameters' gradient, along the loss's slope in J
     grad-of-jvp      the other order: wrong for a BatchNorm in train mode
+    reference        ``JacobianMatching(strategy="autograd")``: naive, with the statistics asked for
     crop-compiled    the double backward, compiled, of the crops that the window sees
     fastjac          ``JacobianMatching``
     fastjac-behind   the same, what lies behind the target's layer compiled (ResNet)
@@ -28,6 +29,8 @@ Time: all contenders in turn in one process, each in its better memory layout (c
 channels-last); median with 20 % and 80 % quantiles, and the ratio to the first round by round. On a
 CPU it is taken under ``--allocators``: the default, and one that keeps its pages; and a profile says
 how much of it convolutions take, PyTorch's and fastjac's own. Of fastjac's step, also the sweeps' time.
+Of every eager step, its FLOP (of a Winograd convolution, what it does), and beside them the FLOP per
+second of a large matrix product in that process: no step is faster than their quotient.
 First: in a new process and without any cache of the compiler, seconds from the networks to the end of
 the first step and of the tenth, and of the first step at another size of batch.
 Host: the same as time, with one image of the smallest size and networks of a few channels (``--width``),
@@ -72,6 +75,7 @@ WAYS: dict[str, type[Contender]] = {
     "jvp-of-grad": rivals.ForwardOverReverse,
     "grad-of-jvp": rivals.ReverseOverForward,
     "crop-compiled": rivals.Cropped,
+    "reference": contenders.Reference,
     "fastjac": contenders.Matching,
     "fastjac-behind": contenders.MatchingCompiledBehind,
 }
@@ -94,9 +98,13 @@ def contender(
 
 def serves(name: str, config: Configuration) -> bool:
     """Whether a contender can take the step of a configuration."""
-    if name == "crop-compiled":
-        return config.layer is not None and config.batch_stats == "frozen" and config.before > 0
-    return name != "fastjac-behind" or config.layer == "layer1"
+    if not way(name).jacobians or way(name) in (contenders.Matching, contenders.Reference):
+        return True
+    if name == "fastjac-behind":
+        return config.layer == "layer1"
+    if name == "crop-compiled" and (config.batch_stats != "frozen" or not config.before):
+        return False
+    return config.target == "label" and "+" not in config.layer
 
 
 def validate(name: str, config: Configuration, device: str) -> float:
@@ -121,6 +129,7 @@ def time_steps(args: argparse.Namespace, config: Configuration, rounds: int) -> 
     rows = measuring.compare(seconds)
     for name, row in rows.items():
         fastest = taken[name, row["layout"]]
+        row["flop"] = measuring.flop(fastest)
         if args.device == "cpu" and args.worker == "time":
             row["convolutions"] = row["ratio"] * measuring.convolution_share(fastest)
         if name == "fastjac":
@@ -162,7 +171,8 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     config = Configuration(**json.loads(args.worker_config))
     if args.worker in ("time", "host"):
         rounds = args.rounds if args.worker == "time" else HOST_STEPS
-        return {"rows": time_steps(args, config, rounds)}
+        rows = time_steps(args, config, rounds)
+        return {"rows": rows, "flop_per_second": measuring.flop_per_second(args.device, args.amp)}
     if args.worker == "validate":
         return {"error": validate(args.contenders[0], config, args.device)}
     if args.worker == "first":
@@ -209,7 +219,9 @@ def measure(name: str, config: Configuration, args: argparse.Namespace) -> dict[
     if "time" in args.measure:
         for setting in args.allocators if args.device == "cpu" else ["device"]:
             env = measuring.ALLOCATORS.get(setting, {})
-            result["time"][setting] = spawn("time", config, args, names, args.layouts, env)["rows"]
+            found = spawn("time", config, args, names, args.layouts, env)
+            result["time"][setting] = found["rows"]
+            result.setdefault("flop_per_second", {})[setting] = found["flop_per_second"]
         layouts = {n: row["layout"] for n, row in next(iter(result["time"].values())).items()}
     if "first" in args.measure:
         result["first"] = {
@@ -330,7 +342,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Configuration]]:
     if not args.vary:
         return found
     field, *values = args.vary
-    kind = type(getattr(CONFIGURATIONS["vgg9-224"], field))
+    kind = type(getattr(CONFIGURATIONS["vgg4-32"], field))
     return [
         (f"{name}, {field} {value}", dataclasses.replace(config, **{field: kind(value)}))
         for name, config in found
