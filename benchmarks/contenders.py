@@ -8,7 +8,10 @@ one by name. Those that use fastjac are here; those that take Jacobians without 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +217,52 @@ class MatchingCompiledBehind(Matching):
         for net in (self.student, self.teacher):
             for name in ("layer2", "layer3", "layer4"):
                 find_layer(net, name).compile(fullgraph=True)
+
+
+class Without(Matching):
+    """:class:`Matching` without one of the things that make it fast, by ``replaced``.
+
+    ``replaced`` has the names of functions and properties, and what stands in their place.
+    """
+
+    replaced: dict[str, Any]
+
+    def take(self, x: Tensor, y: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            for name, value in self.replaced.items():
+                stack.enter_context(mock.patch(name, value))
+            return super().take(x, y)
+
+
+def _no_pool(chosen: str) -> Any:
+    from fastjac.fusion.chains import pool_of
+
+    def found(*args: Any, **kwargs: Any) -> str | None:
+        pool = pool_of(*args, **kwargs)
+        return None if pool is not None and pool.startswith(chosen) else pool
+
+    return found
+
+
+_NO = lambda *_: False  # noqa: E731
+
+
+def without(what: str) -> type[Without]:
+    """The contender without ``what``, of :data:`PARTS`."""
+    return type("Without", (Without,), {"replaced": PARTS[what]})
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "winograd": {
+        "fastjac.ops.winograd.winograd_is_faster": _NO,
+        "fastjac.fusion.mode.winograd_is_faster": _NO,
+    },
+    "pool-2x2": {"fastjac.fusion.mode.pool_of": _no_pool("2x2")},
+    "pool-3x3": {"fastjac.fusion.mode.pool_of": _no_pool("3x3")},
+    "recomputed-convolution": {"fastjac.fusion.recompute._GROWTH": float("inf")},
+    "recomputed-chain": {"fastjac.fusion.chains.Chain.recomputable": False},
+    "fusion": {"fastjac.fusion.mode.native": _NO},
+}
 
 
 class Reference(Matching):

@@ -112,20 +112,6 @@ def sweep_seconds(contender: Contender, device: str) -> dict[str, float]:
     return {name: statistics.median(step[name] for step in steps) for name in spent}
 
 
-def convolution_share(contender: Contender) -> float:
-    """The share of a step's operations that convolutions and their derivatives take; median of three."""
-    from torch.profiler import ProfilerActivity, profile
-
-    shares = []
-    for _ in range(3):
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            contender.step()
-        own = {e.key: e.self_cpu_time_total for e in profiled.key_averages()}
-        convolutions = [t for key, t in own.items() if "convolution" in key or "winograd" in key]
-        shares.append(sum(convolutions) / sum(own.values()))
-    return statistics.median(shares)
-
-
 def flop(contender: Contender) -> int | None:
     """Of a step's convolutions and matrix products; None of a compiled one, whose calls nothing sees."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -226,8 +212,6 @@ def text_of_time(setting: str, row: Mapping[str, Any]) -> str:
     """One contender's time under one setting."""
     low, high = row["quantiles_s"]
     text = f"{setting}: {_ms(row['median_s'])} ms ({_ms(low)} to {_ms(high)}) {row['ratio']:.2f}x"
-    if "convolutions" in row:
-        text += f", convolutions {row['convolutions']:.2f}x"
     for sweep, spent in row.get("sweeps_s", {}).items():
         text += f", {sweep.replace('_', ' ')}s {_ms(spent)} ms"
     return text

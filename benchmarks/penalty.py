@@ -1,6 +1,7 @@
-"""One discriminator step with the R1 penalty: plain, by double backward, compiled, and by fastjac.
+"""One discriminator step with a gradient penalty: plain, by double backward, compiled, and by fastjac.
 
     python -m benchmarks.penalty --norm batch --compiled
+    python -m benchmarks.penalty --norm group --penalty wgan-gp
 
 The discriminator is DCGAN's: images of 64 x 64 pixels, four convolutions of 4 x 4 with stride 2 and 64,
 128, 256, 512 channels, BatchNorm (``--norm batch``) or GroupNorm of 32 groups behind all but the first,
@@ -10,6 +11,10 @@ itself, the logistic loss E softplus(-D(real)) + E softplus(D(generated)), and i
 optimiser. The others add the penalty gamma/2 E ||dD/dx||^2 on the real images (Mescheder et al., ICML
 2018). ``--images real`` leaves the generated ones out, in every contender: the convolutions then take
 three products each in ``plain``, and six with the penalty (9 of 6 with both).
+
+With ``--penalty wgan-gp``, the loss is E D(generated) - E D(real), and the penalty
+gamma E (||dD/dx|| - 1)^2 on images between the two (Gulrajani et al., NeurIPS 2017), which take a
+forward of their own: its convolutions take twelve products where ``plain`` has six.
 
 ``naive`` is the usual code: ``autograd.grad(create_graph=True)`` on the real images, then backward.
 ``compiled`` is that function of images and loss under ``torch.compile``, with
@@ -36,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import measuring
-from fastjac import Scalar, jacobian_norm_penalty, with_jacobian
+from fastjac import Scalar, gradient_penalty, jacobian_norm_penalty, with_jacobian
 
 MODULE = "benchmarks.penalty"
 CONTENDERS = ("plain", "naive", "fastjac")
@@ -50,6 +55,7 @@ class Configuration:
 
     norm: str
     images: str = "both"
+    penalty: str = "r1"
     batch: int = 64
     size: int = 64
     channels: int = 3
@@ -68,11 +74,11 @@ def discriminator(config: Configuration) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, bias=False), nn.Flatten(0))
 
 
-def penalised_logits(model: nn.Module, real: Tensor) -> tuple[Tensor, Tensor]:
-    """D(real) and E ||dD/dx||^2 by double backward; ``real`` is a leaf that requires a gradient."""
-    logits = model(real)
-    (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-    return logits, gradient.flatten(1).square().sum(1).mean()
+def logits_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """D(x) and dD/dx, with its graph; ``x`` is a leaf that requires a gradient."""
+    logits = model(x)
+    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return logits, gradient
 
 
 class Contender:
@@ -95,41 +101,55 @@ class Contender:
         self.real, generated = images
         self.generated = generated if config.images == "both" else None
         self.name, self.device, self.amp = name, device, amp
+        self.wgan = config.penalty == "wgan-gp"
+        self.x = self.real.lerp(generated, 0.3) if self.wgan else self.real  # penalised there
         self._compiled = None
         if name == "compiled":
             torch._dynamo.config.trace_autograd_ops = True
             self._compiled = torch.compile(self.loss, fullgraph=True)
 
-    def real_logits(self, real: Tensor) -> tuple[Tensor, Tensor | float]:
-        """D of the real images and the penalty."""
-        if self.name == "plain":
-            return self.model(real), 0.0
+    def penalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """D of the images and the penalty."""
         if self.name in ("naive", "compiled"):
-            return penalised_logits(self.model, real)
+            logits, gradient = logits_and_gradient(self.model, x)
+            norms = gradient.flatten(1).square().sum(1)
+            if self.wgan:
+                return logits, GAMMA * (norms.sqrt() - 1).square().mean()
+            return logits, GAMMA / 2 * norms.mean()
         target = Scalar(lambda logits, y: logits)
-        out = with_jacobian(self.model, real, target, batch_stats="batch")
-        return out.output, jacobian_norm_penalty(out.jacobian)
+        out = with_jacobian(self.model, x, target, batch_stats="batch")
+        if self.wgan:
+            return out.output, GAMMA * gradient_penalty(out.jacobian)
+        return out.output, GAMMA / 2 * jacobian_norm_penalty(out.jacobian)
 
-    def loss(self, real: Tensor) -> Tensor:
-        """The loss of the step."""
-        logits, penalty = self.real_logits(real)
-        loss = F.softplus(-logits).mean() + GAMMA / 2 * penalty
+    def loss(self, x: Tensor) -> Tensor:
+        """The loss of the step, penalised at ``x``."""
+        penalty: Tensor | float = 0.0
+        if self.name == "plain" or self.wgan:
+            logits = self.model(self.real)
+            if self.name != "plain":
+                _, penalty = self.penalised(x)
+        else:
+            logits, penalty = self.penalised(x)
+        if self.wgan:
+            return self.model(self.generated).mean() - logits.mean() + penalty
+        loss = F.softplus(-logits).mean() + penalty
         if self.generated is not None:
             loss = loss + F.softplus(self.model(self.generated)).mean()
         return loss
 
     def step(self) -> float:
         """Take the step; the loss."""
-        return float(self.take(self.real))  # waits for the device
+        return float(self.take(self.x))  # waits for the device
 
-    def take(self, real: Tensor) -> Tensor:
-        """The step on real images; the loss, for which nothing waits."""
+    def take(self, x: Tensor) -> Tensor:
+        """The step, penalised at ``x``; the loss, for which nothing waits."""
         self.model.zero_grad(set_to_none=True)
-        real = real.detach()
+        x = x.detach()
         if self.name in ("naive", "compiled"):
-            real.requires_grad_()
+            x.requires_grad_()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
-            loss = (self._compiled or self.loss)(real)
+            loss = (self._compiled or self.loss)(x)
         # The images' own gradient is not wanted; the compiled backward must compute it.
         if self.name == "naive":
             loss.backward(inputs=list(self.model.parameters()))
@@ -163,8 +183,6 @@ def time_steps(args: argparse.Namespace, config: Configuration) -> dict[str, Any
     rows = measuring.compare(seconds)
     for name, row in rows.items():
         contender = contenders[name, row["layout"]]
-        if args.device == "cpu":
-            row["convolutions"] = row["ratio"] * measuring.convolution_share(contender)
         if name == "fastjac":
             row["sweeps_s"] = measuring.sweep_seconds(contender, args.device)
     return rows
@@ -231,7 +249,10 @@ def measure(config: Configuration, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(result: dict[str, Any], args: argparse.Namespace) -> str:
     """The figures of one configuration, as text."""
-    lines = [f"{result['norm']} norm, {result['images']} images, batch {result['batch']}"]
+    lines = [
+        f"{result['penalty']}, {result['norm']} norm, {result['images']} images, "
+        f"batch {result['batch']}"
+    ]
     for name in args.contenders:
         cells = [measuring.text_of_time(s, rows[name]) for s, rows in result["time"].items()]
         cells += filter(None, [measuring.text_of_memory(result, name)])
@@ -247,6 +268,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--norm", nargs="+", choices=NORMS, default=list(NORMS))
     parser.add_argument("--images", choices=("both", "real"), default="both")
+    parser.add_argument("--penalty", choices=("r1", "wgan-gp"), default="r1")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--compiled", action="store_true", help="also compiled: it takes minutes")
     parser.add_argument(
@@ -254,6 +276,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     measuring.add_options(parser, CONTENDERS, rounds=7)
     args = parser.parse_args(argv)
+    if args.penalty == "wgan-gp" and args.images == "real":
+        parser.error("--penalty wgan-gp needs both kinds of images")
     if args.compiled:
         args.contenders.append("compiled")
     return args
@@ -266,7 +290,7 @@ def main() -> None:
         return
     results = []
     for norm in args.norm:
-        results.append(measure(Configuration(norm, args.images, args.batch), args))
+        results.append(measure(Configuration(norm, args.images, args.penalty, args.batch), args))
         print(table(results[-1], args), flush=True)
         measuring.write_json(args, MODULE, results)
 

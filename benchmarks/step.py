@@ -18,6 +18,8 @@ cross-entropy, squared error of the logits and, for a window, attention matching
     crop-compiled    the double backward, compiled, of the crops that the window sees
     fastjac          ``JacobianMatching``
     fastjac-behind   the same, what lies behind the target's layer compiled (ResNet)
+    without-winograd, -pool-2x2, -pool-3x3, -recomputed-convolution, -recomputed-chain, -fusion
+                     ``fastjac`` without one of the things that make it fast
 
 The rivals take batch statistics in every configuration, since frozen ones would cost them a second
 forward; ``crop-compiled`` makes that forward on crops, frozen. Each is compared with the reference in
@@ -27,10 +29,10 @@ under ``fastjac.graphed``.
 
 Time: all contenders in turn in one process, each in its better memory layout (compiled ones in
 channels-last); median with 20 % and 80 % quantiles, and the ratio to the first round by round. On a
-CPU it is taken under ``--allocators``: the default, and one that keeps its pages; and a profile says
-how much of it convolutions take, PyTorch's and fastjac's own. Of fastjac's step, also the sweeps' time.
-Of every eager step, its FLOP (of a Winograd convolution, what it does), and beside them the FLOP per
-second of a large matrix product in that process: no step is faster than their quotient.
+CPU it is taken under ``--allocators``: the default, and one that keeps its pages. Of fastjac's step,
+also the sweeps' time. Of every eager step, its FLOP (of a Winograd convolution, what it does), and
+beside them the FLOP per second of a large matrix product in that process: a step takes their quotient
+at least.
 First: in a new process and without any cache of the compiler, seconds from the networks to the end of
 the first step and of the tenth, and of the first step at another size of batch.
 Host: the same as time, with one image of the smallest size and networks of a few channels (``--width``),
@@ -78,6 +80,7 @@ WAYS: dict[str, type[Contender]] = {
     "reference": contenders.Reference,
     "fastjac": contenders.Matching,
     "fastjac-behind": contenders.MatchingCompiledBehind,
+    **{f"without-{part}": contenders.without(part) for part in contenders.PARTS},
 }
 
 
@@ -98,10 +101,10 @@ def contender(
 
 def serves(name: str, config: Configuration) -> bool:
     """Whether a contender can take the step of a configuration."""
-    if not way(name).jacobians or way(name) in (contenders.Matching, contenders.Reference):
-        return True
     if name == "fastjac-behind":
         return config.layer == "layer1"
+    if not way(name).jacobians or issubclass(way(name), contenders.Matching):
+        return True
     if name == "crop-compiled" and (config.batch_stats != "frozen" or not config.before):
         return False
     return config.target == "label" and "+" not in config.layer
@@ -130,8 +133,6 @@ def time_steps(args: argparse.Namespace, config: Configuration, rounds: int) -> 
     for name, row in rows.items():
         fastest = taken[name, row["layout"]]
         row["flop"] = measuring.flop(fastest)
-        if args.device == "cpu" and args.worker == "time":
-            row["convolutions"] = row["ratio"] * measuring.convolution_share(fastest)
         if name == "fastjac":
             row["sweeps_s"] = measuring.sweep_seconds(fastest, args.device)
     return rows

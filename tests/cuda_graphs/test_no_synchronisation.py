@@ -75,7 +75,7 @@ def test_every_configuration_of_the_step(name, contender, layout, chains, monkey
 def test_every_configuration_of_the_penalty(norm, contender, layout, chains, monkeypatch):
     monkeypatch.setattr("fastjac.fusion.mode.native", lambda device: chains)
     here = penalty.Contender(contender, penalty.Configuration(norm, batch=2), layout, "cpu", False)
-    run(here.take, here.real)
+    run(here.take, here.x)
 
 
 TARGETS = {

@@ -1,0 +1,217 @@
+"""The tables of the documentation, from the raw results in ``benchmarks/results``.
+
+``python -m benchmarks.report`` writes them into README, ``docs/benchmarks.md`` and ``docs/paper.md``,
+each between the comment that names it and ``<!-- end -->``; a test holds pages and results together.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+PAPER = RESULTS / "paper"
+PAGES = [ROOT.parent / page for page in ("README.md", "docs/benchmarks.md", "docs/paper.md")]
+_BLOCK = re.compile(r"(<!-- (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+TITLES = {
+    "vgg9-224": "VGG-9 from VGG-9, 224², window at level 1, frozen",
+    "vgg9-224-batch": "VGG-9 from VGG-9, 224², window at level 1, batch statistics",
+    "resnet18-224": "ResNet-18 from ResNet-34, 224², window at `layer1`, frozen",
+    "vgg4-32": "VGG-4 from VGG-9, 32², label logit, batch statistics",
+}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; its first column is text."""
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """What one command measured, a configuration each."""
+    return json.loads((RESULTS / name).read_text())["results"]
+
+
+def accuracies(path: Path) -> str:
+    """A ``table.csv``: methods down, ``mean ± deviation`` across; the best in bold."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    key = "noise" if "noise" in rows[0] else "samples_per_class"
+    name = "standard deviation of the noise" if key == "noise" else "images per class"
+    values = list(dict.fromkeys(row[key] for row in rows))
+    cells = {(row["method"], row[key]): row for row in rows}
+    best = {v: max(float(row["mean"]) for row in rows if row[key] == v) for v in values}
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line = [method]
+        for value in values:
+            row = cells.get((method, value))
+            if row is None:
+                line.append("")
+                continue
+            mean = float(row["mean"])
+            text = f"**{mean:.1f}**" if mean == best[value] else f"{mean:.1f}"
+            line.append(text + (f" ± {float(row['std']):.1f}" if row["std"] else ""))
+        table.append(line)
+    return markdown([name, *values], table)
+
+
+def steps(name: str) -> str:
+    """Every contender's time and memory over the plain step's, configuration by configuration."""
+    found = results(name)
+    settings = list(dict.fromkeys(s for result in found for s in result["time"]))
+    memories = [m for m in ("memory", "memory_needed") if any(result.get(m) for result in found)]
+    header = ["", *(f"time, {setting}" for setting in settings)]
+    header += [m.replace("_", " ") for m in memories] + ["error of the gradient, float64"]
+    rows = []
+    for result in found:
+        config = f"{TITLES.get(result['configuration'], result['configuration'])}"
+        rows.append([f"**{config}, batch {result['batch']}**", *[""] * (len(header) - 1)])
+        errors = result["gradient_error_float64"]
+        names = dict.fromkeys([*next(iter(result["time"].values())), *errors])
+        for each in names:
+            row = [f"`{each}`"]
+            for setting in settings:
+                timed = result["time"][setting].get(each)
+                row.append(f"{timed['ratio']:.2f}" if timed else "not timed")
+            for memory in memories:
+                used = result[memory]
+                row.append(f"{used[each] / used['plain']:.2f}" if each in used else "")
+            row.append(f"{errors[each]:.0e}" if each in errors else "")
+            rows.append(row)
+    return markdown(header, rows)
+
+
+def milliseconds(name: str, columns: dict[str, str], setting: str) -> str:
+    """ms of a step and, in brackets, its ratio to the plain one: configurations down."""
+    rows = []
+    for result in results(name):
+        timed = result["time"][setting]
+        row = [f"{TITLES[result['configuration']]}, batch {result['batch']}"]
+        for each in columns:
+            text = f"{1e3 * timed[each]['median_s']:.3g} ({timed[each]['ratio']:.2f})"
+            row.append(f"**{text}**" if each.startswith("fastjac") else text)
+        rows.append(row)
+    return markdown(["", *columns.values()], rows)
+
+
+def floors(name: str) -> str:
+    """GFLOP of a step, and the time of these at a matrix product's rate over the step's own."""
+    rows = []
+    for result in results(name):
+        setting = next(iter(result["time"]))
+        rate = result["flop_per_second"][setting]
+        for each, timed in result["time"][setting].items():
+            if timed.get("flop"):
+                floor = timed["flop"] / rate / timed["median_s"]
+                title = TITLES.get(result["configuration"], result["configuration"])
+                rows.append([title, f"`{each}`", f"{timed['flop'] / 1e9:.0f}", f"{floor:.2f}"])
+    return markdown(["", "", "GFLOP of a step", "share of the time that they need at least"], rows)
+
+
+def first_steps(name: str) -> str:
+    """Seconds from the networks to the end of a step, without any cache."""
+    rows = []
+    for result in results(name):
+        title = TITLES.get(result["configuration"], result["configuration"])
+        for each, seconds in result.get("first", {}).items():
+            cells = [f"{seconds[key]:.1f}" for key in ("first", "tenth", "other_batch")]
+            rows.append([title, f"`{each}`", *cells])
+    return markdown(["", "", "first step", "tenth step", "first at another batch"], rows)
+
+
+def scaling(name: str) -> str:
+    """Time over the plain step's, along one field of the configuration: contenders down."""
+    found = results(name)
+    field = found[0]["configuration"].partition(", ")[2].partition(" ")[0] or "batch"
+    names = dict.fromkeys(each for r in found for each in next(iter(r["time"].values())))
+    memory = "memory_needed" if "memory_needed" in found[0] else "memory"
+    rows = []
+    for each in names:
+        row = [f"`{each}`"]
+        for result in found:
+            timed = next(iter(result["time"].values())).get(each)
+            text = f"{timed['ratio']:.2f}" if timed else ""
+            if timed and each in (used := result.get(memory) or {}):
+                text += f", {used[each] / used['plain']:.2f}"
+            row.append(text)
+        rows.append(row)
+    title = f"{TITLES.get(found[0]['configuration'].partition(', ')[0], '')}: {field}"
+    return markdown([title, *(str(result[field]) for result in found)], rows)
+
+
+def penalties(name: str) -> str:
+    """Time and memory of a step with the penalty over those of the step without."""
+    rows = []
+    for result in results(name):
+        for each in result["gradient_error_float64"] | {"naive": 0}:
+            row = [f"{result['norm'].capitalize()}Norm", f"`{each}`"]
+            row += [f"{timed[each]['ratio']:.2f}" for timed in result["time"].values()]
+            memory = result["memory"]
+            row.append(f"{memory[each] / memory['plain']:.2f}" if each in memory else "")
+            rows.append(row)
+    settings = results(name)[0]["time"]
+    return markdown(["", "", *(f"time, {s}" for s in settings), "memory, default"], rows)
+
+
+def trainer(name: str) -> str:
+    """Images per second of the trainer, and an image's time over the plain run's."""
+    rows = []
+    for row in results(name):
+        cells = [f"{row['images_per_second']:.0f}", f"{row['ratio']:.2f}"]
+        cells += [f"{row['loader_share']:.2f}", f"{1e3 * row['checkpoint_s']:.0f}"]
+        rows.append([f"`{row['variant']}`", *cells])
+    header = ["", "images per second", "time of an image", "share spent waiting for the loader"]
+    return markdown([*header, "longest wait at a checkpoint, ms"], rows)
+
+
+GPU_COLUMNS = {
+    "plain": "plain",
+    "compiled": "plain, compiled",
+    "naive": "double backward",
+    "fastjac": "fastjac",
+    "plain-graphed": "plain, graph",
+    "fastjac-graphed": "fastjac, graph",
+}
+
+TABLES: dict[str, Callable[[], str]] = {
+    "steps-h200": lambda: milliseconds("step-h200.json", GPU_COLUMNS, "device"),
+    "steps-cpu": lambda: steps("step-cpu.json"),
+    "steps-cpu-bfloat16": lambda: steps("step-cpu-bfloat16.json"),
+    "recipes": lambda: steps("step-cpu-recipes.json"),
+    "floors": lambda: floors("step-cpu.json"),
+    "first-steps": lambda: first_steps("step-cpu-first.json"),
+    "scaling-size": lambda: scaling("scaling-size.json"),
+    "scaling-batch": lambda: scaling("scaling-batch.json"),
+    "scaling-window": lambda: scaling("scaling-window.json"),
+    "scaling-layer": lambda: scaling("scaling-layer.json"),
+    "targets": lambda: scaling("targets.json"),
+    "penalties": lambda: penalties("penalty-cpu.json"),
+    "trainer": lambda: trainer("trainer-cpu.json"),
+}
+
+
+def table(name: str) -> str:
+    """The table that a page calls ``name``."""
+    return TABLES[name]() if name in TABLES else accuracies(PAPER / name / "table.csv")
+
+
+def filled(page: str) -> str:
+    """``page`` with the tables that its comments name."""
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{table(match['name'])}\n{match[3]}", page)
+
+
+def main() -> None:
+    """Write the tables into the pages."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
