@@ -88,15 +88,53 @@ def steps(name: str) -> str:
     return markdown(header, rows)
 
 
-def milliseconds(name: str, columns: dict[str, str], setting: str) -> str:
-    """ms of a step and, in brackets, its ratio to the plain one: configurations down."""
+def on_a_gpu(ratios: bool) -> str:
+    """Milliseconds and MiB of a step on a GPU: configurations down, contenders across."""
+    memory = {}
+    for step in json.loads((RESULTS / "gpu_check-h200.json").read_text())["steps"].values():
+        found = step.get("results") or {}
+        for result in found.get("results", []) if isinstance(found, dict) else []:
+            if result.get("memory"):
+                memory[result["configuration"], result["batch"]] = result["memory"]
     rows = []
-    for result in results(name):
-        timed = result["time"][setting]
+    for result in results("step-h200.json"):
+        key = result["configuration"], result["batch"]
+        name = TITLES[key[0]].split(",")[0].split(" from")[0] + f", batch {key[1]}"
+        timed = result["time"]["device"]
+        times = [
+            f"{1e3 * timed[each]['median_s']:.3g}"
+            + (f" ({timed[each]['ratio']:.2f})" if ratios else "")
+            for each in GPU_COLUMNS
+        ]
+        used = [
+            f"{memory[key][each] / 2**20:.0f}" if each in memory[key] else ""
+            for each in GPU_COLUMNS
+        ]
+        for title, cells in ((f"{name}: ms", times), (f"{name}: MiB", used)):
+            bold = zip(GPU_COLUMNS, cells, strict=True)
+            cells = [f"**{c}**" if c and each.startswith("fastjac") else c for each, c in bold]
+            rows.append([title, *cells])
+    return markdown(["", *GPU_COLUMNS.values()], rows)
+
+
+def cost() -> str:
+    """Time and memory of the steps on a CPU: plain, the double backward, fastjac."""
+    columns = {
+        "plain-compiled": "no term, compiled",
+        "naive": "double backward",
+        "naive-compiled": "double backward, compiled",
+        "crop-compiled": "the same of the window's crop",
+        "fastjac": "**fastjac**",
+    }
+    rows = []
+    for result in results("step-cpu.json"):
+        timed, used = result["time"]["pages kept"], result["memory"]
         row = [f"{TITLES[result['configuration']]}, batch {result['batch']}"]
         for each in columns:
-            text = f"{1e3 * timed[each]['median_s']:.3g} ({timed[each]['ratio']:.2f})"
-            row.append(f"**{text}**" if each.startswith("fastjac") else text)
+            cell = ""
+            if each in timed:
+                cell = f"{timed[each]['ratio']:.2f}, {used[each] / used['plain']:.2f}"
+            row.append(f"**{cell}**" if each == "fastjac" else cell)
         rows.append(row)
     return markdown(["", *columns.values()], rows)
 
@@ -172,16 +210,18 @@ def trainer(name: str) -> str:
 
 
 GPU_COLUMNS = {
-    "plain": "plain",
-    "compiled": "plain, compiled",
+    "plain": "no term",
+    "compiled": "no term, compiled",
     "naive": "double backward",
-    "fastjac": "fastjac",
-    "plain-graphed": "plain, graph",
-    "fastjac-graphed": "fastjac, graph",
+    "fastjac": "**fastjac**",
+    "plain-graphed": "no term, graph",
+    "fastjac-graphed": "**fastjac, graph**",
 }
 
 TABLES: dict[str, Callable[[], str]] = {
-    "steps-h200": lambda: milliseconds("step-h200.json", GPU_COLUMNS, "device"),
+    "cost-h200": lambda: on_a_gpu(ratios=False),
+    "cost-cpu": cost,
+    "steps-h200": lambda: on_a_gpu(ratios=True),
     "steps-cpu": lambda: steps("step-cpu.json"),
     "steps-cpu-bfloat16": lambda: steps("step-cpu-bfloat16.json"),
     "recipes": lambda: steps("step-cpu-recipes.json"),
@@ -192,7 +232,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling-window": lambda: scaling("scaling-window.json"),
     "scaling-layer": lambda: scaling("scaling-layer.json"),
     "targets": lambda: scaling("targets.json"),
+    "ablation": lambda: steps("ablation.json"),
     "penalties": lambda: penalties("penalty-cpu.json"),
+    "penalties-wgan-gp": lambda: penalties("penalty-cpu-wgan-gp.json"),
     "trainer": lambda: trainer("trainer-cpu.json"),
 }
 
