@@ -36,7 +36,7 @@ def test_each_is_tested_and_short():
     for file in files:
         assert f'"{file.stem}"' in Path(__file__).read_text()
         assert len(file.read_text().splitlines()) <= 60, file.name
-    assert len(files) == 8
+    assert len(files) == 9
 
 
 def test_r1_discriminator():
@@ -97,3 +97,12 @@ def test_jacobian_matching_in_a_framework(name, package, launcher):
     before, after = numbers(name, "training: jacobian_loss #, accuracy #", launcher)
     assert after[0] < before[0] / 2
     assert after[1] > 0.8 > before[1]
+
+
+def test_jacobian_matching_in_timms_loop():
+    """What the loop gains is ten lines at most."""
+    pytest.importorskip("timm", reason="the example is a loop of timm")
+    teacher, plain, matched = numbers("jacobian_matching_timm", "test accuracy # %")
+    assert teacher[0] > 90
+    assert matched[0] > plain[0] + 5
+    assert 0 < (ROOT / "examples" / "jacobian_matching_timm.py").read_text().count("  # +") <= 10
