@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastjac.errors import FastjacError, existing_file, notice, unknown
+from fastjac.errors import FastjacError, existing_file, unknown
 from fastjac.train.sources import find_trained, is_library_name
 
 if TYPE_CHECKING:
@@ -176,21 +176,13 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def image_files(folder: Path) -> list[Path]:
     """The images in ``folder`` and below, sorted; hidden files and folders are skipped and counted."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    from fastjac.data.image_files import list_images, no_image
 
-    from fastjac.data.sets import is_hidden
-
-    images, hidden = [], []
-    for path in sorted(folder.rglob("*")):
-        if any(map(is_hidden, path.relative_to(folder).parts)):
-            hidden.append(path)
-        elif path.suffix.lower() in IMG_EXTENSIONS and path.is_file():
-            images.append(path)
-    if hidden:
-        notice(f"{folder}: {len(hidden)} hidden files and folders skipped, such as {hidden[0]}")
-    if not images:
-        raise FastjacError(f"{folder} has no image; images end in {', '.join(IMG_EXTENSIONS)}")
-    return images
+    found = list_images(folder)
+    found.tell(folder)
+    if not found.images:
+        raise no_image(folder)
+    return found.images
 
 
 def _network(options: argparse.Namespace) -> tuple[nn.Module, int, int]:
@@ -235,7 +227,7 @@ def _features(
     import torch
     from torch.utils.data import DataLoader
 
-    from fastjac.data.sets import Images, middle_crop
+    from fastjac.data.image_files import Images, middle_crop
     from fastjac.features import capture
     from fastjac.models.create import find_head
 

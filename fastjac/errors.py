@@ -46,3 +46,8 @@ def existing_file(path: str | Path, expected: str = "weights (.safetensors, .pth
 def notice(text: str) -> None:
     """Log ``text`` as a warning, once per process; without any logging set up, a line on stderr."""
     logging.getLogger("fastjac").warning("fastjac: %s", text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says; its class, if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

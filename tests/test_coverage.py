@@ -95,7 +95,7 @@ def test_candidates_are_ranked(place, cover, caplog):
     errors.notice.cache_clear()  # it speaks once per process
     status, out, err = cover("source", "far", "near", "--network", "run", "--csv", "table.csv")
     assert status == 0, err
-    assert "source: 2 hidden files and folders skipped, such as source/.hidden" in caplog.text
+    assert "source: 1 hidden files and folders skipped, such as .hidden" in caplog.text
     source, paths = features(place, "source")
     with (place / "table.csv").open() as file:
         rows = list(csv.DictReader(file))

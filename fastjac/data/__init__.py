@@ -5,7 +5,15 @@ its class as an int. Needs torchvision, and scikit-learn for ``digits``.
 """
 
 from fastjac.data.batches import epoch_batches
-from fastjac.data.sets import DATASETS, ImageData, NoisyImages, load_data
+from fastjac.data.sets import DATASETS, ImageData, NoisyImages, add_unlabelled, load_data
 from fastjac.data.subset import class_balanced
 
-__all__ = ["DATASETS", "ImageData", "NoisyImages", "class_balanced", "epoch_batches", "load_data"]
+__all__ = [
+    "DATASETS",
+    "ImageData",
+    "NoisyImages",
+    "add_unlabelled",
+    "class_balanced",
+    "epoch_batches",
+    "load_data",
+]

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from fastjac.data.idx import read_idx
-from fastjac.errors import FastjacError, notice, unknown
+from fastjac.data.image_files import (
+    Images,
+    Listing,
+    is_hidden,
+    list_images,
+    middle_crop,
+    no_image,
+    without_damaged,
+)
+from fastjac.errors import FastjacError, first_line, unknown
 from fastjac.models.create import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -27,10 +33,11 @@ class ImageData:
     Attributes:
         name: of the data set.
         train, test: the two parts; only ``train`` is ever augmented.
-        labels: the class of each item of ``train``.
+        labels: the class of each item of ``train``; -1 of one without a label.
         classes: their names, by index.
         channels, size: of an image.
         mean, std: of the pixels, per channel, for the networks' own normalisation.
+        from_rgb: makes of any image in RGB what those of ``train`` are, augmented as they are.
     """
 
     name: str
@@ -42,6 +49,10 @@ class ImageData:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    from_rgb: Callable[[Any], Tensor] | None = None
+
+
+Augmentation = Literal["none", "flip", "crop"]
 
 
 def load_data(
@@ -53,6 +64,7 @@ def load_data(
     skip_damaged: bool = False,
     channels: int | None = None,
     validation: int | None = None,
+    flip: bool = False,
 ) -> ImageData:
     """The data set ``name``: ``digits``, ``fashion-mnist``, ``cifar100``, ``mit67`` or ``folder``.
 
@@ -68,13 +80,16 @@ def load_data(
         channels: of an image; 3 repeats the greyscale of ``digits`` and ``fashion-mnist``; None: as
             the images are.
         validation: hold out that many training images, always the same, and give them as ``test``.
+        flip: horizontal flips of the training images alone.
 
     Raises :class:`fastjac.errors.FastjacError` for an unknown name, and for a missing or corrupt
     file, naming it and what was expected. Augmentation draws from torch's global generator.
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
-    if name == "digits" and augment:
+    if augment and flip:
+        raise FastjacError("--augment flips the images as well: give it or --flip")
+    if name == "digits" and (augment or flip):
         raise FastjacError("digits: a flipped digit is another digit; it has no augmentation")
     if download and name not in ("cifar100", "fashion-mnist"):
         raise FastjacError(
@@ -84,23 +99,43 @@ def load_data(
         root = _DEBIAN_FASHION_MNIST
     if root is None and name != "digits":
         raise FastjacError(f"{name}: the folder of its files is missing (--data-dir)")
+    moves: Augmentation = "crop" if augment else "flip" if flip else "none"
     if name == "digits":
         data = _digits(16 if size is None else size)
     elif name == "fashion-mnist":
-        data = _fashion_mnist(Path(root), 32 if size is None else size, augment, download)
+        data = _fashion_mnist(Path(root), 32 if size is None else size, moves, download)
     elif name == "cifar100":
-        data = _cifar100(Path(root), 32 if size is None else size, augment, download)
+        data = _cifar100(Path(root), 32 if size is None else size, moves, download)
     else:
         build = _mit67 if name == "mit67" else _folder
-        data = build(Path(root), 224 if size is None else size, augment, skip_damaged)
+        data = build(Path(root), 224 if size is None else size, moves, skip_damaged)
     if channels not in (None, data.channels):
         data = _repeat_channels(data, channels)
     if validation is None:
         return data
     plain = data  # what is held out is not augmented
-    if augment:
+    if moves != "none":
         plain = load_data(name, root, size, skip_damaged=skip_damaged, channels=channels)
     return _hold_out(data, plain.train, validation)
+
+
+def add_unlabelled(data: ImageData, folder: str | Path, skip_damaged: bool = False) -> ImageData:
+    """``data`` with the images in ``folder`` and below as further training images, of label -1.
+
+    They are read, cut to size and augmented as those of the data set are; what is hidden is skipped,
+    with a notice. Raises for a folder without images.
+    """
+    folder = Path(folder)
+    found = list_images(folder)
+    found.tell(folder)
+    samples = [(path, -1) for path in found.images]
+    if skip_damaged:
+        samples = without_damaged(samples)
+    if not samples:
+        raise no_image(folder)
+    items = _Transformed(data.train, torch.nn.Identity())  # each with its label as an int
+    images = ConcatDataset([items, Images(samples, data.from_rgb)])
+    return replace(data, train=images, labels=[*data.labels, *(label for _, label in samples)])
 
 
 DATASETS = ("digits", "fashion-mnist", "cifar100", "mit67", "folder")
@@ -151,6 +186,8 @@ def _repeat_channels(data: ImageData, channels: int) -> ImageData:
             f"{data.name} has images of {data.channels} channels, got --channels {channels}; "
             "expected 3 for greyscale images, repeated"
         )
+    from torchvision.transforms import v2
+
     repeat = _Repeat(channels)
     return replace(
         data,
@@ -159,6 +196,7 @@ def _repeat_channels(data: ImageData, channels: int) -> ImageData:
         channels=channels,
         mean=data.mean * channels,
         std=data.std * channels,
+        from_rgb=v2.Compose([data.from_rgb, repeat]),
     )
 
 
@@ -184,6 +222,7 @@ def _digits(size: int) -> ImageData:
     """scikit-learn's 1797 handwritten digits: 1297 to train on and 500 to test, always the same."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+    from torchvision.transforms import v2
 
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
@@ -203,7 +242,16 @@ def _digits(size: int) -> ImageData:
         size=size,
         mean=(pixels.mean().item(),),
         std=(pixels.std().item(),),
+        from_rgb=v2.Compose([v2.Grayscale(), _whole(size)]),
     )
+
+
+def _whole(size: int) -> Callable[[Any], Tensor]:
+    """The largest square in the middle of an image, in that size."""
+    from torchvision.transforms import v2
+
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([v2.ToImage(), v2.Resize(size), v2.CenterCrop(size), to_float])
 
 
 _DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # of its package dataset-fashion-mnist
@@ -213,7 +261,7 @@ _FASHION_CLASSES = (
 )  # fmt: skip
 
 
-def _fashion_mnist(root: Path, size: int, augment: bool, download: bool) -> ImageData:
+def _fashion_mnist(root: Path, size: int, moves: Augmentation, download: bool) -> ImageData:
     """Fashion-MNIST (Xiao, Rasul & Vollgraf, 2017): four IDX files, compressed or not."""
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms import v2
@@ -223,7 +271,7 @@ def _fashion_mnist(root: Path, size: int, augment: bool, download: bool) -> Imag
             FashionMNIST(root, download=True)
         except (OSError, RuntimeError) as error:
             raise FastjacError(
-                f"fashion-mnist: its files could not be fetched into {root}: {_first_line(error)}"
+                f"fashion-mnist: its files could not be fetched into {root}: {first_line(error)}"
             ) from error
     parts = []
     for part in ("train", "t10k"):
@@ -241,11 +289,11 @@ def _fashion_mnist(root: Path, size: int, augment: bool, download: bool) -> Imag
     fit = [v2.Pad(2)] + ([] if size == 32 else [v2.Resize(size)])
     to_float = v2.ToDtype(torch.float32, scale=True)
     plain = v2.Compose([*fit, to_float])
-    moved = v2.Compose([v2.RandomCrop(28, padding=2), v2.RandomHorizontalFlip(), *fit, to_float])
+    moved = v2.Compose([*_moves(moves, v2.RandomCrop(28, padding=2)), *fit, to_float])
     train, test = parts
     return ImageData(
         name="fashion-mnist",
-        train=_Transformed(train, moved if augment else plain),
+        train=_Transformed(train, moved),
         test=_Transformed(test, plain),
         labels=train.tensors[1].tolist(),
         classes=_FASHION_CLASSES,
@@ -253,7 +301,16 @@ def _fashion_mnist(root: Path, size: int, augment: bool, download: bool) -> Imag
         size=size,
         mean=(0.2190,),  # of the training images at 32 x 32
         std=(0.3318,),
+        from_rgb=v2.Compose([v2.Grayscale(), _whole(28), moved]),
     )
+
+
+def _moves(moves: Augmentation, crop: Callable[[Any], Any]) -> list[Callable[[Any], Any]]:
+    """The augmentation: ``crop`` and flips, flips alone, or nothing."""
+    from torchvision.transforms import v2
+
+    flips = [v2.RandomHorizontalFlip()]
+    return {"crop": [crop, *flips], "flip": flips, "none": []}[moves]
 
 
 def _idx_file(root: Path, name: str) -> Path:
@@ -273,7 +330,7 @@ def _idx_file(root: Path, name: str) -> Path:
     )
 
 
-def _cifar100(root: Path, size: int, augment: bool, download: bool) -> ImageData:
+def _cifar100(root: Path, size: int, moves: Augmentation, download: bool) -> ImageData:
     from torchvision.datasets import CIFAR100
     from torchvision.transforms import v2
 
@@ -282,7 +339,7 @@ def _cifar100(root: Path, size: int, augment: bool, download: bool) -> ImageData
             CIFAR100(root, download=True)
         except (OSError, RuntimeError) as error:
             raise FastjacError(
-                f"cifar100: {CIFAR100.url} could not be fetched into {root}: {_first_line(error)}"
+                f"cifar100: {CIFAR100.url} could not be fetched into {root}: {first_line(error)}"
             ) from error
     files = [*CIFAR100.train_list, *CIFAR100.test_list]
     files.append((CIFAR100.meta["filename"], CIFAR100.meta["md5"]))
@@ -290,8 +347,8 @@ def _cifar100(root: Path, size: int, augment: bool, download: bool) -> ImageData
         _check_md5(root / CIFAR100.base_folder / file, md5)
     resize = [] if size == 32 else [v2.Resize(size)]
     plain = [v2.ToImage(), *resize, v2.ToDtype(torch.float32, scale=True)]
-    moved = [v2.ToImage(), v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *plain[1:]]
-    train = CIFAR100(root, train=True, transform=v2.Compose(moved if augment else plain))
+    moved = v2.Compose([v2.ToImage(), *_moves(moves, v2.RandomCrop(32, padding=4)), *plain[1:]])
+    train = CIFAR100(root, train=True, transform=moved)
     return ImageData(
         name="cifar100",
         train=train,
@@ -302,6 +359,7 @@ def _cifar100(root: Path, size: int, augment: bool, download: bool) -> ImageData
         size=size,
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
+        from_rgb=v2.Compose([_whole(32), moved]),
     )
 
 
@@ -316,96 +374,34 @@ def _check_md5(path: Path, expected: str) -> None:
         raise FastjacError(f"cifar100: {path} is corrupt: its md5 is {found}, expected {expected}")
 
 
-class Images(Dataset):
-    """Image files, read as RGB, the way up that their EXIF data says."""
-
-    def __init__(
-        self, samples: Sequence[tuple[Path, int]], transform: Callable[[Any], Tensor]
-    ) -> None:
-        self.samples, self.transform = samples, transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        return self.transform(_read_image(path)), label
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow lets through what damaged bytes raise in its decoders
-        raise FastjacError(f"{path} is not a readable image: {_first_line(error)}") from error
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """``image`` in 8 bits; where Pillow would clip (16 bits, floats), by the range of its type."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        pixels = numpy.asarray(image)
-        low, high = pixels.min(), pixels.max()
-        most = 1 if image.mode == "F" else 65535  # Pillow reads some files of 16 bits as of 32
-        if not (low >= 0 and high <= most):
-            raise ValueError(
-                f"its pixels (mode {image.mode}) are from {low} to {high}, expected 0 to {most}; "
-                "save it rescaled"
-            )
-        image = Image.fromarray((pixels * (255 / most)).round().astype("uint8"))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # else Pillow warns
-    return image.convert("RGB")
-
-
-def middle_crop(size: int) -> Callable[[Any], Tensor]:
-    """The middle of an image, ``[3, size, size]`` float32 in [0, 1], as networks are evaluated on it."""
-    from torchvision.transforms import v2
-
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([v2.ToImage(), v2.Resize(size * 8 // 7), v2.CenterCrop(size), to_float])
-
-
-def _without_damaged(samples: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:
-    """The samples that can be read, all of which are tried; says how many are left out."""
-
-    def damage(sample: tuple[Path, int]) -> str:
-        try:
-            _read_image(sample[0])
-        except FastjacError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor() as threads:
-        found = list(threads.map(damage, samples))
-    if damaged := [text for text in found if text]:
-        notice(f"{len(damaged)} of {len(samples)} images left out; {damaged[0]}")
-    return [sample for sample, text in zip(samples, found, strict=True) if not text]
-
-
 def _photographs(
     name: str,
     train: Sequence[tuple[Path, int]],
     test: Sequence[tuple[Path, int]],
     classes: Sequence[str],
     size: int,
-    augment: bool,
+    moves: Augmentation,
     skip_damaged: bool,
 ) -> ImageData:
     from torchvision.transforms import v2
 
     if skip_damaged:
-        train, test = _without_damaged(train), _without_damaged(test)
+        train, test = without_damaged(train), without_damaged(test)
         for part, samples in (("training", train), ("test", test)):
             if absent := set(range(len(classes))) - {label for _, label in samples}:
                 raise FastjacError(
                     f"{name}: no {part} image of class {classes[min(absent)]!r} can be read"
                 )
     to_float = v2.ToDtype(torch.float32, scale=True)
-    moved = [v2.ToImage(), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), to_float]
-    middle = middle_crop(size)
+    middle = moved = middle_crop(size)
+    if moves == "flip":
+        moved = v2.Compose([middle, v2.RandomHorizontalFlip()])
+    elif moves == "crop":
+        crop = _moves(moves, v2.RandomResizedCrop(size))
+        moved = v2.Compose([v2.ToImage(), *crop, to_float])
     return ImageData(
         name=name,
-        train=Images(train, v2.Compose(moved) if augment else middle),
+        train=Images(train, moved),
         test=Images(test, middle),
         labels=[label for _, label in train],
         classes=classes,
@@ -413,10 +409,11 @@ def _photographs(
         size=size,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        from_rgb=moved,
     )
 
 
-def _mit67(root: Path, size: int, augment: bool, skip_damaged: bool) -> ImageData:
+def _mit67(root: Path, size: int, moves: Augmentation, skip_damaged: bool) -> ImageData:
     """MIT Indoor 67 by its official lists."""
     lists = {part: _read_list(root, f"{part}Images.txt") for part in ("Train", "Test")}
     classes = sorted({name for name, _ in lists["Train"]})
@@ -428,7 +425,7 @@ def _mit67(root: Path, size: int, augment: bool, skip_damaged: bool) -> ImageDat
     )
     index = {name: k for k, name in enumerate(classes)}
     train, test = ([(path, index[k]) for k, path in part] for part in lists.values())
-    return _photographs("mit67", train, test, classes, size, augment, skip_damaged)
+    return _photographs("mit67", train, test, classes, size, moves, skip_damaged)
 
 
 def _read_list(root: Path, name: str) -> list[tuple[str, Path]]:
@@ -453,15 +450,7 @@ def _read_list(root: Path, name: str) -> list[tuple[str, Path]]:
     return entries
 
 
-_SYSTEM_NAMES = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is its system's or a tool's, and no user's."""
-    return name.startswith(".") or name in _SYSTEM_NAMES
-
-
-def _folder(root: Path, size: int, augment: bool, skip_damaged: bool) -> ImageData:
+def _folder(root: Path, size: int, moves: Augmentation, skip_damaged: bool) -> ImageData:
     """``train/<class>/*`` and ``val/<class>/*``."""
     for part in ("train", "val"):
         if not (root / part).is_dir():
@@ -471,40 +460,26 @@ def _folder(root: Path, size: int, augment: bool, skip_damaged: bool) -> ImageDa
             )
     (train, classes), (val, val_classes) = (_image_folder(root / part) for part in ("train", "val"))
     _same_classes(f"{root / 'val'}", set(val_classes), f"{root / 'train'}", set(classes))
-    return _photographs("folder", train, val, classes, size, augment, skip_damaged)
+    return _photographs("folder", train, val, classes, size, moves, skip_damaged)
 
 
 def _image_folder(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    """The images and the classes of a folder, less what is hidden, of which it says how much."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    hidden: list[Path] = []
-
-    def is_shown(file: str) -> bool:
-        path = Path(file)
-        if any(map(is_hidden, path.relative_to(root).parts)):
-            hidden.append(path)
-            return False
-        return path.suffix.lower() in IMG_EXTENSIONS
-
-    try:
-        classes = [name for name in find_classes(root)[0] if not is_hidden(name)]
-        if not classes:
-            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
-        index = {name: k for k, name in enumerate(classes)}
-        samples = make_dataset(root, index, is_valid_file=is_shown)
-    except FileNotFoundError as error:
-        raise FastjacError(
-            f"folder: {root}: {_first_line(error).strip()} Images end in "
-            f"{', '.join(IMG_EXTENSIONS)}"
-        ) from error
-    hidden += [path for path in sorted(root.iterdir()) if is_hidden(path.name)]
-    if hidden:
-        notice(
-            f"{root}: {len(hidden)} hidden files and folders skipped, such as "
-            f"{hidden[0].relative_to(root)}"
-        )
-    return [(Path(path), label) for path, label in samples], classes
+    """The images and the classes of a folder; says what is skipped of it."""
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
+    if not classes:
+        raise FastjacError(f"folder: {root} has no folder of a class")
+    samples, found = [], Listing()
+    for label, name in enumerate(classes):
+        inside = list_images(root / name)
+        if not inside.images:
+            raise FastjacError(f"folder: class {name!r}: {no_image(root / name)}")
+        samples += [(path, label) for path in inside.images]
+        found.add(inside)
+    loose = sorted(path for path in root.iterdir() if not path.is_dir())
+    found.hidden += [path for path in sorted(root.iterdir()) if is_hidden(path.name)]
+    found.others += [path for path in loose if not is_hidden(path.name)]
+    found.tell(root)
+    return samples, classes
 
 
 def _same_classes(test_name: str, test: set[str], train_name: str, train: set[str]) -> None:
@@ -516,7 +491,3 @@ def _same_classes(test_name: str, test: set[str], train_name: str, train: set[st
             raise FastjacError(
                 f"{there} has {len(extra)} classes that {absent} has not, such as {min(extra)!r}"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

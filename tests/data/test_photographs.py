@@ -115,12 +115,12 @@ def test_mit67_bad_lists(mit67):
 
 def test_folder_that_is_not_one(folder):
     (folder / "val" / "bar" / "a.png").unlink()
-    fails("no valid file for the classes bar", "folder", folder)
+    fails("folder: class 'bar': .*val/bar has no image; images end in .jpg", "folder", folder)
     (folder / "val" / "bar").rmdir()
     fails("train has 1 classes that .*val has not, such as 'bar'", "folder", folder)
     for path in sorted((folder / "val").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    fails("any class folder in .*val", "folder", folder)
+    fails("folder: .*val has no folder of a class", "folder", folder)
     (folder / "val").rmdir()
     fails("folder: .*val is missing; expected", "folder", folder)
 
@@ -272,7 +272,9 @@ def test_hidden_files_and_folders_are_skipped_and_counted(folder, caplog):
     data = load_data("folder", folder, size=21)
     assert list(data.classes) == sorted(COLOURS)
     check_colours(data.train, data.classes, 5)
-    assert f"{train}: 12 hidden files and folders skipped, such as bar/.DS_Store" in caplog.text
+    assert f"{train}: 16 hidden files and folders skipped, such as bar/.DS_Store" in caplog.text
+    others = "2 files whose names do not end as images do skipped, such as bar/notes.txt"
+    assert f"{train}: {others}" in caplog.text
 
 
 def test_a_hidden_folder_above_the_images_is_no_reason(folder, tmp_path):
@@ -285,7 +287,7 @@ def test_a_hidden_folder_above_the_images_is_no_reason(folder, tmp_path):
 def test_an_empty_class_is_named(folder):
     (folder / "train" / "bar" / "a.png").rename(folder / "train" / "bar" / ".a.png")
     fails(
-        r"folder: .*/train: Found no valid file for the classes bar\. Images end in .jpg",
+        r"folder: class 'bar': .*/train/bar has no image; images end in .jpg",
         "folder",
         folder,
     )
