@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastjac.data import ImageData, load_data
+from fastjac.data import ImageData, add_unlabelled, load_data
 from fastjac.errors import FastjacError
 from fastjac.models import (
     ModelSpec,
@@ -44,8 +44,8 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def build_data(options: RunOptions) -> ImageData:
-    """The data set, with as many classes as the options expect."""
+def build_data(options: RunOptions, unlabelled: str | None = None) -> ImageData:
+    """The data set, with as many classes as the options expect, and the images in ``unlabelled``."""
     data = load_data(
         options.dataset,
         options.data_dir,
@@ -55,12 +55,18 @@ def build_data(options: RunOptions) -> ImageData:
         options.skip_damaged,
         options.channels,
         options.validation,
+        options.flip,
     )
     if options.num_classes not in (None, len(data.classes)):
         raise FastjacError(
             f"--num-classes {options.num_classes}: {data.name} has {len(data.classes)} classes"
         )
-    return data
+    if unlabelled is None:
+        return data
+    try:
+        return add_unlabelled(data, unlabelled, options.skip_damaged)
+    except FastjacError as error:
+        raise FastjacError(f"--unlabelled: {error}") from error
 
 
 def build_model(options: RunOptions, data: ImageData) -> tuple[nn.Module, ModelSpec]:

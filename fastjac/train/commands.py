@@ -30,7 +30,8 @@ def prepare(options: RunOptions, data: ImageData | None = None) -> Training:
         keep_pages()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    data = build_data(options) if data is None else data
+    if data is None:
+        data = build_data(options, getattr(options, "unlabelled", None))
     torch.manual_seed(options.seed)
     model, spec = build_model(options, data)
     if isinstance(options, StudentOptions):

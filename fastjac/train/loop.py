@@ -103,7 +103,8 @@ class Training:
             indices = class_balanced(
                 data.labels, options.samples_per_class, options.seed, data.classes
             )
-            images = Subset(data.train, indices)
+            unlabelled = [index for index, label in enumerate(data.labels) if label < 0]
+            images = Subset(data.train, [*indices, *unlabelled])
             self.subset = {
                 "dataset": data.name,
                 "samples_per_class": options.samples_per_class,

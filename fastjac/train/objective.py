@@ -43,6 +43,7 @@ from fastjac.train.terms import (
     relational_distillation_loss,
 )
 
+_OF_LABELS = ("label-logit", "cross-entropy")  # targets that need a class of each image
 _MEMORY = 1 << 30  # bytes of Jacobians that are kept in memory without being asked
 
 
@@ -94,7 +95,8 @@ class Distillation(nn.Module):
 
     Called with images ``x`` and labels ``y``: int64 ``[B]``, below 0 for an image without one (no
     cross-entropy; the Jacobian is that of the teacher's class), or probabilities ``[B, classes]`` (the
-    Jacobian likewise). One forward of each network serves all terms but ``noisy_activations``.
+    Jacobian likewise; ``jacobian_norm``, which needs no teacher, is that of the largest one's class).
+    One forward of each network serves all terms but ``noisy_activations``.
 
     Holds the teacher, in eval mode and without gradients; the student is trained through it. ``heads``
     are trained beside the student, for the terms alone: ``hint`` (a 1x1 convolution of the features) and
@@ -223,7 +225,7 @@ class Distillation(nn.Module):
         hard = y if not y.is_floating_point() else y.new_full(y.shape[:1], -1, dtype=torch.int64)
         terms: dict[str, Tensor] = {}
         with self._embedding() as embedding:
-            student, teacher = self._networks(x, hard, terms)
+            student, teacher = self._networks(x, y, hard, terms)
         if "ce" in weights:
             terms["ce"] = label_cross_entropy(student.logits, y)
         if teacher is not None:
@@ -237,7 +239,7 @@ class Distillation(nn.Module):
         return Step(loss, student.logits, terms)
 
     def _networks(
-        self, x: Tensor, hard: Tensor, terms: dict[str, Tensor]
+        self, x: Tensor, y: Tensor, hard: Tensor, terms: dict[str, Tensor]
     ) -> tuple[_Seen, _Seen | None]:
         """Run student and teacher; with them the Jacobian's term, into ``terms``."""
         options, known = self.options, None
@@ -249,9 +251,14 @@ class Distillation(nn.Module):
             window = isinstance(self.target, tuple)
             student = _Seen(out.student_logits, out.student_features if window else ())
             return student, _Seen(out.teacher_logits, out.teacher_features if window else ())
+        taught = None
+        if known is not None:
+            taught = _Seen(known.logits, known.features)
+        elif self.teacher is not None:
+            taught = self._watch_teacher(x)
         if self.target is not None:
             out = with_jacobian(
-                *(self.student, x, self.target, hard),
+                *(self.student, x, self.target, self._classes(y, taught)),
                 batch_stats=options.batch_stats,
                 strategy=options.strategy,
             )
@@ -261,9 +268,13 @@ class Distillation(nn.Module):
             student = _Seen(out.output, out.features if window else ())
         else:
             student = _seen(self.student, x, self.layers)
-        if known is not None:
-            return student, _Seen(known.logits, known.features)
-        return student, None if self.teacher is None else self._watch_teacher(x)
+        return student, taught
+
+    def _classes(self, y: Tensor, taught: _Seen | None) -> Tensor:
+        """Whose logit's norm is penalised: the label's, without one the teacher's."""
+        if y.is_floating_point():
+            return y.argmax(1)
+        return y if taught is None else torch.where(y < 0, taught.logits.argmax(1), y)
 
     def _watch_teacher(self, x: Tensor) -> _Seen:
         with torch.no_grad():
@@ -325,8 +336,10 @@ class Distillation(nn.Module):
 
 def _comes_often(options: StudentOptions, data: ImageData) -> bool:
     """Whether an image is seen four times or more, and few enough of them for the memory."""
-    few = options.samples_per_class
-    images = len(data.labels) if few is None else few * len(data.classes)
+    few, images = options.samples_per_class, len(data.labels)
+    if few is not None:
+        images = few * len(data.classes) + sum(label < 0 for label in data.labels)
+    images *= 1 + options.flip
     steps = options.epoch_steps or max(1, images // options.batch_size)
     often = options.epochs * steps * options.batch_size >= 4 * images
     return often and images * data.channels * data.size**2 * 4 <= _MEMORY
@@ -370,6 +383,8 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
     by_class = {"kd", "dkd", "noisy_activations"} & set(taught)
     if "jacobians" in taught and options.target != "attention-window":
         by_class.add("jacobians")
+    if options.unlabelled and options.jacobian_norm and options.target in _OF_LABELS:
+        by_class.add("jacobian_norm")
     if by_class and len(classes) != len(data.classes):
         raise FastjacError(
             f"the teacher {options.teacher} has {len(classes)} classes, {data.name} has "

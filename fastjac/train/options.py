@@ -37,6 +37,7 @@ class DataOptions:
     download: bool = _option(False, "fetch cifar100 or fashion-mnist where it is missing")
     img_size: int | None = _option(None, "height and width of the images; default: the data set's")
     augment: bool = _option(False, "random crops and flips of the training images")
+    flip: bool = _option(False, "horizontal flips of the training images, without crops")
     input_noise: float = _option(0.0, "standard deviation of noise on the training images")
     skip_damaged: bool = _option(False, "read every image first; leave out and count damaged ones")
     channels: int | None = _option(None, "3: greyscale images as RGB; default: as the images are")
@@ -240,6 +241,9 @@ class _Terms:
         "weights for a teacher given by name, for its library's classes or the data's; default: its "
         "library's pretrained ones",
     )
+    unlabelled: str | None = _option(
+        None, "folder of further training images, without labels, for the terms that take a teacher"
+    )
     ce: float = _option(1.0, "weight of cross-entropy with the labels")
     activations: float = _option(0.0, "weight of the squared error of the logits")
     attention: float = _option(0.0, "weight of the distance of the attention maps")
@@ -264,7 +268,11 @@ class _JacobianTerm:
     """the Jacobian term"""
 
     jacobians: float = _option(0.0, "weight of the distance of the input Jacobians")
-    jacobian_norm: float = _option(0.0, "weight of the student's squared Jacobian norm")
+    jacobian_norm: float = _option(
+        0.0,
+        "weight of the student's squared Jacobian norm; with --mixup and --cutmix, of the class with "
+        "most weight",
+    )
     target: Literal["label-logit", "attention-window", "logits", "projection", "cross-entropy"] = (
         _option("label-logit", "the scalar (or scalars) whose Jacobian is taken")
     )
@@ -323,8 +331,20 @@ class StudentOptions(_JacobianTerm, _Terms, RunOptions):
             )
         if self.jacobians and self.jacobian_norm:
             raise FastjacError("--jacobians and --jacobian-norm: give one of them")
+        self._check_unlabelled()
         if self.teacher_cache not in ("auto", "off") and (reason := self.uncacheable()):
             raise FastjacError(f"--teacher-cache {self.teacher_cache}: {reason}")
+
+    def _check_unlabelled(self) -> None:
+        if self.unlabelled is None:
+            return
+        if not any(getattr(self, term) for term in TAUGHT):
+            raise _no_teacher()
+        for name in ("mixup", "cutmix", "label_smoothing"):
+            if getattr(self, name):
+                raise FastjacError(
+                    f"--unlabelled does not go with {flag(name)}, which needs labels"
+                )
 
     def uncacheable(self) -> str:
         """Why what the teacher gives cannot be kept from step to step; empty if it can."""
@@ -334,6 +354,8 @@ class StudentOptions(_JacobianTerm, _Terms, RunOptions):
             return "--hints takes whole feature maps"
         if self.augment:
             return "with --augment hardly an image comes twice"
+        if self.mixup or self.cutmix:
+            return "with --mixup and --cutmix hardly an image comes twice"
         if self.input_noise:
             return "with --input-noise no image comes twice"
         if self.amp:
@@ -393,11 +415,16 @@ class TableOptions(_Table, StudentOptions):
             raise FastjacError(f"--samples: expected 0 (all) or more, got {min(self.samples)}")
         if self.test_noise and not min(self.test_noise) >= 0:
             raise FastjacError(f"--test-noise: expected 0 or more, got {min(self.test_noise)}")
-        self.contenders()
+        rows = self.contenders().values()
+        if self.unlabelled and not any(row.get("unlabelled", True) for row in rows):
+            raise _no_teacher()
+
+    def _check_unlabelled(self) -> None:
+        """Nothing: rows have terms of their own."""
 
     def contenders(self) -> dict[str, dict[str, Any]]:
         """For each row of the table, the options that differ from the table's."""
-        rows = {method: self.terms(method) for method in self.methods}
+        rows = {method: _images_of(self.terms(method)) for method in self.methods}
         for name, given in self.rows.items():
             if name in rows:
                 raise FastjacError(f"--rows: {name!r} stands there twice")
@@ -420,13 +447,25 @@ class TableOptions(_Table, StudentOptions):
         for key in values:
             if key not in known:
                 raise unknown("option", _dashed(key), map(_dashed, known), f"row {name!r}")
-        row = {term: self.ce if term == "ce" else 0.0 for term in TERMS} | values
+        row = _images_of({term: self.ce if term == "ce" else 0.0 for term in TERMS} | values)
         own = {n: getattr(self, n) for n in names(StudentOptions)}
         try:
             StudentOptions(**own | row)
         except (FastjacError, TypeError) as error:
             raise FastjacError(f"row {name!r}: {error}") from error
         return row
+
+
+def _images_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A table's row that takes no teacher, without the images that have no label."""
+    return row if any(row[term] for term in TAUGHT) else {"unlabelled": None} | row
+
+
+def _no_teacher() -> FastjacError:
+    return FastjacError(
+        "--unlabelled: nothing can be learnt from images without labels but from a teacher; expected "
+        f"--teacher and one of {', '.join(map(flag, TAUGHT))}"
+    )
 
 
 @dataclass(kw_only=True)
@@ -467,6 +506,10 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+# Of these, whether they are given says what, and the place says where.
+_FOLDERS = {"unlabelled"}
+
+
 # In the order of the help.
 TOPICS = (DataOptions, _Network, _Optimisation, _Terms, _JacobianTerm, _Table, _Machine, _Output)
 
@@ -493,7 +536,9 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{flag(k)} (was {before.get(k)}, now {now.get(k)})"
         for k in {**now, **before}
-        if k not in free and before.get(k) != now.get(k)
+        if k not in free
+        and before.get(k) != now.get(k)
+        and not (k in _FOLDERS and before.get(k) and now.get(k))
     ]
 
 

@@ -26,6 +26,9 @@ def check_sources(options: RunOptions | EvaluateOptions) -> None:
     """Raises for a file or folder that the options name and that is not there."""
     if options.data_dir is not None and not (options.download or Path(options.data_dir).is_dir()):
         raise FastjacError(f"--data-dir {options.data_dir}: no such folder")
+    unlabelled = getattr(options, "unlabelled", None)
+    if unlabelled is not None and not Path(unlabelled).is_dir():
+        raise FastjacError(f"--unlabelled {unlabelled}: no such folder")
     if isinstance(options, EvaluateOptions):
         find_trained(options.checkpoint)
         return

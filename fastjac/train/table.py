@@ -151,8 +151,10 @@ def _need_teacher(options: TableOptions) -> bool:
 
 def _check_images(cells: Sequence[Cell]) -> None:
     """Find what is wrong with the students' images and network, before any teacher is trained."""
-    alone = {term: float(term == "ce") for term in TERMS} | {"teacher": None, "input_noise": 0.0}
+    alone = {term: float(term == "ce") for term in TERMS}
+    alone |= {"teacher": None, "input_noise": 0.0, "unlabelled": None}
     for cell in {(cell.row, cell.run.samples_per_class): cell for cell in cells}.values():
+        _data_of(cell.run)
         _prepare(replace(cell.run, **alone))
 
 
@@ -236,15 +238,16 @@ def _prepare(run: StudentOptions | TeacherOptions) -> Training:
 
 
 def _data_of(run: StudentOptions | TeacherOptions) -> ImageData:
-    return _data(tuple(getattr(run, name) for name in _DATA_OPTIONS))
+    values = tuple(getattr(run, name) for name in _DATA_OPTIONS)
+    return _data(values, getattr(run, "unlabelled", None))
 
 
 _DATA_OPTIONS = tuple(names(DataOptions))
 
 
 @functools.lru_cache(maxsize=2)
-def _data(values: tuple[Any, ...]) -> ImageData:
-    return build_data(RunOptions(**dict(zip(_DATA_OPTIONS, values, strict=True))))
+def _data(values: tuple[Any, ...], unlabelled: str | None) -> ImageData:
+    return build_data(RunOptions(**dict(zip(_DATA_OPTIONS, values, strict=True))), unlabelled)
 
 
 def _enter_worker(threads: int) -> None:

@@ -77,6 +77,11 @@ def images(tmp_path):
         (["teacher", "--keep-checkpoints", "0"], "--keep-checkpoints: expected more than 0, got 0"),
         (["teacher", "--micro-batch", "0"], "--micro-batch: expected auto or more than 0, got 0"),
         (["teacher", "--micro-batch", "half"], 'Parser key "micro_batch": Does not validate'),
+        (["teacher", "--flip"], "digits: a flipped digit is another digit"),
+        (
+            ["teacher", "--flip", "--augment"],
+            "--augment flips the images as well: give it or --flip",
+        ),
         (["teacher", "--mixup", "-1"], "--mixup: expected 0 or more, got -1.0"),
         (
             ["teacher", "--cutmix", "1", "--batch-size", "9"],

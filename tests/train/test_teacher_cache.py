@@ -1,12 +1,15 @@
 """What is kept of a teacher: the same results, computed once, never stale, never damaged."""
 
+import json
 import os
 import sqlite3
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from test_terms import images, networks, objective
 
 from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit, Projection
@@ -96,6 +99,35 @@ def test_an_image_is_computed_once(tmp_path):
     assert again.images == 1  # for the shapes
     TeacherCache(tmp_path, "other", again)(x[:3], y[:3])
     assert again.images == 4
+
+
+def test_flips_are_rows_of_their_own(trainer, small, tmp_path):
+    """Two for each image, and no more after any number of epochs; the run is that without them."""
+    noise = numpy.random.default_rng(0)
+    for part in ("train", "val"):
+        for number in range(6):
+            path = tmp_path / "images" / part / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(0, 256, (20, 20, 3), "uint8")).save(path)
+    words = [*small, "--dataset", "folder", "--data-dir", tmp_path / "images", "--img-size", 16]
+    words += ["--batch-size", 6, "--epochs", 1]
+    assert trainer("teacher", *words, "--epoch-steps", 2, "--experiment", "t")[0] == 0
+    words += ["--teacher", tmp_path / "runs" / "t", "--jacobians", 1, "--epoch-steps", 20]
+    for flags, name in (
+        (["--flip", "--teacher-cache", tmp_path / "kept"], "kept"),
+        (["--flip", "--teacher-cache", "off"], "off"),
+        (["--teacher-cache", "off"], "plain"),
+    ):
+        assert trainer("student", *words, *flags, "--experiment", name)[0] == 0
+    (path,) = (tmp_path / "kept").glob("*.sqlite")
+    with sqlite3.connect(path) as file:
+        # With the two test images on which a step is tried, as they are.
+        assert file.execute("SELECT COUNT(*) FROM teacher").fetchone() == (6 * 2 + 2,)
+    file.close()
+    runs = (tmp_path / "runs" / name / "metrics.jsonl" for name in ("kept", "off", "plain"))
+    kept, off, plain = (json.loads(run.read_text())["train_loss"] for run in runs)
+    assert kept == pytest.approx(off, rel=1e-4)
+    assert kept != pytest.approx(plain, rel=1e-3)
 
 
 def test_a_norm_and_a_match_of_one_target_share_no_rows(tmp_path):

@@ -247,6 +247,28 @@ def test_without_a_label_the_jacobian_is_of_the_teachers_class(soft, target):
     assert torch.allclose(found.terms["ce"], terms.label_cross_entropy(logits, given))
 
 
+@pytest.mark.parametrize("target", ["label-logit", "cross-entropy"])
+def test_the_norm_is_of_the_class_with_most_weight(target):
+    """Which needs no teacher; of an image without any label, it is of the teacher's class."""
+    x, y, _ = images()
+    soft = F.one_hot(y, CLASSES).double() * 0.6 + F.one_hot((y + 1) % CLASSES, CLASSES) * 0.4
+    student, teacher = networks()
+    alone = StudentOptions(jacobian_norm=1.0, target=target)
+    for built in (
+        Distillation(alone, student.train(), None, images()[2]),
+        objective(jacobian_norm=1.0, kd=1.0, target=target),
+    ):
+        found = built(x, soft)
+        assert torch.equal(found.terms["jacobian_norm"], built(x, y).terms["jacobian_norm"])
+        assert torch.equal(found.terms["ce"], F.cross_entropy(found.logits, soft))
+    some = torch.where(torch.arange(6) % 2 == 0, y, -1)
+    filled = torch.where(some < 0, teacher(x).argmax(1), some)
+    assert not torch.equal(filled, y)
+    assert torch.equal(
+        *(built(x, given).terms["jacobian_norm"] for given in (some, filled)),
+    )
+
+
 REFUSED = {
     "attention beside a logit's Jacobian": (
         {"attention": 1.0, "jacobians": 1.0},
@@ -270,6 +292,22 @@ REFUSED = {
     "cached projections": (
         {"jacobians": 1.0, "target": "projection", "teacher_cache": "folder"},
         "--teacher-cache folder: --target projection draws random numbers",
+    ),
+    "cached mixtures": (
+        {"kd": 1.0, "mixup": 1.0, "teacher_cache": "folder"},
+        "--teacher-cache folder: with --mixup and --cutmix hardly an image comes twice",
+    ),
+    "unlabelled without a teacher": (
+        {"jacobian_norm": 1.0, "unlabelled": "folder"},
+        "--unlabelled: nothing can be learnt from images without labels but from a teacher; expec",
+    ),
+    "unlabelled mixtures": (
+        {"kd": 1.0, "cutmix": 1.0, "unlabelled": "folder"},
+        "--unlabelled does not go with --cutmix, which needs labels",
+    ),
+    "unlabelled smoothing": (
+        {"kd": 1.0, "label_smoothing": 0.1, "unlabelled": "folder"},
+        "--unlabelled does not go with --label-smoothing, which needs labels",
     ),
     "cached hints": ({"hints": 1.0, "teacher_cache": "folder"}, "--hints takes whole feature maps"),
 }
