@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -35,15 +37,38 @@ class _Opaque:
 
 
 class _OpaqueNumpy:
-    """The same for NumPy's scalars and arrays, whose state is a tuple."""
+    """The same for what else of NumPy a file names, a generator's state say, which may be a tuple."""
 
     def __init__(self, *args: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None: ...
 
 
+def _stand_in(name: str, arrays: bool) -> Any:
+    """What torch's unpickler may make of the class or function ``name``; ``arrays``: NumPy's too."""
+    package, _, last = name.rpartition(".")
+    if package.partition(".")[0] != "numpy":
+        return _Opaque
+    if not arrays:
+        return _OpaqueNumpy
+    if package in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):  # of NumPy 1 and 2
+        return _OF_ARRAYS.get(last, _OpaqueNumpy)
+    return _OpaqueNumpy
+
+
+# What arrays and scalars of numbers are pickled by.
+_OF_ARRAYS = {
+    "ndarray": numpy.ndarray,
+    "dtype": numpy.dtype,
+    "_reconstruct": numpy.zeros(1).__reduce__()[0],
+    "scalar": numpy.float64(1).__reduce__()[0],
+}
+# The types of numbers: torch's unpickler sets no state of a class that it does not know.
+_NUMPY_TYPES = [type(numpy.dtype(code)) for code in "?bhilqBHILQefdFD"]
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a ``.pt`` or ``.pth`` file holds: tensors and plain data, on the CPU; no code is run.
+    """What a ``.pt`` or ``.pth`` file holds: tensors, arrays and plain data, on the CPU; no code is run.
 
     An object of any other class is replaced by an empty one.
     """
@@ -164,16 +189,9 @@ def _load(path: Path) -> Any:
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a file from before PyTorch 1.6, which cannot be searched, or a damaged one
-        unknown = ["argparse.Namespace"]
-    stand_ins = [(_OpaqueNumpy if k.startswith("numpy") else _Opaque, k) for k in unknown]
+        unknown = []
     try:
-        with (
-            torch.serialization.safe_globals(stand_ins),
-            warnings.catch_warnings(),
-            path.open("rb") as file,
-        ):
-            warnings.simplefilter("ignore")  # the error says what they announce
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _unpickle(path, unknown)
     except Exception as error:  # damaged bytes may raise anything
         if "TorchScript" in str(error):
             raise FastjacError(
@@ -189,10 +207,31 @@ def _load(path: Path) -> Any:
         ) from error
 
 
+def _unpickle(path: Path, unknown: list[str]) -> Any:
+    """What the file holds, with stand-ins for the classes ``unknown`` and those found on the way."""
+    arrays = True
+    while True:
+        safe = [(_stand_in(name, arrays), name) for name in unknown]
+        try:
+            with (
+                torch.serialization.safe_globals([*_NUMPY_TYPES, *safe]),
+                warnings.catch_warnings(),
+                path.open("rb") as file,
+            ):
+                warnings.simplefilter("ignore")  # the error says what they announce
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            found = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
+            if found and found[1] not in unknown:
+                unknown = [*unknown, found[1]]
+            elif arrays and "numpy.dtypes" in str(error):
+                arrays = False  # of texts, records or objects: no weights
+            else:
+                raise
+
+
 def _load_numpy(path: Path) -> dict[str, Tensor]:
     import zipfile
-
-    import numpy
 
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
@@ -219,13 +258,23 @@ def _state_dict(content: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
             if key in _EMA:
                 notice(f"{path}: the averaged weights are taken, those at {key!r}")
             return inside[key]
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = {k: v for k, v in map(_as_tensor, content.items()) if v is not None}
+    if inside and all(v.dim() == 0 for v in tensors.values()):  # an accuracy beside the network
+        tensors = {}
     if not tensors and len(inside) > 1:
         raise FastjacError(
             f"{path} holds several networks: {', '.join(map(repr, inside))}; expected one; save "
             "it alone"
         )
     return tensors or next(iter(inside.values()), {})
+
+
+def _as_tensor(item: tuple[Any, Any]) -> tuple[Any, Tensor | None]:
+    """A name and its tensor, also of an array of numbers; None for all else."""
+    name, value = item
+    if isinstance(value, numpy.ndarray) and value.dtype.char in "?bhilqBefdFD":
+        value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+    return name, value if isinstance(name, str) and isinstance(value, Tensor) else None
 
 
 def _module_tensors(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 import datetime
 import pathlib
 import pickle
+import zipfile
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from fastjac import FastjacError
 from fastjac.errors import notice
 from fastjac.models import VGG, ModelSpec, create_model, load_weights, read_weights
+from fastjac.models.weights import read_checkpoint
 
 
 @pytest.fixture
@@ -179,6 +181,71 @@ def test_other_formats(arrives, resnet):
     arrives({"state_dict": counters, "hyper_parameters": hyper, "loops": collections.Counter("ab")})
 
 
+NUMPY = {
+    "best_acc": numpy.float64(91.2),
+    "loss": numpy.float32(0.1),
+    "epoch": numpy.int64(3),
+    "improved": numpy.bool_(True),
+    "confusion": numpy.eye(3, dtype="int32"),
+    "rng": numpy.random.RandomState(0).get_state(),
+}
+OTHER_NUMPY = {
+    "generator": numpy.random.default_rng(0),
+    "names": numpy.array(["a", "b"]),
+    "args": numpy.array([argparse.Namespace(lr=1)]),
+    "rows": numpy.zeros(2, dtype=[("a", "f4")]),
+    "day": numpy.datetime64("2020-01-01"),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
+@pytest.mark.parametrize("numpy_1", [False, True])
+def test_numbers_of_numpy(tmp_path, old, numpy_1):
+    """As trainers save them beside the weights; texts, records, objects and generators are left out."""
+    path = tmp_path / "w.pth"
+    for more in ({}, OTHER_NUMPY):
+        content = {"state_dict": {"a": torch.ones(2)}, **NUMPY, **more}
+        torch.save(content, path, _use_new_zipfile_serialization=not old)
+        if numpy_1:  # its modules had other names
+            rename(path, b"numpy._core.", b"numpy.core.", old)
+        found = read_checkpoint(path)
+        assert torch.equal(read_weights(path)["a"], torch.ones(2))
+        assert found.keys() == content.keys()
+    torch.save({"state_dict": {"a": torch.ones(2)}, **NUMPY}, path)
+    found = read_checkpoint(path)
+    for name, value in NUMPY.items():
+        assert type(found[name]) is type(value)
+        assert all(map(numpy.array_equal, found[name], value)) if name == "rng" else True
+        assert numpy.array_equal(found[name], value) if name != "rng" else True
+
+
+def rename(path, before, after, old):
+    """Change names in the pickle of a file of ``torch.save``."""
+    if old:
+        path.write_bytes(path.read_bytes().replace(before, after))
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            assert not name.endswith("data.pkl") or before in data
+            archive.writestr(name, data.replace(before, after) if name[-3:] == "pkl" else data)
+
+
+def test_weights_in_arrays(arrives, resnet, tmp_path):
+    """Also big-endian ones, and the tensors of a network beside a number that is one."""
+    arrives({k: v.numpy() for k, v in plain(resnet).items()})
+    arrives(
+        {
+            "model": {
+                k: v.numpy().astype(v.numpy().dtype.newbyteorder())
+                for k, v in plain(resnet).items()
+            }
+        }
+    )
+    arrives({"my_weights": plain(resnet), "best": torch.tensor(91.2)})
+
+
 def test_two_networks_are_not_guessed_at(resnet, tmp_path):
     torch.save({"generator": plain(resnet), "discriminator": plain(resnet)}, tmp_path / "w.pth")
     with pytest.raises(FastjacError, match=r"holds several networks: 'generator', 'discriminator'"):
@@ -238,7 +305,7 @@ def test_what_holds_no_state_dict(tmp_path, donor):
         (list(donor.parameters()), "expected a state dict, .*; got list"),
         (torch.ones(3), "expected a state dict, .*; got Tensor"),
         (adam, "expected a state dict, .*; got no tensor under the keys 'state', 'param_groups'"),
-        ({"fc.weight": numpy.ones(3)}, "got no tensor under the keys 'fc.weight'"),
+        ({"fc.weight": numpy.array(["a"])}, "got no tensor under the keys 'fc.weight'"),
     ):
         torch.save(content, path)
         with pytest.raises(FastjacError, match=message):
