@@ -15,6 +15,7 @@ cross-entropy, squared error of the logits and, for a window, attention matching
     jvp-of-grad      ``torch.func.jvp`` of the parameters' gradient, along the loss's slope in J
     grad-of-jvp      the other order: wrong for a BatchNorm in train mode
     reference        ``JacobianMatching(strategy="autograd")``: naive, with the statistics asked for
+    jax              the double gradient in JAX, jitted; where jax is installed, without autocast
     crop-compiled    the double backward, compiled, of the crops that the window sees
     fastjac          ``JacobianMatching``
     fastjac-behind   the same, what lies behind the target's layer compiled (ResNet)
@@ -47,6 +48,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import statistics
 import time
@@ -86,6 +88,10 @@ WAYS: dict[str, type[Contender]] = {
 
 def way(name: str) -> type[Contender]:
     """The class of a contender, graphed or not."""
+    if name == "jax":
+        from benchmarks.rivals_jax import JaxDoubleGradient
+
+        return JaxDoubleGradient
     return WAYS[name.removesuffix("-graphed")]
 
 
@@ -325,8 +331,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if name not in CONFIGURATIONS:
             parser.error(f"unknown configuration {name!r}; expected of: {known}")
     for name in args.contenders:
-        if name.removesuffix("-graphed") not in WAYS:
-            parser.error(f"unknown contender {name!r}; expected of: {', '.join(WAYS)}")
+        if name.removesuffix("-graphed") not in {*WAYS, "jax"}:
+            parser.error(f"unknown contender {name!r}; expected of: {', '.join(WAYS)}, jax")
+        if name == "jax" and (args.amp or not importlib.util.find_spec("jax")):
+            parser.error("jax: expected the package jax, and no --amp")
     known_fields = {f.name: f.type for f in dataclasses.fields(Configuration)}
     if args.vary and (len(args.vary) < 2 or args.vary[0] not in known_fields):
         parser.error(f"--vary: expected one of {', '.join(known_fields)} and values")
