@@ -172,7 +172,7 @@ class LabelLogit(Target):
         if not self.fills_labels or not isinstance(y, Tensor) or y.dtype != torch.int64:
             return y
         _check_logits("LabelLogit", teacher_logits)
-        if y.shape != teacher_logits.shape[:1]:
+        if y.shape != teacher_logits.shape[:1] or y.device != teacher_logits.device:
             return y  # check() says what is wrong
         return torch.where(y < 0, teacher_logits.argmax(1), y)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +66,7 @@ class Listing:
 
 
 def list_images(folder: Path) -> Listing:
-    """What lies in ``folder`` and below; links are followed, but not back to where they lie.
+    """What lies in ``folder`` and below; links are followed, but not to a folder above.
 
     Raises :class:`FastjacError` for a folder that cannot be read.
     """
@@ -78,21 +78,29 @@ def list_images(folder: Path) -> Listing:
 def _list(folder: Path, found: Listing, above: tuple[str, ...]) -> None:
     try:
         with os.scandir(folder) as entries:
-            inside = sorted(entries, key=lambda entry: (entry.is_dir(), entry.name))
+            inside = sorted(entries, key=lambda entry: (_is_folder(entry), entry.name))
     except OSError as error:
         raise FastjacError(f"{folder} cannot be read: {error.strerror}") from error
     for entry in inside:
         path = folder / entry.name
         if is_hidden(entry.name):
             found.hidden.append(path)
-        elif entry.is_dir():
-            if (real := os.path.realpath(path)) not in above:
+        elif _is_folder(entry):
+            real = os.path.realpath(path)
+            if not any(Path(each).is_relative_to(real) for each in above):
                 _list(path, found, (*above, real))
         # A link to a file that is gone is an image that cannot be read.
-        elif path.suffix.lower() in EXTENSIONS and (entry.is_file() or not path.exists()):
+        elif path.suffix.lower() in EXTENSIONS and (path.is_file() or not path.exists()):
             found.images.append(path)
         else:
             found.others.append(path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that lead to one another: a file that cannot be read
+        return False
 
 
 def no_image(folder: Path) -> FastjacError:
@@ -119,26 +127,57 @@ class Images(Dataset):
 def _read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            tags = getattr(image, "tag_v2", {})  # of a TIFF file
+            return _as_rgb(ImageOps.exif_transpose(image), tags, path)
     except Exception as error:  # Pillow lets through what damaged bytes raise in its decoders
         raise FastjacError(f"{path} is not a readable image: {first_line(error)}") from error
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, tags: Mapping[int, Any], path: Path) -> Image.Image:
     """``image`` in 8 bits; where Pillow would clip (16 bits, floats), by the range of its type."""
+    signed = 2 in _numbers(tags, _SAMPLE_FORMAT)
     if image.mode == "F" or image.mode.startswith("I"):
         pixels = numpy.asarray(image)
         low, high = pixels.min(), pixels.max()
-        most = 1 if image.mode == "F" else 65535  # Pillow reads some files of 16 bits as of 32
+        (bits,) = _numbers(tags, _BITS_PER_SAMPLE)[:1] or (16,)
+        bits = 16 if bits > 16 else bits - signed  # Pillow reads some files of 16 bits as of 32
+        most = 1 if image.mode == "F" else 2**bits - 1
         if not (low >= 0 and high <= most):
             raise ValueError(
                 f"its pixels (mode {image.mode}) are from {low} to {high}, expected 0 to {most}; "
                 "save it rescaled"
             )
+        if image.mode != "F" and 0 < high < 4096 <= most:
+            _tell_dark(path, int(high), most)
+        if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds in 8 bits alone
+            pixels = most - pixels.astype("float64")
         image = Image.fromarray((pixels * (255 / most)).round().astype("uint8"))
+    elif signed:
+        raise ValueError("its pixels are signed bytes; save it rescaled to 0 to 255")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # else Pillow warns
     return image.convert("RGB")
+
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+
+
+def _numbers(tags: Mapping[int, Any], tag: int) -> tuple[int, ...]:
+    value = tags.get(tag, ())
+    return value if isinstance(value, tuple) else (value,)
+
+
+_told_dark: list[Path] = []
+
+
+def _tell_dark(path: Path, high: int, most: int) -> None:
+    """Say of the first image alone that it may be of fewer bits than its file."""
+    if not _told_dark:
+        _told_dark.append(path)
+        notice(
+            f"{path}: its brightest pixel is {high} of {most}, nearly black; if that is its white, save "
+            "it and its like rescaled"
+        )
 
 
 def middle_crop(size: int) -> Callable[[Any], Tensor]:

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from fastjac.data.idx import read_idx
 from fastjac.data.image_files import (
+    EXTENSIONS,
     Images,
     Listing,
     is_hidden,
@@ -22,7 +23,7 @@ from fastjac.data.image_files import (
     no_image,
     without_damaged,
 )
-from fastjac.errors import FastjacError, first_line, unknown
+from fastjac.errors import FastjacError, first_line, notice, unknown
 from fastjac.models.create import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -477,8 +478,13 @@ def _image_folder(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
         found.add(inside)
     loose = sorted(path for path in root.iterdir() if not path.is_dir())
     found.hidden += [path for path in sorted(root.iterdir()) if is_hidden(path.name)]
-    found.others += [path for path in loose if not is_hidden(path.name)]
+    loose = [path for path in loose if not is_hidden(path.name)]
+    found.others += [path for path in loose if path.suffix.lower() not in EXTENSIONS]
     found.tell(root)
+    if images := [path for path in loose if path.suffix.lower() in EXTENSIONS]:
+        notice(
+            f"{root}: {len(images)} images in no class's folder skipped, such as {images[0].name}"
+        )
     return samples, classes
 
 

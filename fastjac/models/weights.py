@@ -18,7 +18,15 @@ from fastjac.models.create import find_head
 from fastjac.models.efficientnet_pytorch import as_timm, is_efficientnet_pytorch
 
 # The keys that other trainers save weights at.
-_EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema")
+_EMA = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema_model",
+    "params_ema",
+    "ema",
+    "swa_model",
+)
 _PLAIN = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "params")
 # Parts of a checkpoint that hold tensors and are no network.
 _NO_NETWORK = ("optim", "sched", "scaler", "rng", "criterion")
@@ -122,6 +130,7 @@ def load_weights(
     """
     own = model.state_dict()
     head = find_head(model)[0] + "."
+    _check_values(weights, source)
     weights = _renamed(weights, own, head, source)
     if is_efficientnet_pytorch(weights):
         weights = as_timm(weights, own)
@@ -135,6 +144,10 @@ def load_weights(
     ]  # fmt: skip
     off = {k for k in weights if getattr(model, k.partition(".")[0], model) is None}
     surplus = [k for k in weights if k not in own and k not in off]
+    for k, value in weights.items():
+        if k in own and own[k].is_floating_point() and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise FastjacError(f"{source}: {k} is {kind}, expected floating point; dequantise it")
     if different := [*reshaped, *missing, *surplus]:
         in_head = all(k.startswith(tuple(heads)) for k in different) and all(
             weights[k].shape[1:] == own[k].shape[1:] for k in reshaped
@@ -142,8 +155,26 @@ def load_weights(
         if not (in_head and ignore_head):
             _refuse(model, weights, source, (reshaped, missing, surplus), in_head)
         kept = sorted({k.rpartition(".")[0] for k in different})
-        notice(f"{source}: its head ({', '.join(kept)}) is left out, being of another size")
+        notice(
+            f"{source}: its head ({', '.join(kept)}) is left out, being of another size or absent"
+        )
     model.load_state_dict({k: v for k, v in weights.items() if k not in different}, strict=False)
+
+
+def _check_values(weights: dict[str, Tensor], source: str | Path) -> None:
+    """Raise for tensors that a copy would fail for, or whose values are no weights."""
+    for name, value in weights.items():
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            how = "quantised" if value.is_quantized else "on the meta device"
+            kind = (
+                how if value.layout is torch.strided else str(value.layout).removeprefix("torch.")
+            )
+        elif not (value.is_complex() or value.isnan().any()):
+            continue
+        elif not value.is_complex():
+            kind = "not a number in places"
+        raise FastjacError(f"{source}: {name} is {kind}; expected a plain tensor of real numbers")
 
 
 def _refuse(
@@ -318,4 +349,5 @@ def _renamed(
     if not prefixes:
         return plain
     cut = len(prefixes[0])
-    return {k[cut:]: v for k, v in plain.items() if k.startswith(prefixes[0])}
+    inside = {k[cut:]: v for k, v in plain.items() if k.startswith(prefixes[0])}
+    return {k: v for k, v in plain.items() if k in own} | inside  # a head may be outside

@@ -1,12 +1,14 @@
 """MIT Indoor 67 by its lists, and folders of images, from small trees in their formats."""
 
+import struct
+
 import numpy
 import pytest
 import torch
 from PIL import Image
 
 from fastjac import FastjacError
-from fastjac.data import load_data
+from fastjac.data import image_files, load_data
 
 COLOURS = {"bar": (200, 0, 0), "kitchen": (0, 200, 0), "airport_inside": (0, 0, 200)}
 
@@ -174,6 +176,104 @@ def test_a_ramp_stays_a_ramp(folder, name, image, recwarn):
     error = pixels.mean((0, 1)) - wanted  # per column: dithering is right on average
     assert error.abs().max() < (0.2 if name == "dither.png" else 0.03)
     assert not [w for w in recwarn if "PIL" in w.filename]
+
+
+def write_tiff(path, array, kind, bits, white_is_zero=False):
+    """64 x 64 samples in one strip; ``kind`` 1: unsigned, 2: signed, 3: floating point."""
+    raw = array.tobytes()
+    entries = [(256, 4, 64), (257, 4, 64), (258, 3, bits), (259, 3, 1), (262, 3, not white_is_zero)]
+    entries += [(273, 4, 8), (277, 3, 1), (278, 4, 64), (279, 4, len(raw)), (339, 3, kind)]
+    table = b"".join(struct.pack("<HHII", tag, form, 1, value) for tag, form, value in entries)
+    head = b"II*\0" + struct.pack("<I", 8 + len(raw))
+    path.write_bytes(head + raw + struct.pack("<H", len(entries)) + table + bytes(4))
+
+
+def twelve_bits():
+    one, other = (RAMP * 4095).astype(int).reshape(-1, 2).T
+    packed = [one >> 4, (one & 15) << 4 | other >> 8, other & 255]
+    return numpy.stack(packed, 1).astype("u1")
+
+
+@pytest.mark.parametrize(
+    ("array", "kind", "bits", "white_is_zero"),
+    [
+        (RAMP * 32767, "<i2", 16, False),
+        (twelve_bits(), "u1", 12, False),
+        ((1 - RAMP) * 255, "u1", 8, True),
+        ((1 - RAMP) * 65535, "<u2", 16, True),
+        (1 - RAMP, "<f4", 32, True),
+        (RAMP * 65535, "<i4", 32, False),
+    ],
+)
+def test_tiff_says_what_its_numbers_mean(folder, array, kind, bits, white_is_zero):
+    path = folder / "train" / "bar" / "0.tif"
+    code = {"u": 1, "i": 2, "f": 3}[numpy.dtype(kind).kind]
+    write_tiff(path, array.astype(kind), code, bits, white_is_zero)
+    pixels = load_data("folder", folder, size=56).train[1][0]
+    assert (pixels.mean((0, 1)) - torch.linspace(0, 1, 64)[4:60]).abs().max() < 0.03
+
+
+def test_signed_bytes_are_refused(folder):
+    write_tiff(folder / "train" / "bar" / "0.tif", (RAMP * 100).astype("i1"), 2, 8)
+    with pytest.raises(
+        FastjacError, match=r"bar/0.tif is .*: its pixels are signed bytes; save it"
+    ):
+        _ = load_data("folder", folder, size=21).train[1]
+
+
+def test_nearly_black_images_are_told_of_once(folder, caplog, monkeypatch):
+    """12 bits in a file of 16, say: read by the range of the type all the same."""
+    monkeypatch.setattr(image_files, "_told_dark", [])
+    for name in ("0.png", "1.png"):
+        Image.fromarray((RAMP * 4095).astype("uint16")).save(folder / "train" / "bar" / name)
+    data = load_data("folder", folder, size=21)
+    assert max(data.train[item][0].max() for item in (1, 2)) < 0.07
+    assert "bar/0.png: its brightest pixel is 4095 of 65535, nearly black; if that" in caplog.text
+    assert caplog.text.count("nearly black") == 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_of_several_frames_the_first(folder, suffix):
+    path = folder / "train" / "bar" / f"0.{suffix}"
+    frames = [Image.new("RGB", (64, 64), (0, 0, 0))] * 3
+    GREY.convert("RGB").save(path, save_all=True, append_images=frames)
+    pixels = load_data("folder", folder, size=56).train[1][0]
+    assert (pixels.mean((0, 1)) - torch.linspace(0, 1, 64)[4:60]).abs().max() < 0.05
+
+
+def test_links(folder, tmp_path, caplog):
+    """To folders and files elsewhere; back to a folder above, to each other, and to nothing."""
+    bar = folder / "train" / "bar"
+    (tmp_path / "elsewhere").mkdir()
+    (bar / "a.png").rename(tmp_path / "elsewhere" / "a.png")
+    (bar / "files").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (bar / "up").symlink_to(folder / "train", target_is_directory=True)
+    (folder / "train" / "loose.png").write_bytes(b"of no class")
+    data = load_data("folder", folder, size=21)
+    check_colours(data.train, data.classes, 3)
+    assert f"{folder / 'train'}: 1 images in no class's folder skipped, such as l" in caplog.text
+    for name, to, message in (
+        ("x.png", "y.png", "Too many levels"),
+        ("z.png", "no", "No such file"),
+    ):
+        (bar / name).symlink_to(bar / to)
+        if to == "y.png":
+            (bar / to).symlink_to(bar / name)
+        data = load_data("folder", folder, size=21)
+        item = [path.name for path, _ in data.train.samples].index(name)
+        with pytest.raises(FastjacError, match=rf"{name} is not a readable image: .*{message}"):
+            _ = data.train[item]
+
+
+def test_a_folder_that_cannot_be_read(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(image_files.os, "scandir", refuse)
+    with pytest.raises(
+        FastjacError, match="train/airport_inside cannot be read: Permission denied"
+    ):
+        load_data("folder", folder, size=21)
 
 
 @pytest.mark.parametrize(

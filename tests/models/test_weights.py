@@ -156,7 +156,9 @@ def test_wrapped_in_a_checkpoint(arrives, resnet, key):
     arrives({"epoch": 3, "state": {key: plain(resnet)}})
 
 
-@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema", "ema_state_dict"])
+@pytest.mark.parametrize(
+    "key", ["state_dict_ema", "model_ema", "ema", "ema_state_dict", "swa_model"]
+)
 def test_the_average_is_preferred_and_said_so(arrives, resnet, caplog, tmp_path, key):
     average = {k: v + 1 for k, v in plain(resnet).items()}
     arrives({"state_dict": plain(resnet), key: average}, shift=1)
@@ -215,8 +217,8 @@ def test_numbers_of_numpy(tmp_path, old, numpy_1):
     found = read_checkpoint(path)
     for name, value in NUMPY.items():
         assert type(found[name]) is type(value)
-        assert all(map(numpy.array_equal, found[name], value)) if name == "rng" else True
-        assert numpy.array_equal(found[name], value) if name != "rng" else True
+        parts = zip(found[name], value, strict=True) if name == "rng" else [(found[name], value)]
+        assert all(numpy.array_equal(one, other) for one, other in parts)
 
 
 def rename(path, before, after, old):
@@ -365,3 +367,32 @@ def test_auxiliary_heads_are_left_out(caplog):
     load_weights(model, theirs.state_dict(), "f", ignore_head=False)
     x = torch.rand(2, 3, 64, 64)
     assert torch.equal(model.eval()(x), theirs.eval()(model.normalize(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v * torch.nan, "fc.weight is not a number in places; expected a plain tensor"),
+        (lambda v: v.to(torch.int8), "fc.weight is int8, expected floating point; dequantise it"),
+        (lambda v: v > 0, "fc.weight is bool, expected floating point"),
+        (lambda v: v.to_sparse(), "fc.weight is sparse_coo; expected a plain tensor"),
+        (lambda v: v.to("meta"), "fc.weight is on the meta device; expected a plain tensor"),
+        (lambda v: v.to(torch.complex64), "fc.weight is complex64; expected a plain tensor"),
+        (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "fc.weight is quantised; ex"),
+    ],
+)
+def test_values_that_are_no_weights(tmp_path, donor, change, message):
+    weights = donor.state_dict()
+    torch.save(weights | {"fc.weight": change(weights["fc.weight"])}, tmp_path / "w.pth")
+    model = VGG("4 M", 3)
+    before = model.fc.weight.clone()
+    with pytest.raises(FastjacError, match=f"f: {message}"):
+        load_weights(model, read_weights(tmp_path / "w.pth"), "f")
+    assert torch.equal(model.fc.weight, before)
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", "module.backbone."])
+def test_a_head_beside_its_prefixed_body(arrives, resnet, prefix):
+    weights = plain(resnet)
+    arrives({k if k.startswith("fc.") else prefix + k: v for k, v in weights.items()})
