@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjac import targets
+from fastjac import JacobianMatching, targets
 from fastjac.errors import FastjacError
 from fastjac.ops.window_crop import window_crop_adjoint
 from fastjac.targets import (
@@ -479,3 +479,11 @@ def test_the_examples_run():
     result = doctest.testmod(targets)
     assert result.attempted > 20
     assert result.failed == 0
+
+
+def test_labels_on_another_device_are_named():
+    """Also where a label below 0 would be filled in."""
+    networks = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    matcher = JacobianMatching(*networks, LabelLogit(unlabelled="teacher"))
+    with pytest.raises(FastjacError, match="labels y are on meta; the model's logits are on cpu"):
+        matcher(torch.rand(2, 4), torch.zeros(2, dtype=torch.int64, device="meta"))

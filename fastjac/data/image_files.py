@@ -130,7 +130,8 @@ def _read_image(path: Path) -> Image.Image:
             tags = getattr(image, "tag_v2", {})  # of a TIFF file
             return _as_rgb(ImageOps.exif_transpose(image), tags, path)
     except Exception as error:  # Pillow lets through what damaged bytes raise in its decoders
-        raise FastjacError(f"{path} is not a readable image: {first_line(error)}") from error
+        name = str(path).replace("\n", "\\n").replace("\r", "\\r")  # an error is one line
+        raise FastjacError(f"{name} is not a readable image: {first_line(error)}") from error
 
 
 def _as_rgb(image: Image.Image, tags: Mapping[int, Any], path: Path) -> Image.Image:

@@ -61,6 +61,10 @@ def build_data(options: RunOptions, unlabelled: str | None = None) -> ImageData:
         raise FastjacError(
             f"--num-classes {options.num_classes}: {data.name} has {len(data.classes)} classes"
         )
+    if len(data.classes) < 2:
+        raise FastjacError(
+            f"{data.name}: {options.data_dir} has one class, {data.classes[0]!r}; expected two or more"
+        )
     if unlabelled is None:
         return data
     try:

@@ -39,6 +39,7 @@ def capture(training: Training) -> dict[str, Any]:
     return {
         "about": describe(training.spec, training.data),
         "options": asdict(training.options),
+        "images": len(training.data.labels),
         "model": training.model.state_dict(),
         "heads": training.heads.state_dict(),
         **averaged,
@@ -149,5 +150,7 @@ def _check(training: Training, path: Path, state: dict[str, Any]) -> None:
             if a != (b := {**mine, **mine["spec"]}.get(k)) and k not in ("spec", "classes")
         ]
         raise FastjacError(f"{path} is of another model: {'; '.join(parts) or 'other classes'}")
+    if (before := state.get("images")) not in (None, now := len(training.data.labels)):
+        notice(f"{path} is of a run on {before} training images; now there are {now}")
     if different := changed(state["options"], asdict(training.options)):
         raise FastjacError(f"{path} is of a run with other options: {', '.join(different)}")

@@ -336,6 +336,13 @@ def test_damaged_files_are_named(folder, suffix):
     assert all(f"{path} is not a readable image: " in t and "\n" not in t for t in lines)
 
 
+def test_a_name_of_two_lines_is_told_in_one(folder):
+    (folder / "train" / "bar" / "0\n1.png").write_bytes(b"")
+    with pytest.raises(FastjacError, match=r"bar/0\\n1.png is not a readable image: ") as caught:
+        _ = load_data("folder", folder, size=21).train[1]
+    assert "\n" not in str(caught.value)
+
+
 def test_bombs_and_files_that_went_away(folder, monkeypatch):
     data = load_data("folder", folder, size=21)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)

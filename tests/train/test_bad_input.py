@@ -283,6 +283,14 @@ def test_an_image_that_turns_out_corrupt(trainer, small, images, tmp_path, worke
     assert torch.load(tmp_path / "runs" / "x" / "last.pt", weights_only=True)["epoch"] == 0
 
 
+def test_one_class(refused, small, images):
+    """As of a folder too deep or too high."""
+    for part in ("train", "val"):
+        (images / part / "b").rename(images / part / "a" / "b")
+    words = ["teacher", *small, "--dataset", "folder", "--data-dir", images, "--img-size", 16]
+    assert refused(*words) == f"folder: {images} has one class, 'a'; expected two or more"
+
+
 def test_damaged_images_left_out(trainer, small, images, caplog):
     (images / "train" / "b" / "1.png").write_bytes(b"not an image")
     words = ["teacher", *small, "--dataset", "folder", "--data-dir", images, "--img-size", 16]
@@ -290,6 +298,7 @@ def test_damaged_images_left_out(trainer, small, images, caplog):
     assert trainer(*words)[0] == 2
     assert trainer(*words, "--resume", "--skip-damaged")[0] == 0
     assert "1 of 6 images left out" in caplog.text
+    assert "last.pt is of a run on 6 training images; now there are 5" in caplog.text
 
 
 def test_an_output_that_cannot_be(trainer, small, tmp_path):
