@@ -126,7 +126,7 @@ class Linear(Rule):
     def record(
         cls, site: Site, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Recorded | Any:
-        if site.varies(weight, bias) or weight.dim() != 2:
+        if site.varies(weight, bias) or weight.dim() != 2 or weight.is_complex():
             return NotImplemented
         y = site.run(input, weight, bias)
         receivers = site.receives(weight)

@@ -165,8 +165,10 @@ class Hardsigmoid(Gate):
 
 
 def _real(*values: Any) -> bool:
-    """Whether tensors among these are real floating-point ones."""
-    return all(not isinstance(v, Tensor) or not v.is_complex() for v in values)
+    """Whether none of these tensors and numbers is complex."""
+    return not any(
+        v.is_complex() if isinstance(v, Tensor) else isinstance(v, complex) for v in values
+    )
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastjac.engine.rules.base import Recorded, Rule, register_rule
+from fastjac.errors import FastjacError
 from fastjac.fusion.mode import tensors_in
 
 if TYPE_CHECKING:
@@ -63,25 +64,36 @@ class ViewWrite(Rule):
 
     Its sources are the base before, unless that was constant, and the view.
 
-    ``layout``: shape and strides of the base; ``view``: shape, strides and offset of the view in it.
+    ``layout``: shape and strides of the base; ``view``: offset, shape and strides of the view in it.
     """
 
     layout: tuple[torch.Size, tuple[int, ...]]
-    view: tuple[torch.Size, tuple[int, ...], int]
+    view: tuple[int, torch.Size, tuple[int, ...]]
+    dtypes: tuple[torch.dtype, torch.dtype]  # base, view: the real part of a complex base, say
 
     @classmethod
     def of(cls, sources: tuple[int, ...], base: Tensor, view: Tensor) -> ViewWrite:
         """The rule for two tensors as they are."""
-        offset = view.storage_offset() - base.storage_offset()
-        return cls(sources, (base.shape, base.stride()), (view.shape, view.stride(), offset))
+        if base.is_conj() != view.is_conj() or base.is_neg() != view.is_neg():
+            raise FastjacError(
+                f"the model writes in place to a conjugated view {list(view.shape)}; use the operation "
+                "that is not in place"
+            )
+        offset = view.storage_offset() - base.storage_offset() * base.itemsize // view.itemsize
+        layout, dtypes = (base.shape, base.stride()), (base.dtype, view.dtype)
+        return cls(sources, layout, (offset, view.shape, view.stride()), dtypes)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         """A copy with the strides of the base."""
-        return torch.empty_strided(*self.layout, dtype=x.dtype, device=x.device).copy_(x)
+        return torch.empty_strided(*self.layout, dtype=self.dtypes[0], device=x.device).copy_(x)
+
+    def _view(self, base: Tensor) -> Tensor:
+        empty = torch.empty(0, dtype=self.dtypes[1], device=base.device)
+        return empty.set_(base.untyped_storage(), *self.view)
 
     def vjp(self, delta: Tensor) -> list[Tensor]:
         base = self._laid_out(delta)
-        view = base.as_strided(*self.view)
+        view = self._view(base)
         written = view.clone()
         view.zero_()
         return [base, written][-len(self.sources) :]
@@ -89,5 +101,5 @@ class ViewWrite(Rule):
     def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
         zero = tangents[-1].new_zeros(()).expand(self.layout[0])
         base = self._laid_out(tangents[0] if len(tangents) > 1 else zero)
-        base.as_strided(*self.view).copy_(tangents[-1])
+        self._view(base).copy_(tangents[-1])
         return base, ()
