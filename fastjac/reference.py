@@ -46,7 +46,7 @@ class BatchStatistics(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
-        if func is torch.batch_norm:
+        if func in (torch.batch_norm, torch.ops.aten.batch_norm, torch.ops.aten.batch_norm.default):
             return self._torch_batch_norm(*args, **kwargs)
         return func(*args, **kwargs)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,20 +72,25 @@ class FusedModel(nn.Module):
         self.__dict__.update({k: v for k, v in model.__dict__.items() if k != "forward"})
         self.__dict__["_model"] = model
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = type(self._model).__call__
+        if own is nn.Module.__call__:
+            return super().__call__(*args, **kwargs)
+        return self._run(functools.partial(own, self._model), *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Without the model's hooks, which are the fused model's and have fired.
+        return self._run(self._model.forward, *args, **kwargs)
+
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         model = self._model
         model.training = self.training
         if torch.compiler.is_compiling() or active_fusion() is not None or has_script(model):
-            return _call_without_hooks(model, *args, **kwargs)
+            return function(*args, **kwargs)
         with eager_regions(), Fusion(ALL_ACTIVATIONS):
-            return _call_without_hooks(model, *args, **kwargs)
+            return function(*args, **kwargs)
 
     def unfuse(self) -> nn.Module:
         """The model that was fused, with the parameters it has now."""
         self._model.training = self.training
         return self._model
-
-
-def _call_without_hooks(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The model's forward: its hooks are the fused model's, which have fired."""
-    return model.forward(*args, **kwargs)

@@ -139,8 +139,8 @@ class Fusion(TorchFunctionMode):
             self._compute_read(function, args, kwargs)
         if self._recomputable and function in _ALIASES:
             self._recomputable.pop(id(args[0]), None)  # a write to the alias would go unnoticed
-        if function is F.batch_norm:
-            return self._batch_norm(args, kwargs)
+        if function in BATCH_NORMS:
+            return self._batch_norm(*functional_batch_norm(function, args, kwargs))
         return self.call(function, args, kwargs)
 
     # What a subclass may add to.
@@ -367,6 +367,35 @@ def bind_batch_norm(
 ) -> tuple[Any, ...]:
     """The arguments of ``F.batch_norm``, in their order."""
     return input, running_mean, running_var, weight, bias, training, momentum, eps
+
+
+BATCH_NORMS = {
+    *(F.batch_norm, torch.batch_norm),
+    *(torch.ops.aten.batch_norm, torch.ops.aten.batch_norm.default),
+}
+
+
+def functional_batch_norm(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of one of :data:`BATCH_NORMS` as ``F.batch_norm`` takes them."""
+    if function is F.batch_norm:
+        return args, kwargs
+
+    def bind(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> tuple[Any, ...]:
+        return input, running_mean, running_var, weight, bias, training, momentum, eps
+
+    return bind(*args, **kwargs), {}
 
 
 def in_backward_hook() -> bool:

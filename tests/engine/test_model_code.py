@@ -307,6 +307,22 @@ class NormOfX(nn.Module):
         return F.relu(F.batch_norm(z, None, None, scale, scale * 2, training=True))
 
 
+class NormByFunction(nn.BatchNorm2d):
+    """A BatchNorm that calls PyTorch's function, as a decomposed or exported network does."""
+
+    def __init__(self, function) -> None:
+        super().__init__(4)
+        self.function = function
+
+    def forward(self, z: Tensor) -> Tensor:
+        tensors = (z, self.weight, self.bias, self.running_mean, self.running_var)
+        return F.relu(self.function(*tensors, self.training, self.momentum, self.eps, False))
+
+
+def native_norm(*args) -> Tensor:
+    return torch.native_batch_norm(*args[:-1])[0]
+
+
 class Fused(nn.Module):
     """Conv and norm fused by PyTorch's own function, at each step."""
 
@@ -345,6 +361,8 @@ MIDDLES = {
     "cached": Cached,
     "conditional norm": ConditionalNorm,
     "norm of x": NormOfX,
+    "torch.batch_norm": lambda: NormByFunction(torch.batch_norm),
+    "aten.batch_norm": lambda: NormByFunction(torch.ops.aten.batch_norm.default),
     "fused by PyTorch": Fused,
     "parametrised": parametrised,
     "weight norm": lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
@@ -402,6 +420,10 @@ def test_middles(name, batch_stats):
     agrees(lambda: network(MIDDLES[name]()), batch_stats)
 
 
+def test_a_native_norm_updates_its_statistics_once():
+    agrees(lambda: network(NormByFunction(native_norm)), "batch")
+
+
 @pytest.mark.parametrize("name", MIDDLES)
 def test_middles_before_a_window(name):
     agrees(lambda: network(MIDDLES[name]()), "frozen", AttentionWindow("5", window=0.5))
@@ -431,6 +453,27 @@ def test_middles_of_a_fused_network(name):
         grads = [p.grad for p in inner.parameters()]
         results.append([y.detach(), *grads, *(b.detach().clone() for b in inner.buffers())])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+class ScalesInput(nn.Sequential):
+    """A network whose ``__call__`` is its own."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(2 * x).sin()
+
+
+def test_a_fused_network_with_a_call_of_its_own():
+    seen, results = [], []
+    for wrap in (fuse, lambda model: model):
+        seed_all(1)
+        inner = ScalesInput(*network())
+        inner.register_forward_hook(lambda module, args, y: seen.append(args[0].detach()))
+        y = wrap(inner)(images())
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in inner.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("function", [*CHOICES, toggled, switched, momentum_target])

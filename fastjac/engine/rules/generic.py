@@ -105,8 +105,11 @@ class Generic(Rule):
                 site.run(overwrites, *args[1:], **kwargs)
         if overwrites is not written:
             y = written.copy_(overwrites)
+        unversioned = "native_batch_norm" in function_name(
+            function
+        )  # writes, and counts no version
         for tensor, version in constants:
-            if tensor is not written and tensor._version == version:
+            if tensor is not written and tensor._version == version and not unversioned:
                 place[id(tensor)] = site.keep(tensor)
             elif tensor is not written:  # running statistics: a sweep must not update them again
                 place[id(tensor)] = tensor.detach().clone()
