@@ -359,6 +359,11 @@ class Tape(Fusion):
             if value is not None and value.version == result._version:
                 return out  # one of its arguments, as it was
         made = list(tensors_in(result))
+        if any(t.is_nested for t in made):
+            raise FastjacError(
+                f"{function_name(function)} makes a nested tensor of what depends on x; expected padded "
+                "tensors and a mask, or strategy='autograd'"
+            )
         if not any(_differentiable(t) for t in made):
             return out
         numbers = tuple(self._assign(t, trains) if _differentiable(t) else None for t in made)

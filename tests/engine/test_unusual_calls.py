@@ -100,6 +100,19 @@ def test_a_parameter_that_changes_before_the_backward_is_an_error(which):
         out.jacobian.square().sum().backward()
 
 
+def test_a_nested_tensor_is_an_error():
+    def nested(z: Tensor) -> Tensor:
+        parts = torch.nested.as_nested_tensor([z[0], z[1, :2], z[2]])
+        return torch.nested.to_padded_tensor(parts.sin(), 0.0)
+
+    model = network(Apply(nested))
+    with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
+    with pytest.raises(
+        FastjacError, match=r"makes a nested tensor of .* padded tensors and a mask"
+    ):
+        with_jacobian(model, images(), LabelLogit(), LABELS)
+
+
 class Remembers(nn.Module):
     """Python state that a step changes."""
 
