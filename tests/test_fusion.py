@@ -295,7 +295,10 @@ def test_low_precision_errs_at_most_twice_as_much(middle, last):
     errors = []
     for wrap in (fuse, lambda m: m):
         model = wrap(network(middle).to(torch.float32, memory_format=layout))
-        got = step(model, images().float().contiguous(memory_format=layout))
+        x = images().float().contiguous(memory_format=layout)
+        with FusedCalls() as calls:
+            got = step(model, x)
+        assert (calls.found != []) == (wrap is fuse)
         pairs = zip(tensors(got), tensors(exact), strict=True)
         errors.append(sum(((a.double() - b).norm() / (1 + b.norm())).item() for a, b in pairs))
     assert 0 < errors[0] <= 2 * errors[1]
@@ -536,7 +539,12 @@ def test_the_engine_runs_the_same_chains(middle, target, batch_stats, fused):
         if fused:
             student, teacher = fuse(student), fuse(teacher)
         matcher = JacobianMatching(student, teacher, target, None, batch_stats, strategy)
-        out = matcher(images(), y)
+        with FusedCalls() as calls:
+            out = matcher(images(), y)
+        if strategy == "auto":
+            assert set(MIDDLES[middle][1]) <= set(calls.found)
+        else:
+            assert not calls.found
         (out.jacobian_loss + out.student_logits.square().mean()).backward()
         results.append((out.jacobian_loss.detach(), [p.grad for p in student.parameters()]))
     rounding = 1e-5 if "dtype" in middle else 1e-9
