@@ -120,6 +120,13 @@ def test_branches_at_different_scales_do_not_meet():
         Region(same, same).hull(Region(same, halved))
 
 
+def test_a_map_in_two_layouts_has_no_hull():
+    region = Region.window(2)
+    with pytest.raises(ValueError, match=r"read as \[B, C, H, W\] and as \[B, H, W, C\]"):
+        region.hull(region.moved(1))
+    assert region.moved(1).hull(region.moved(1)) == region.moved(1)
+
+
 def test_a_region_is_an_interval_on_each_axis():
     tall, wide = KernelGeometry(5, 3, 2), KernelGeometry(2, 1, 1, 2)
     region = Region.window(4).through((tall, wide))

@@ -98,8 +98,8 @@ class Convolution(Rule):
 
     def input_regions(self, region: Region) -> list[Region]:
         kernel = self.weight.shape[2:]
-        if len(kernel) != 2 or region.axis != 2:
-            raise NotLocalError(f"a convolution over {len(kernel)} axes has no crops")
+        if region.axis != 2:
+            raise NotLocalError("its channels are an axis of the map")
         return [region.through(axis_geometry(kernel, self.stride, self.padding, self.dilation))]
 
     def crop(self, crops: Crops, region: Region) -> Rule:
