@@ -121,3 +121,16 @@ def test_a_view_made_before_its_base_was_overwritten_is_an_error():
     x, y = batch()
     with pytest.raises(FastjacError, match=r"cat reads a tensor .* overwritten in place where"):
         JacobianMatching(network(stale, False).double(), network(torch.tanh, False).double())(x, y)
+
+
+def test_a_write_to_several_tensors_is_an_error():
+    def scale_all(z: Tensor) -> Tensor:
+        parts = [z[:, :2] * 1, z[:, 2:] * 1]
+        torch._foreach_mul_(parts, 2.0)
+        return torch.cat(parts, 1)
+
+    x, y = batch()
+    with pytest.raises(FastjacError, match="_foreach_mul_ writes in place to several tensors; use"):
+        JacobianMatching(network(scale_all, False).double(), network(torch.tanh, False).double())(
+            x, y
+        )

@@ -368,6 +368,17 @@ def test_a_function_without_a_rule_is_differentiated_alone():
     agrees(lambda z, p: cube(z) * p)
 
 
+def rounded(z: Tensor) -> Tensor:
+    """A function of the user's own that gives a constant."""
+    if torch.overrides.has_torch_function_unary(z) or torch._C._len_torch_function_stack():
+        return torch.overrides.handle_torch_function(rounded, (z,), z)
+    return z.detach().mul(4).round()
+
+
+def test_a_function_without_a_derivative_is_a_constant():
+    agrees(lambda z, p: rounded(z) * p + z.sin())
+
+
 @pytest.mark.parametrize(
     ("functions", "rule", "message"),
     [
