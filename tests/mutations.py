@@ -6,8 +6,8 @@ A mutant differs from the code in one place: a statement is ``pass``, a conditio
 comparison is swapped for its neighbour (``<`` for ``<=``, ``is`` for ``is not``). Imports, docstrings,
 annotations and what an error's text is made of are left alone. A first run of all tests, on the code
 as it is, notes which lines each test runs; it is kept in ``build/`` until code or tests change. A mutant
-gets at most 500 of the tests that run its line: those first that killed others in the same file, then a
-case of each test function, and so on. It survives if all pass; a run that does not end is a kill.
+gets at most 1000 of the tests that run its line: those first that killed others in the same file, then
+one for each set of lines that tests run. It survives if all pass; a run that does not end is a kill.
 
 All is done on a copy of the project. The tests are collected once; for each mutant, a forked child puts
 its code in the place of the function's. What runs at import takes a new process.
@@ -49,8 +49,9 @@ TESTS = ("tests/engine", "tests/test_targets.py", "tests/test_losses.py", "tests
 # What runs in processes that tests start, where lines are not noted. Other mutants do without them.
 ELSEWHERE = {"fastjac/engine/rules/synchronised.py": "tests/engine/test_distributed.py"}
 COPIED = ("benchmarks", "examples", "fastjac", "tests", "conftest.py", "pyproject.toml")
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not check and not cuda")
-PARTS = (8, 80, 500)  # so many tests first, then, if they pass, those up to so many
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler")
+OPTIONS += ("-m", "not check and not cuda")
+PARTS = (8, 80, 1000)  # so many tests first, then, if they pass, those up to so many
 SWAPPED = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -201,6 +202,7 @@ class Sweep:
         self.seconds: dict[str, float] = defaultdict(float)
         self.setup: dict[str, float] = defaultdict(float)  # the longest of a test file
         self.failed: str | None = None
+        self.paths: dict[str, int] = {}  # of tests that run the same lines, the same number
         self.kills: Counter[tuple[str, str]] = Counter()
 
     # The tests.
@@ -295,6 +297,7 @@ class Sweep:
         self.lines: dict[tuple[str, int], set[str]] = defaultdict(set)
         for test, (seconds, lines) in json.loads(self.known.read_text()).items():
             self.seconds[test] = seconds
+            self.paths[test] = hash(str(lines))
             for file, line in lines:
                 self.lines[file, line].add(test)
         say = functools.partial(print, file=self.out)
@@ -310,7 +313,7 @@ class Sweep:
         return True
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that run it, likely killers first, then a quick case of each test."""
+        """The tests that run it, likely killers first, then a quick one for each path."""
         if mutant.at_import:
             found = set(self.seconds)
         else:
@@ -318,12 +321,12 @@ class Sweep:
         for file, tests in ELSEWHERE.items():
             apart = {test for test in self.seconds if test.startswith(tests)}
             found = found | apart if file == mutant.file else found - apart
-        cases: Counter[str] = Counter()
+        alike: Counter[int] = Counter()
         key = {}
         for test in sorted(found, key=self.seconds.__getitem__):
-            function = test.partition("[")[0]
-            key[test] = (-self.kills[mutant.file, test], cases[function], self.seconds[test])
-            cases[function] += 1
+            path = self.paths[test]
+            key[test] = (-self.kills[mutant.file, test], alike[path], self.seconds[test])
+            alike[path] += 1
         return sorted(found, key=key.__getitem__)[: PARTS[-1]]
 
     def survives(self, mutant: Mutant) -> bool:

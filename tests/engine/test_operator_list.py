@@ -94,6 +94,11 @@ def dict_of_parts(z: Tensor) -> Tensor:
     return torch.stack([parts[k] * i for i, k in enumerate("dcba")], 1)
 
 
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
 def running_recurrence(z: Tensor) -> Tensor:
     state, outs = torch.zeros_like(z[:, :, 0]), []
     for row in z.unbind(2):
@@ -445,6 +450,7 @@ OPS = [
     Op("copy_", lambda z: torch.zeros_like(z).copy_(z.sin()) * z),
     Op("out of list", lambda z: torch.stack(list(z)) * z),
     Op("type conversions", lambda z: z.to(torch.float64) * z + z.double().type_as(z).sin()),
+    Op("stack of a named tuple", lambda z: torch.stack(Pair(z, z.sin())).prod(0)),
     Op("number factors", lambda z: z * True + 3 * z - z * torch.tensor(2) + z / torch.tensor(3)),
 ]
 

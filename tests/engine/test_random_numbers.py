@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastjac
 from fastjac.engine.rules.random_numbers import Draw, RecordDraws, ReplayDraws
@@ -94,6 +95,35 @@ def test_sweeps_take_the_forward_s_numbers(name):
         found.append([out.output, out.jacobian, *(p.grad.clone() for p in model.parameters())])
         assert out.jacobian.abs().sum() > 0
     torch.testing.assert_close(*found)
+
+
+class Attention(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(16, 16), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.layer(x).unflatten(1, (1, 4, 4))
+        return F.scaled_dot_product_attention(q, q, q, None, self.dropout).flatten(1)
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_only_attention_that_drops_out_gives_up_the_fused_kernel(dropout):
+    with Operators() as ran:
+        fastjac.with_jacobian(Attention(dropout), torch.rand(3, 16), fastjac.Logits([0]))
+    assert any("flash" in name for name in ran.names) == (dropout == 0)
 
 
 def test_reads_no_generator(monkeypatch):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from agreement import assert_agrees
 from torch import Tensor, nn
 
-from fastjac import FastjacError, LabelLogit, register_rule
+from fastjac import FastjacError, LabelLogit, register_rule, with_jacobian
 from fastjac.engine.rules import Rule
 from fastjac.engine.rules.base import _RULES
 
@@ -273,6 +273,11 @@ CALLS = {
         .clone()
         * p
     ),
+    "permute by negative dimensions": lambda z, p: (
+        z.permute(0, -1, -3, -2).sin().permute(dims=(0, -2, -1, -3))
+        * torch.permute(z, (0, -3, 2, -1))
+        * p
+    ),
     "flatten": lambda z, p: (
         torch.flatten(z, start_dim=1).unflatten(1, (4, 6, 6)) * p + z.flatten(-2).view(z.size())
     ),
@@ -366,6 +371,14 @@ def test_a_rule_of_a_function_of_the_users_own(registry):
 
 def test_a_function_without_a_rule_is_differentiated_alone():
     agrees(lambda z, p: cube(z) * p)
+
+
+def test_a_call_is_refused_after_both_ways_to_differentiate_it_twice():
+    """In reverse, hard-sigmoid's backward is not implemented; nor is it in forward mode."""
+    model = network(lambda z, p: torch._C._nn.hardsigmoid(z) * p)
+    out = with_jacobian(model, images(), LabelLogit(), LABELS)
+    with pytest.raises(FastjacError, match=r"hardsigmoid has no second derivative .*forward AD"):
+        out.jacobian.square().sum().backward()
 
 
 def rounded(z: Tensor) -> Tensor:

@@ -113,6 +113,23 @@ def test_a_nested_tensor_is_an_error():
         with_jacobian(model, images(), LabelLogit(), LABELS)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z, index: z.index_select(1, index),
+        lambda z, index: z[:, index],
+        lambda z, index: z.gather(1, index[:, None, None].expand_as(z)),
+    ],
+)
+def test_an_index_that_changes_before_the_backward_is_an_error(function):
+    index = torch.tensor([2, 0, 1, 3])
+    model = network(Apply(lambda z: function(z, index)))
+    out = with_jacobian(model, images(), LabelLogit(), LABELS)
+    index.copy_(index.flip(0))
+    with pytest.raises(FastjacError, match="was overwritten in place by a later operation"):
+        out.jacobian.square().sum().backward()
+
+
 class Remembers(nn.Module):
     """Python state that a step changes."""
 
