@@ -85,6 +85,8 @@ LOCAL = {
     "linear, last": last(lambda z: F.linear(z, WIDE[:, :C])),
     "layer norm, last": last(lambda z: F.layer_norm(z, [C], SCALES)),
     "pools": lambda z: F.avg_pool2d(F.max_pool2d(z, 3, 1, 1), 3, 1, 1),
+    "pools, default strides": lambda z: F.avg_pool2d(z, 2) + F.max_pool2d(z, 2),
+    "pools, no strides": lambda z: F.avg_pool2d(z, 2, []) * F.max_pool2d(z, 2, []),
     "product": lambda z: z * z.sin(),
     "running": lambda z: F.relu(norm(z, False)),
     # Outside of the map u is 0, which would be the largest value of a window there.

@@ -98,13 +98,17 @@ def test_sweeps_take_the_forward_s_numbers(name):
 
 
 class Attention(nn.Module):
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, by_name: bool) -> None:
         super().__init__()
-        self.layer, self.dropout = nn.Linear(16, 16), dropout
+        self.layer, self.dropout, self.by_name = nn.Linear(16, 16), dropout, by_name
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.layer(x).unflatten(1, (1, 4, 4))
-        return F.scaled_dot_product_attention(q, q, q, None, self.dropout).flatten(1)
+        if self.by_name:
+            y = F.scaled_dot_product_attention(q, q, q, None, dropout_p=self.dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, q, q, None, self.dropout)
+        return y.flatten(1)
 
 
 class Operators(TorchDispatchMode):
@@ -119,11 +123,21 @@ class Operators(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_only_attention_that_drops_out_gives_up_the_fused_kernel(dropout):
+def test_only_attention_that_drops_out_gives_up_the_fused_kernel(dropout, by_name):
+    torch.manual_seed(0)
+    model, x = Attention(dropout, by_name), torch.rand(3, 16)
     with Operators() as ran:
-        fastjac.with_jacobian(Attention(dropout), torch.rand(3, 16), fastjac.Logits([0]))
+        fastjac.with_jacobian(model, x, fastjac.Logits([0]))
     assert any("flash" in name for name in ran.names) == (dropout == 0)
+    model, x, found = model.double(), x.double(), []
+    for strategy in ("auto", "autograd"):
+        torch.manual_seed(7)
+        out = fastjac.with_jacobian(model, x, fastjac.Logits([0]), strategy=strategy)
+        gradients = torch.autograd.grad(out.jacobian.square().sum(), model.parameters())
+        found.append([out.output, out.jacobian, *gradients])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 def test_reads_no_generator(monkeypatch):
