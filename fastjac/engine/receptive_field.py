@@ -8,11 +8,10 @@ every interval starts at ``scale * r + offset`` and has one size, whatever r is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class KernelGeometry:
+class KernelGeometry(NamedTuple):
     """One axis of a convolution or a pool."""
 
     kernel: int
@@ -26,8 +25,7 @@ class KernelGeometry:
         return self.dilation * (self.kernel - 1) + 1
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """[scale * r + offset, scale * r + offset + size) of one axis, for a window standing at r."""
 
     scale: int
@@ -55,8 +53,7 @@ class Interval:
         return self.offset < 0 or self.scale * (positions - 1) + self.offset + self.size > length
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """An interval on each axis of a map, rows first.
 
     ``axis``: the dimension of the rows, before that of the columns: 2 of ``[B, C, H, W]``, and 1 of

@@ -7,6 +7,7 @@ derivative of phi along v. So the backward of J is a forward sweep of tangents t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -288,6 +289,8 @@ def _largest_of_all(scale: Tensor, row: Linearization) -> Tensor:
 
 def _plain_arithmetic(device: torch.device) -> Any:
     """The sweeps choose their types themselves: those that the forward had."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

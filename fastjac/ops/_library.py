@@ -116,6 +116,7 @@ elif CUDA.broken:
 
 _unsupported: dict[int, str] = {}  # by a card's index: why the CUDA library cannot run on it
 _references: dict[str, Callable] = {}  # by the operator's name
+_operators: dict[str, torch._ops.OpOverload] = {}
 _overrides = torch.library.Library("fastjac", "FRAGMENT")
 
 
@@ -209,6 +210,7 @@ def define(schema: str, reference: Callable) -> None:
 
     torch.library.impl(qualified, "default")(_stand_in(name, reference))
     _references[name] = reference
+    _operators[name] = getattr(torch.ops.fastjac, name).default
     if _unsupported:
         _route(name)
 
@@ -220,7 +222,7 @@ def call(name: str, *args: Any) -> Any:
     the same of the same private names), and a third of a small call's time. The caller has refused
     forward-mode tangents, which it would see too.
     """
-    op = getattr(torch.ops.fastjac, name).default
+    op = _operators[name]
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -241,12 +243,12 @@ def refuse_derivative(name: str, instead: str) -> None:
     torch.library.register_autograd(f"fastjac::{name}", backward)
 
 
-def refuse_forward_mode(name: str, *tensors: torch.Tensor) -> None:
+def refuse_forward_mode(name: str, *tensors: torch.Tensor | None) -> None:
     """Raises where a tensor carries a forward-mode tangent, which PyTorch would drop silently."""
     # The level is -1 outside of forward mode; unpack_dual alone would cost every call.
     if forward_ad._current_level >= 0:
         for x in tensors:
-            if forward_ad.unpack_dual(x).tangent is not None:
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
                 raise FastjacError(f"{name}: forward-mode derivatives (jvp) are not supported")
 
 

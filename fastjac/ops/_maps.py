@@ -23,7 +23,7 @@ def layout(u: Tensor) -> torch.memory_format:
 
 
 def dense(u: Tensor) -> Tensor:
-    return u.contiguous(memory_format=layout(u))
+    return u if u.is_contiguous() else u.contiguous(memory_format=layout(u))
 
 
 def empty_map(u: Tensor, shape: Sequence[int]) -> Tensor:
@@ -57,12 +57,11 @@ def check_like(
 ) -> Tensor:
     """x in u's layout, once it has ``owner``'s shape and u's dtype and device."""
     check_strided(op, name, x)
-    for what in ("dtype", "device"):
-        if getattr(x, what) != getattr(u, what):
-            raise FastjacError(
-                f"{op}: {name} must have u's {what}, {getattr(u, what)}, got {getattr(x, what)}"
-            )
-    if tuple(x.shape) != tuple(shape):
+    if x.dtype != u.dtype:
+        raise FastjacError(f"{op}: {name} must have u's dtype, {u.dtype}, got {x.dtype}")
+    if x.device != u.device:
+        raise FastjacError(f"{op}: {name} must have u's device, {u.device}, got {x.device}")
+    if x.shape != shape:
         raise FastjacError(
             f"{op}: {name} must have {owner}'s shape, {list(shape)}, got {list(x.shape)}"
         )
@@ -71,18 +70,20 @@ def check_like(
 
 def check_channels(op: str, u: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
     """Floating vectors ``[C]`` in the accumulator dtype; mean and invstd must be there."""
+    acc, shape, device = accumulator(u.dtype), u.shape[1:2], u.device
     result: list[Tensor | None] = []
     for name, x in vectors.items():
         if x is None and name not in ("mean", "invstd"):
             result.append(None)
             continue
         check_strided(op, name, x)
-        if not x.is_floating_point():
-            raise FastjacError(f"{op}: {name} must be of a floating dtype, got {x.dtype}")
-        if x.shape != u.shape[1:2]:
+        if x.shape != shape:
             raise FastjacError(f"{op}: {name} must be [{u.shape[1]}], got {list(x.shape)}")
-        if x.device != u.device:
-            raise FastjacError(f"{op}: {name} must have u's device, {u.device}, got {x.device}")
-        acc = accumulator(u.dtype)
-        result.append((x if x.dtype == acc else x.to(acc)).contiguous())
+        if x.device != device:
+            raise FastjacError(f"{op}: {name} must have u's device, {device}, got {x.device}")
+        if x.dtype != acc:
+            if not x.is_floating_point():
+                raise FastjacError(f"{op}: {name} must be of a floating dtype, got {x.dtype}")
+            x = x.to(acc)
+        result.append(x.contiguous())
     return result

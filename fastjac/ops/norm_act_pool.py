@@ -100,7 +100,7 @@ def norm_act_pool(
     op = "norm_act_pool"
     u, residual = _check(op, u, {"residual": residual}, activation, slope, pool)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
-    refuse_forward_mode(op, *_present(u, residual, weight, bias, mean, invstd))
+    refuse_forward_mode(op, u, residual, weight, bias, mean, invstd)
     return call("norm_act_pool", u, residual, *channels, activation, float(slope), pool)
 
 
@@ -175,13 +175,13 @@ def norm_act_pool_backward(
         raise FastjacError(f"{op}: mask must have 4 entries, got {len(mask)}")
     if mask[1] and residual is None:
         raise FastjacError(f"{op}: mask[1] asks for residual's cotangent, but residual is None")
-    given = _present(gy, u, residual, weight, bias, mean, invstd, coefficient, curvature)
+    given = (gy, u, residual, weight, bias, mean, invstd, coefficient, curvature)
     refuse_forward_mode(op, *given)
     arguments = (gy, u, residual, *channels, activation, float(slope), pool)
     arguments += (training, coefficient, curvature, mask)
     if overwrite and u.device.type == "cpu":
         # PyTorch takes no derivative of an operator that writes in place, not even one that raises.
-        if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
             raise FastjacError(f"{op}: expected no input that requires grad with overwrite=True")
         results = (u, *call("norm_act_pool_backward_", *arguments))
     else:
@@ -286,7 +286,7 @@ def norm_act_pool_pushforward(
         raise FastjacError(f"{op}: curvature=True needs statistics='batch', got 'fixed'")
     gy = check_like(op, "gy", gy, pooled_shape(op, u, pool), "y", u)
     channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
-    refuse_forward_mode(op, *_present(tu, tresidual, gy, u, residual, weight, bias, mean, invstd))
+    refuse_forward_mode(op, tu, tresidual, gy, u, residual, weight, bias, mean, invstd)
     ty, gweight, coefficient, kappa = call(
         "norm_act_pool_pushforward",
         *(tu, tresidual, gy, u, residual, *channels, activation, float(slope), pool),
@@ -401,21 +401,17 @@ def _like(u: Tensor, x: Tensor) -> Tensor:
 # What the wrappers check.
 
 
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
-
-
-def pooled_shape(op: str, u: Tensor, pool: str) -> tuple[int, int, int, int]:
-    batch, channels, *size = u.shape
-    if _POOLS[pool] is not None:
-        k, s, p = _POOLS[pool]
-        if min(size) + 2 * p < k:
-            raise FastjacError(
-                f"{op}: pool {pool!r} needs a map of at least {k - 2 * p}x{k - 2 * p}, got "
-                f"{size[0]}x{size[1]}"
-            )
-        size = [(n + 2 * p - k) // s + 1 for n in size]
-    return batch, channels, size[0], size[1]
+def pooled_shape(op: str, u: Tensor, pool: str) -> tuple[int, ...]:
+    geometry = _POOLS[pool]
+    if geometry is None:
+        return u.shape
+    (k, s, p), (batch, channels, height, width) = geometry, u.shape
+    if min(height, width) + 2 * p < k:
+        raise FastjacError(
+            f"{op}: pool {pool!r} needs a map of at least {k - 2 * p}x{k - 2 * p}, got "
+            f"{height}x{width}"
+        )
+    return batch, channels, (height + 2 * p - k) // s + 1, (width + 2 * p - k) // s + 1
 
 
 def _check_known(op: str, name: str, value: str, known: Iterable[str]) -> None:

@@ -94,9 +94,7 @@ def norm_act_pool_cotangents(
         *(gy, u, residual, weight, bias, mean, invstd, *ctx.options),
         *(ctx.training, coefficient, curvature, ctx.needs_input_grad[:4], overwrite),
     )
-    gweight = None if gweight is None else gweight.to(weight.dtype)
-    gbias = None if gbias is None else gbias.to(bias.dtype)
-    return gu, gresidual, gweight, gbias
+    return gu, gresidual, gweight, gbias  # autograd casts those of weight and bias
 
 
 def _saved_inputs(node: Any) -> tuple[Tensor | None, ...]:

@@ -73,7 +73,7 @@ class GroupNorm(Rule):
         """P(gamma c)."""
         form = _dense(self.x)
         batch, channels = self.x.shape[:2]
-        return aten.native_group_norm_backward(
+        return aten.native_group_norm_backward.default(
             *(cotangent.contiguous(memory_format=form), self.x.contiguous(memory_format=form)),
             *(self.mean, self.rstd, weight, batch, channels),
             *(self.x.numel() // (batch * channels), self.groups, [True, False, False]),

@@ -204,7 +204,7 @@ class SlottedBatchNorm(torch.autograd.Function):
         gu = gw = gb = None
         if gy is not None:
             wanted = [bool(w) for w in ctx.needs_input_grad[:3]]
-            gu, gw, gb = aten.native_batch_norm_backward(
+            gu, gw, gb = aten.native_batch_norm_backward.default(
                 gy, u, weight, None, None, mean, invstd, True, ctx.eps, wanted
             )
         if not ctx.needs_input_grad[0]:
@@ -316,7 +316,7 @@ class BatchNorm(Pointwise):
 
     def _projected(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """r (c - m(c) - x^ m(c x^)) and m(c x^), per channel."""
-        projected, sums, _ = aten.native_batch_norm_backward(
+        projected, sums, _ = aten.native_batch_norm_backward.default(
             *(cotangent, self.u, torch.ones_like(self.invstd), None, None, self.mean, self.invstd),
             *(True, self.eps, [True, True, True]),
         )

@@ -58,19 +58,19 @@ class Negative(Identity):
 
 def clipped_gate(low: float, high: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Hardtanh's: open where low < y < high."""
-    return lambda delta, y: aten.hardtanh_backward(delta, y, low, high)
+    return lambda delta, y: aten.hardtanh_backward.default(delta, y, low, high)
 
 
 def _relu_gate(delta: Tensor, y: Tensor) -> Tensor:
-    return aten.threshold_backward(delta, y, 0)
+    return aten.threshold_backward.default(delta, y, 0)
 
 
 def _leaky_gate(slope: float) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda delta, y: aten.leaky_relu_backward(delta, y, slope, True)
+    return lambda delta, y: aten.leaky_relu_backward.default(delta, y, slope, True)
 
 
 def _hardsigmoid_gate(delta: Tensor, y: Tensor) -> Tensor:
-    return aten.hardsigmoid_backward(delta, 6 * y - 3)
+    return aten.hardsigmoid_backward.default(delta, 6 * y - 3)
 
 
 @dataclass

@@ -57,7 +57,11 @@ class MaxPool2d(Rule):
 
     def vjp(self, delta: Tensor) -> list[Tensor]:
         delta = delta.contiguous(memory_format=layout(self.x))
-        return [aten.max_pool2d_with_indices_backward(delta, self.x, *self.geometry, self.indices)]
+        return [
+            aten.max_pool2d_with_indices_backward.default(
+                delta, self.x, *self.geometry, self.indices
+            )
+        ]
 
     def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
         out = torch.empty_like(self.indices, dtype=tangents[0].dtype)
@@ -110,7 +114,7 @@ class AvgPool2d(Rule):
         if self.scale is not None:
             delta = delta * self.scale
         x = delta.new_empty(self.shape).contiguous(memory_format=layout(delta))
-        return [aten.avg_pool2d_backward(delta, x, *self.geometry)]
+        return [aten.avg_pool2d_backward.default(delta, x, *self.geometry)]
 
     def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
         out = F.avg_pool2d(tangents[0], *self.geometry)

@@ -145,7 +145,7 @@ def _sums(c: Tensor, u: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> tup
     """sum(c x^) and sum(c) per channel, over this process's batch."""
     if not u.numel():
         return torch.zeros_like(mean), torch.zeros_like(mean)
-    _, weighted, plain = aten.native_batch_norm_backward(
+    _, weighted, plain = aten.native_batch_norm_backward.default(
         *(c, u, torch.ones_like(invstd), None, None, mean, invstd, True, eps, [False, True, True])
     )
     return weighted, plain
