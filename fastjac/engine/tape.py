@@ -18,6 +18,7 @@ from fastjac.engine.rules.views import ViewWrite
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import (
+    NESTED,
     Fusion,
     bind_batch_norm,
     function_name,
@@ -187,11 +188,12 @@ class Tape(Fusion):
                     if argument.grad_fn is not None and id(argument) not in self._constants:
                         self._check_graph(name, argument)
                     trains = trains or self.differentiable
-            elif isinstance(argument, tuple | list):
-                if argument and not isinstance(argument[0], int):
-                    trains = self._scan(name, argument, varying) or trains
-            elif isinstance(argument, dict):
-                trains = self._scan(name, argument.values(), varying) or trains
+            elif isinstance(argument, NESTED) and argument:
+                if isinstance(argument, dict):
+                    argument = argument.values()
+                elif isinstance(argument[0], int):
+                    continue
+                trains = self._scan(name, argument, varying) or trains
         return trains
 
     def _behind_identity(self, tensor: Tensor) -> Value | None:
@@ -262,7 +264,7 @@ class Tape(Fusion):
         return self.trains(tensor) if self.recording else tensor.requires_grad
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.recording:
+        if not self.recording or function is Tensor.is_inference:
             return self.run(function, args, kwargs)
         if function is Tensor.view_as and in_backward_hook():
             return self.run(function, args, kwargs)  # autograd is about to give it the hook's node
@@ -358,15 +360,15 @@ class Tape(Fusion):
             value = self._values.get(id(result))
             if value is not None and value.version == result._version:
                 return out  # one of its arguments, as it was
-        made = list(tensors_in(result))
+        made = tensors_in(result)
         if any(t.is_nested for t in made):
             raise FastjacError(
                 f"{function_name(function)} makes a nested tensor of what depends on x; expected padded "
                 "tensors and a mask, or strategy='autograd'"
             )
-        if not any(_differentiable(t) for t in made):
-            return out
         numbers = tuple(self._assign(t, trains) if _differentiable(t) else None for t in made)
+        if not any(n is not None for n in numbers):
+            return out
         single = isinstance(result, Tensor)
         name, module = function_name(function), _calling_module()
         self.calls.append(Call(rule, numbers, single, receivers, name, module, site.kept))
@@ -379,8 +381,10 @@ class Tape(Fusion):
 
     # Chains.
 
-    def with_slots(self, chain: Chain) -> bool:
-        return self.differentiable and self.recording and chain.training
+    def slots(self, chain: Chain) -> int:
+        if not (self.differentiable and self.recording and chain.training):
+            return 0
+        return 2 if self.batch_stats == "batch" else 1
 
     def chain_input(self, x: Tensor, *others: Tensor | None) -> Tensor:
         if self.recording and not self.trains(x) and any(map(self.trains, others)):

@@ -8,7 +8,7 @@ else reads it, :meth:`Chain.compute` runs the fused operator, and gives the plac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ class Chain:
     residual: Tensor | None = None
     added: Tensor | None = None
     steps: Steps = field(default_factory=Steps)
-    slots: tuple[Tensor, Tensor] | None = None
+    slots: Sequence[Tensor] = ()
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     module: Any = None
 
@@ -89,9 +89,10 @@ class Chain:
         """Whether its output may be recomputed: not a pooled one, small, nor a sum, which saves more."""
         return self.steps.pool == "none" and self.residual is None
 
-    def placeholder(self, with_slots: bool, onto: Tensor | None = None) -> Tensor:
+    def placeholder(self, slots: int, onto: Tensor | None = None) -> Tensor:
         """A tensor of the chain's shape, with its autograd node, full of NaN that takes no memory.
 
+        ``slots``: how many the node has for a curvature: 1 for its coefficient, 2 with its map.
         ``onto``: the placeholder of the shorter chain, which an in-place operation has continued.
         """
         tensors = (self.u, self.residual, self.weight, self.bias, onto)
@@ -101,11 +102,7 @@ class Chain:
             if onto is not None:
                 return onto
             return _filled("nan", self.u.dtype, self.u.device, self.shape)
-        arguments = (*tensors, self, with_slots)
-        if not with_slots:
-            return _LazyNormActPool.apply(*arguments)
-        value, *slots = _LazyNormActPool.apply(*arguments)
-        self.slots = tuple(slots)
+        value, *self.slots = _LazyNormActPool.apply(*tensors, self, slots)
         return value
 
     def compute(self, placeholder: Tensor) -> None:
@@ -130,7 +127,7 @@ class Chain:
         """A copy with other fields, whose node is still to be made."""
         copy = object.__new__(Chain)
         steps = Steps(*self.steps.options)
-        copy.__dict__.update(self.__dict__, slots=None, versions=list(self.versions), steps=steps)
+        copy.__dict__.update(self.__dict__, slots=(), versions=list(self.versions), steps=steps)
         copy.__dict__.update(changes)
         return copy
 
@@ -180,8 +177,8 @@ class _LazyNormActPool(torch.autograd.Function):
         bias: Tensor | None,
         onto: Tensor | None,
         chain: Chain,
-        with_slots: bool,
-    ) -> Any:
+        slots: int,
+    ) -> tuple[Tensor, ...]:
         saved = u if chain.recompute_input is None else None
         ctx.save_for_backward(saved, residual, weight, bias, chain.mean, chain.invstd)
         ctx.steps, ctx.training = chain.steps, chain.training  # not the chain, which holds u
@@ -192,10 +189,8 @@ class _LazyNormActPool(torch.autograd.Function):
         else:
             value = onto
             ctx.mark_dirty(onto)
-        if not with_slots:
-            return value
-        coefficient = _filled("0", chain.mean.dtype, u.device, chain.mean.shape)
-        return value, coefficient, _filled("0", u.dtype, u.device, u.shape)
+        likes = (chain.mean, u)[:slots]
+        return value, *(_filled("0", t.dtype, t.device, t.shape) for t in likes)
 
     @staticmethod
     def backward(
@@ -224,7 +219,7 @@ def _scalar(value: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _filled(value: str, dtype: torch.dtype, device: torch.device, shape: torch.Size) -> Tensor:
     """Of one value everywhere, without storage of its own; by ``.data`` it is no view for autograd."""
-    return _scalar(value, dtype, device).expand(shape).data
+    return _scalar(value, dtype, device).as_strided(shape, (0,) * len(shape)).data
 
 
 def recompute_output(value: Tensor) -> Recompute:
@@ -261,9 +256,8 @@ def batch_norm_chain(
     ``u`` is what the chain reads of ``source``, the model's own tensor.
     """
     map_ = as_map(u)
-    with torch.no_grad():
-        statistics = (running_mean, running_var, training, momentum, eps)
-        mean, invstd = batch_norm_statistics(map_, *statistics)
+    statistics = (running_mean, running_var, training, momentum, eps)
+    mean, invstd = batch_norm_statistics(map_.detach(), *statistics)
     recompute = recompute_input if map_ is u else None
     tensors = (map_, source, weight, bias, mean, invstd)
     read = (source, weight, bias)
@@ -276,12 +270,13 @@ def fusable(u: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether a BatchNorm of u can begin a chain."""
     if type(u) not in (Tensor, torch.nn.Parameter) or torch._C._are_functorch_transforms_active():
         return False
-    if u.dtype not in DTYPES or not 2 <= u.dim() <= 5 or u.layout != torch.strided:
+    dims, channels = u.dim(), u.shape[1:2]
+    if u.dtype not in DTYPES or not 2 <= dims <= 5 or u.layout != torch.strided:
         return False
-    vectors = (weight, bias)
-    return (u.dim() < 5 or u.is_contiguous()) and all(
-        v is None or (v.is_floating_point() and v.shape == u.shape[1:2]) for v in vectors
-    )
+    for vector in (weight, bias):
+        if vector is not None and not (vector.is_floating_point() and vector.shape == channels):
+            return False
+    return dims < 5 or u.is_contiguous()
 
 
 # Which calls continue a chain: functions of a call's arguments.

@@ -27,8 +27,9 @@ from fastjac.fusion.chains import (
 )
 from fastjac.fusion.recompute import Recompute, recompute_convolution, recomputing, version_of
 from fastjac.ops._library import native
-from fastjac.ops.winograd import winograd, winograd_is_faster
+from fastjac.ops.winograd import both_axes, winograd, winograd_is_faster
 
+NESTED = (tuple, list, dict)  # what arguments may be nested in
 _POOLS = {F.max_pool2d, torch.max_pool2d}
 # What asks for a tensor's description, and for none of its values.
 QUERIES = {
@@ -79,15 +80,19 @@ def writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return position is not None and len(args) > position and args[position] is True
 
 
-def tensors_in(*values: Any) -> Iterator[Tensor]:
+def tensors_in(*values: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+    _collect_tensors(values, found)
+    return found
+
+
+def _collect_tensors(values: Iterable[Any], found: list[Tensor]) -> None:
     for value in values:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from tensors_in(*value)
-        elif isinstance(value, dict):
-            yield from tensors_in(*value.values())
+            found.append(value)
+        elif isinstance(value, NESTED):
+            _collect_tensors(value.values() if isinstance(value, dict) else value, found)
 
 
 class _Pending(NamedTuple):
@@ -145,9 +150,9 @@ class Fusion(TorchFunctionMode):
 
     # What a subclass may add to.
 
-    def with_slots(self, chain: Chain) -> bool:
-        """Whether the chain's node takes a curvature."""
-        return False
+    def slots(self, chain: Chain) -> int:
+        """How many slots for a curvature the chain's node has."""
+        return 0
 
     def query(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that reads no values; but a backward hook is about to, in C++."""
@@ -205,13 +210,13 @@ class Fusion(TorchFunctionMode):
     def _note_convolution(
         self,
         value: Tensor,
-        x: Tensor,
+        input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         *_: Any,
         **__: Any,
     ) -> None:
-        recompute = recompute_convolution(value, x, weight, bias)
+        recompute = recompute_convolution(value, input, weight, bias)
         if recompute is not None:
             self._note_recompute(value, recompute)
 
@@ -250,7 +255,7 @@ class Fusion(TorchFunctionMode):
         return self._defer(chain)
 
     def _defer(self, chain: Chain, onto: Tensor | None = None) -> Tensor:
-        placeholder = chain.placeholder(self.with_slots(chain), onto)
+        placeholder = chain.placeholder(self.slots(chain), onto)
         pending, key = self._pending, id(placeholder)
         reference = weakref.ref(placeholder, lambda _: pending.pop(key, None))
         pending[key] = _Pending(reference, chain)
@@ -318,11 +323,19 @@ class Fusion(TorchFunctionMode):
             if value is not None:
                 self.compute(value)
 
-    def _compute_read(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compute what a call reads, and what still has to read what the call overwrites."""
-        for value in tensors_in(args, kwargs):
+    def _compute_among(self, values: Iterable[Any]) -> None:
+        """Compute the placeholders in nested tuples, lists and dicts."""
+        for value in values:
             if id(value) in self._pending:
                 self.compute(value)
+            elif isinstance(value, NESTED):
+                self._compute_among(value.values() if isinstance(value, dict) else value)
+
+    def _compute_read(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compute what a call reads, and what still has to read what the call overwrites."""
+        self._compute_among(args)
+        if kwargs:
+            self._compute_among(kwargs.values())
         if not self._pending or not writes_in_place(function, args, kwargs):
             return
         for written in tensors_in(args[:1], kwargs.get("out")):
@@ -334,25 +347,18 @@ class Fusion(TorchFunctionMode):
 
 
 def convolve(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-    **other: Any,
 ) -> Tensor:
     """``torch.conv2d``, by :func:`fastjac.ops.winograd` where that is faster."""
-    if "input" in other:
-        x = other.pop("input")
-    if weight.shape[-2:] == (3, 3) and not isinstance(padding, str):
-        geometry = tuple(
-            (v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation)
-        )
-        if winograd_is_faster(x, weight, *geometry, groups):
-            return winograd(x, weight, bias, geometry[1])
-    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if winograd_is_faster(input, weight, stride, padding, dilation, groups):
+        return winograd(input, weight, bias, both_axes(padding))
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def bind_batch_norm(

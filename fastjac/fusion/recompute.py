@@ -26,16 +26,14 @@ def recompute_convolution(
     A network's first convolution gives its largest map, of few products, from an image that is saved
     anyway and has no gradient. Bit for bit the same where PyTorch's convolution is deterministic.
     """
+    products = weight.shape[1:].numel()
+    if x.requires_grad or value.dim() != 4 or products > _PRODUCTS:
+        return None
     node = value.grad_fn
-    if (
-        node is None
-        or node.name() != "ConvolutionBackward0"
-        or node.next_functions[0][0] is not None
-    ):
+    if node is None or node.name() != "ConvolutionBackward0":
         return None
     stride = node._saved_stride
-    growth = weight.shape[0] / (x.shape[1] * stride[0] * stride[-1])
-    if value.dim() != 4 or growth < _GROWTH or weight[0].numel() > _PRODUCTS:
+    if weight.shape[0] < _GROWTH * x.shape[1] * stride[0] * stride[-1]:
         return None
     # Autograd saves no bias. The copy is what was added, even if the parameter changes later.
     bias = None if bias is None else bias.detach().to(value.dtype, copy=True)

@@ -239,31 +239,40 @@ torch.library.register_autograd(
 def winograd_is_faster(
     map_: Tensor,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
     groups: int,
 ) -> bool:
     """Whether :func:`winograd` computes this convolution, and faster than PyTorch does.
 
-    ``map_``: its input, or its output's cotangent.
+    ``map_``: its input, or its output's cotangent. The geometry is as ``torch.conv2d`` takes it.
     """
+    shape = weight.shape
     return (
         _FAST
-        and map_.device.type == "cpu"
+        and map_.is_cpu
+        and shape[2:] == (3, 3)
+        and not (shape[0] % _CHANNELS or shape[1] % _CHANNELS)
+        and shape.numel() > 0
+        and groups == 1
+        and both_axes(stride) == both_axes(dilation) == (1, 1)
+        and not isinstance(padding, str)
+        and all(0 <= p <= 2 for p in both_axes(padding))
         and map_.dtype in _DTYPES
         and map_.dtype == weight.dtype
         and map_.dim() == 4
-        and tuple(weight.shape[2:]) == (3, 3)
-        and groups == 1
-        and all(n == 1 for n in (*stride, *dilation))
-        and all(0 <= p <= 2 for p in padding)
-        and all(n > 0 and n % _CHANNELS == 0 for n in weight.shape[:2])
         and min(map_.shape[2:]) >= 2
         and map_.shape[0] * map_.shape[2] * map_.shape[3] >= _PIXELS
         and map_.is_contiguous(memory_format=_LAST)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def both_axes(size: Any) -> tuple[int, ...]:
+    """One size for both axes, or one for each."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def convolution(
@@ -328,6 +337,6 @@ def _derivatives(
     mask: list[bool],
 ) -> Any:
     zeros = [0] * len(stride)
-    return aten.convolution_backward(
+    return aten.convolution_backward.default(
         gy, x, weight, None, stride, padding, dilation, False, zeros, groups, mask
     )

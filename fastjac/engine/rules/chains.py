@@ -131,9 +131,9 @@ def fused_rule(site: Site, chain: Chain) -> tuple[Rule, tuple[Receiver, ...]]:
     receivers = () if chain.weight is None else site.receives(chain.weight)
     batch = chain.training and site.batch_stats == "batch"
     scales, curves = bool(receivers), False
-    if chain.slots is not None and site.tape.trains(chain.source):
+    if chain.slots and site.tape.trains(chain.source):
         curves = True
-        receivers += tuple(Receiver(slot) for slot in chain.slots[: 1 + batch])
+        receivers += tuple(map(Receiver, chain.slots))
     tensors = (chain.u, chain.residual, chain.weight, chain.bias, chain.mean, chain.invstd)
     rule = NormActPool(
         *(sources, *(None if t is None else site.keep(t) for t in tensors), chain.steps.options),
