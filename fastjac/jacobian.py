@@ -246,6 +246,11 @@ class Forward:
         target.check_scalar(phi, self.batch)
         number = self._number(target, phi)
         stacked = phi.dim() == 2
+        if stacked and not phi.shape[1]:
+            raise FastjacError(
+                f"{type(target).__name__}: scalar must be [B] or [B, K] with K of at least 1; got "
+                f"{list(phi.shape)}"
+            )
         if strategy == "local":
             raise FastjacError(
                 "strategy='local' needs a target with local support; global: "
@@ -386,6 +391,11 @@ def check_input(x: Any, model: nn.Module, name: str) -> None:
     if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
         came = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise FastjacError(f"x: expected a floating-point batch [B, ...], got {came}")
+    if x.is_nested or x.is_mkldnn:
+        kind = "a nested tensor" if x.is_nested else "an MKL-DNN tensor"
+        raise FastjacError(
+            f"x: expected an ordinary tensor, padded where lengths differ; got {kind}"
+        )
     if x.requires_grad:
         raise FastjacError(
             "x requires grad; fastjac differentiates in the parameters alone: pass x.detach()"

@@ -215,6 +215,8 @@ class JacobianMatching(nn.Module):
         self, x: Tensor, y: Any = None, teacher: TeacherResult | None = None
     ) -> MatchingOutput:
         check_input(x, self.student, "student")
+        if self.teacher.training:  # the user's loop has put it in train mode
+            self._eval_teacher()
         if teacher is None:
             check_input(x, self.teacher, "teacher")
         with ordinary_tensors((x, y), self.student, self.teacher) as (x, y):

@@ -144,8 +144,13 @@ def test_labels(y, message, strategy):
             r"x: expected a floating-point batch \[B, ...\], got torch.float64 \[16",
         ),
         (images().requires_grad_(), r"x requires grad.*pass x.detach\(\)"),
+        (
+            torch.nested.nested_tensor([*images()]),
+            "x: expected an ordinary tensor.*a nested tensor",
+        ),
+        (images().float().to_mkldnn(), "x: expected an ordinary tensor.*an MKL-DNN tensor"),
     ],
-    ids=["dtype", "device", "integers", "one axis", "requires grad"],
+    ids=["dtype", "device", "integers", "one axis", "requires grad", "nested", "MKL-DNN"],
 )
 def test_x(x, message, strategy):
     with fails(message):

@@ -312,6 +312,15 @@ def test_train_and_eval_in_turn(target, strategy):
 
 
 @EVERY
+def test_a_teacher_that_the_loop_puts_in_train_mode_stays_in_eval_mode(target, strategy):
+    student = network()
+    matcher = matching(student, target, strategy)
+    matcher.teacher.train()
+    assert_same(step(matcher), reference(student, target))
+    assert not any(module.training for module in matcher.teacher.modules())
+
+
+@EVERY
 def test_a_replaced_submodule_is_run(target, strategy):
     student = network()
     matcher = matching(student, target, strategy)

@@ -270,6 +270,11 @@ def test_bad_targets(target, message, strategy):
         with_jacobian(network(), images(), target, LABELS, strategy=strategy)
 
 
+def test_a_scalar_without_columns_is_an_error():
+    with fails(r"Scalar: scalar must be .* K of at least 1; got \[3, 0\]"):
+        with_jacobian(network(), images(), Scalar(lambda z, y: z[:, :0]), LABELS)
+
+
 def test_bad_structures_and_arguments():
     model, x = Returns(STRUCTURES["dict"][0]), images()
     with fails(
