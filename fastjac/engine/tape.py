@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -287,6 +288,11 @@ class Tape(Fusion):
                 f"the model calls {function_name(function)} on what depends on x, which fastjac does "
                 "not take; expected Python's own control flow, or strategy='autograd'"
             )
+        if forward_ad._current_level >= 0:
+            raise FastjacError(
+                f"the model calls {function_name(function)} on what depends on x in forward mode, which "
+                "fastjac does not take; strategy='autograd' does"
+            )
         if function in _GRADIENTS:
             raise FastjacError(
                 f"the model calls {function_name(function)} on what depends on x: a second derivative, "
@@ -310,11 +316,11 @@ class Tape(Fusion):
     def _run_constant(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self.run(function, args, kwargs)
         if isinstance(out, Tensor):
-            if out.grad_fn is not None:
+            if _has_node(out):
                 self._note_constant(out)
         elif isinstance(out, tuple | list):
             for tensor in tensors_in(out):
-                if tensor.grad_fn is not None:
+                if _has_node(tensor):
                     self._note_constant(tensor)
         return out
 
@@ -547,6 +553,13 @@ def _observed(hook: Any) -> Any:
             )
 
     return observe
+
+
+def _has_node(tensor: Tensor) -> bool:
+    """Whether a graph leads to it; PyTorch refuses to say of a view that was written to without one."""
+    if not torch.is_grad_enabled() and tensor._is_view():
+        return False
+    return tensor.grad_fn is not None
 
 
 def _differentiable(tensor: Tensor) -> bool:

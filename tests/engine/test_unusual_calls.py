@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from small_network import LABELS, STATISTICS, Apply, agrees, exact_or_refused, images, network
 from torch import Tensor, nn
 
@@ -148,3 +149,27 @@ def test_python_state_changes_once_a_step():
     agrees(lambda: network(Remembers()), "batch")
     with_jacobian(model, images(), LabelLogit(), LABELS)
     assert model[4].calls == 1
+
+
+def test_forward_mode_in_a_model_is_an_error():
+    def dual(z: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            pair = forward_ad.make_dual(z, torch.ones_like(z))
+            return forward_ad.unpack_dual(pair.sin()).primal
+
+    model = network(Apply(dual))
+    with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
+    with pytest.raises(FastjacError, match="on what depends on x in forward mode"):
+        with_jacobian(model, images(), LabelLogit(), LABELS)
+
+
+def test_a_write_to_a_view_made_without_gradients_is_an_error():
+    def scale(z: Tensor) -> Tensor:
+        with torch.no_grad():
+            z[:, 0] *= 0.5
+        return z
+
+    model = network(Apply(scale))
+    with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
+    with pytest.raises(FastjacError, match="overwritten in place where fastjac cannot see it"):
+        with_jacobian(model, images(), LabelLogit(), LABELS)
