@@ -172,7 +172,7 @@ class PlainCompiled(Contender):
 
     def prepare(self) -> None:
         super().prepare()
-        self.loss = torch.compile(self.compute, fullgraph=True)
+        self.loss = torch.compile(self.compute, fullgraph=True, dynamic=False)
 
 
 class Fused(Contender):
@@ -216,7 +216,7 @@ class MatchingCompiledBehind(Matching):
         super().prepare()
         for net in (self.student, self.teacher):
             for name in ("layer2", "layer3", "layer4"):
-                find_layer(net, name).compile(fullgraph=True)
+                find_layer(net, name).compile(fullgraph=True, dynamic=False)
 
 
 class Without(Matching):

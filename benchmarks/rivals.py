@@ -74,7 +74,7 @@ class DoubleBackwardCompiled(DoubleBackward):
     def prepare(self) -> None:
         super().prepare()
         torch._dynamo.config.trace_autograd_ops = True
-        self.loss = torch.compile(self.compute, fullgraph=True)
+        self.loss = torch.compile(self.compute, fullgraph=True, dynamic=False)
 
 
 class Functional(DoubleBackward):
@@ -141,7 +141,7 @@ class FunctionalCompiled(Functional):
     def prepare(self) -> None:
         super().prepare()
         gradient = grad_and_value(self.functional_loss, has_aux=True)
-        self.gradient = torch.compile(gradient, fullgraph=True)
+        self.gradient = torch.compile(gradient, fullgraph=True, dynamic=False)
 
     def take(self, x: Tensor, y: Tensor) -> Tensor:
         parameters = {name: p.detach() for name, p in self.parameters.items()}
@@ -220,7 +220,7 @@ class Traced(DoubleBackward):
         for node in traced.graph.find_nodes(op="call_function", target=detach):
             node.replace_all_uses_with(node.args[0])
         traced.recompile()
-        compiled = torch.compile(traced)
+        compiled = torch.compile(traced, dynamic=False)
         self.loss = lambda x, y: compiled(values, x.detach(), y)
 
     def decompositions(self) -> dict[Any, Any]:
@@ -258,8 +258,8 @@ class Cropped(DoubleBackward):
                 module.__class__ = SharedStatistics
         super().prepare()
         torch._dynamo.config.trace_autograd_ops = True
-        self.teacher_forward = torch.compile(self.networks[1], fullgraph=True)
-        self.loss = torch.compile(self.compute_on_crops, fullgraph=True)
+        self.teacher_forward = torch.compile(self.networks[1], fullgraph=True, dynamic=False)
+        self.loss = torch.compile(self.compute_on_crops, fullgraph=True, dynamic=False)
 
     def take(self, x: Tensor, y: Tensor) -> Tensor:
         self.student.zero_grad(set_to_none=True)
