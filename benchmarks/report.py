@@ -123,7 +123,7 @@ def cost() -> str:
         "plain-compiled": "no term, compiled",
         "naive": "double backward",
         "naive-compiled": "double backward, compiled",
-        "crop-compiled": "the same of the window's crop",
+        "crop-compiled": "compiled, on the window's crop",
         "fastjac": "**fastjac**",
     }
     rows = []
