@@ -155,7 +155,8 @@ def work(rank: int, ranks: int, folder: Path) -> None:
         x, y = (t.chunk(ranks)[rank] for t in batch())
         results["half"] = penalised(x, [1.0, 4096.0][rank], torch.float16, synchronised=True)
         results["plain"] = plain(*(t.split((8, 0))[rank] for t in batch()))
-        results["checkpointed"] = checkpointed(x)
+        results["checkpointed"] = refusal(checkpointed, x)
+        results["twice"] = refusal(differentiated_twice, x)
         for name, (target, kept) in SHARDED.items():
             results[name] = sharded(target, kept, x, y)
     torch.save(results, folder / f"{rank}.pt")
@@ -212,7 +213,16 @@ def sharded(target: object, kept: bool, x: Tensor, y: Tensor) -> dict[str, Tenso
     return {name: p.grad.full_tensor() for name, p in student.named_parameters()}
 
 
-def checkpointed(x: Tensor) -> str:
+def refusal(run: Callable[[Tensor], object], x: Tensor) -> str:
+    """The text of the error that ``run(x)`` raises."""
+    try:
+        run(x)
+    except FastjacError as error:
+        return str(error)
+    return ""
+
+
+def checkpointed(x: Tensor) -> None:
     model = synchronise(network(0, "train"))
     part = nn.Sequential(model.conv, model.norm)
 
@@ -220,11 +230,14 @@ def checkpointed(x: Tensor) -> str:
         def forward(self, x: Tensor) -> Tensor:
             return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False).mean((2, 3))
 
-    try:
-        with_jacobian(Checkpointed(), x, LOGIT, torch.zeros(len(x), dtype=torch.int64))
-    except FastjacError as error:
-        return str(error)
-    return ""
+    with_jacobian(Checkpointed(), x, LOGIT, torch.zeros(len(x), dtype=torch.int64))
+
+
+def differentiated_twice(x: Tensor) -> None:
+    student = synchronise(network(0, "train"))
+    with synchronised_batch_norms():
+        y = student(x)
+    torch.autograd.grad(y.square().sum(), student.conv.weight, create_graph=True)
 
 
 def run_ranks(ranks: int, folder: Path) -> list[dict]:
@@ -330,6 +343,14 @@ def test_parameters_that_fully_shard_frees_are_an_error(two):
 def test_in_a_checkpoint_it_is_an_error(two):
     for found in two:
         assert "SyncBatchNorm in train mode under torch.utils.checkpoint" in found["checkpointed"]
+
+
+def test_a_second_derivative_is_an_error(two):
+    for found in two:
+        assert (
+            "SyncBatchNorm differentiates once; got a backward with create_graph=True"
+            in (found["twice"])
+        )
 
 
 if __name__ == "__main__":
