@@ -227,12 +227,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "floors": lambda: floors("step-cpu.json"),
     "first-steps": lambda: first_steps("step-cpu-first.json"),
     "scaling-size": lambda: scaling("scaling-size.json"),
-    "scaling-batch": lambda: scaling("scaling-batch.json"),
     "scaling-layer": lambda: scaling("scaling-layer.json"),
     "targets": lambda: scaling("targets.json"),
     "ablation": lambda: steps("ablation.json"),
     "penalties": lambda: penalties("penalty-cpu.json"),
-    "penalties-wgan-gp": lambda: penalties("penalty-cpu-wgan-gp.json"),
     "trainer": lambda: trainer("trainer-cpu.json"),
 }
 
