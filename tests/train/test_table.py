@@ -200,7 +200,15 @@ def test_summary():
 
 
 def test_recipes_say_what_the_paper_says():
-    fashion = ["", "-ablations", "-losses", "-robustness", "-transfer", "-weights"]
+    fashion = [
+        "",
+        "-ablations",
+        "-losses",
+        "-robustness",
+        "-transfer",
+        "-transfer-weights",
+        "-weights",
+    ]
     assert known() == ["cifar100", "digits", *(f"fashion-mnist{name}" for name in fashion), "mit67"]
     cifar = parse("student", StudentOptions, ["--config", "cifar100"])
     assert (cifar.model, cifar.opt, cifar.lr, cifar.batch_size) == ("vgg4", "adam", 1e-3, 128)
