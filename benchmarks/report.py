@@ -209,6 +209,7 @@ def trainer(name: str) -> str:
     return markdown([*header, "longest wait at a checkpoint, ms"], rows)
 
 
+# As the results that are kept call them; `compiled` is called plain-compiled now.
 GPU_COLUMNS = {
     "plain": "no term",
     "compiled": "no term, compiled",

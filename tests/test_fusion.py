@@ -432,15 +432,6 @@ def test_hooks_see_and_replace_what_they_do_in_pytorch(hook, place):
     torch.testing.assert_close(*found, **EXACT)
 
 
-def test_a_convolution_may_name_its_arguments():
-    class Named(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.conv2d(input=x, weight=self.weight, bias=self.bias)
-
-    model, x = Named(3, C, 3), torch.rand(2, 3, 8, 8)
-    assert torch.equal(fuse(model)(x), model(x))
-
-
 def test_frozen_parameters():
     fused, plain = fuse(network("residual")), network("residual")
     for model in (fused, plain):

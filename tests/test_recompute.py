@@ -229,3 +229,12 @@ def test_torch_compile_trains_a_fused_network():
     (graph,) = compiled.graphs
     assert "batch_norm" in graph.code
     assert "norm_act_pool" not in graph.code
+
+
+def test_a_convolution_may_name_its_arguments():
+    class Named(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.conv2d(input=x, weight=self.weight, bias=self.bias)
+
+    model, x = Named(3, 8, 3), torch.rand(2, 3, 8, 8)
+    assert torch.equal(fuse(model)(x), model(x))

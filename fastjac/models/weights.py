@@ -164,16 +164,18 @@ def load_weights(
 def _check_values(weights: dict[str, Tensor], source: str | Path) -> None:
     """Raise for tensors that a copy would fail for, or whose values are no weights."""
     for name, value in weights.items():
-        kind = str(value.dtype).removeprefix("torch.")
-        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            how = "quantised" if value.is_quantized else "on the meta device"
-            kind = (
-                how if value.layout is torch.strided else str(value.layout).removeprefix("torch.")
-            )
-        elif not (value.is_complex() or value.isnan().any()):
-            continue
-        elif not value.is_complex():
+        if value.layout is not torch.strided:
+            kind = str(value.layout).removeprefix("torch.")
+        elif value.is_quantized:
+            kind = "quantised"
+        elif value.is_meta:
+            kind = "on the meta device"
+        elif value.is_complex():
+            kind = str(value.dtype).removeprefix("torch.")
+        elif value.isnan().any():
             kind = "not a number in places"
+        else:
+            continue
         raise FastjacError(f"{source}: {name} is {kind}; expected a plain tensor of real numbers")
 
 

@@ -105,9 +105,8 @@ class Generic(Rule):
                 site.run(overwrites, *args[1:], **kwargs)
         if overwrites is not written:
             y = written.copy_(overwrites)
-        unversioned = "native_batch_norm" in function_name(
-            function
-        )  # writes, and counts no version
+        # It updates running statistics without a new version.
+        unversioned = "native_batch_norm" in function_name(function)
         for tensor, version in constants:
             if tensor is not written and tensor._version == version and not unversioned:
                 place[id(tensor)] = site.keep(tensor)
