@@ -47,9 +47,11 @@ class DoubleBackward(Contender):
     def compute(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch; ``x`` is a leaf that requires a gradient."""
         student, teacher = self.networks
-        logits_t, features_t = teacher(x)
+        # No leaf: of one, autocast keeps the cast for both networks, which torch.compile refuses.
+        x_t = x.view_as(x)
+        logits_t, features_t = teacher(x_t)
         phi_t, place = self.phi(logits_t, features_t, y, None)
-        (jt,) = torch.autograd.grad(phi_t, x)
+        (jt,) = torch.autograd.grad(phi_t, x_t)
         logits, features = student(x)
         phi, _ = self.phi(logits, features, y, place)
         (js,) = torch.autograd.grad(phi, x, create_graph=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastjac.models.create import auxiliary_heads
-from fastjac.train.objective import Objective, Step
+from fastjac.train.objective import Network, Objective, Step
 from fastjac.train.terms import label_cross_entropy
 
 
-class AuxiliaryHeads:
+class AuxiliaryHeads(Objective):
     """An objective, and ``weight`` times the cross-entropies of the heads of ``model``.
 
     Their sum is the term ``auxiliary``. In eval mode no head runs, and the objective is what it was.
@@ -20,9 +21,12 @@ class AuxiliaryHeads:
     """
 
     def __init__(self, objective: Objective, model: nn.Module, weight: float) -> None:
+        super().__init__()
         self.objective, self.weight = objective, weight
+        self.heads = objective.heads
         self.logits: dict[str, Tensor] = {}
-        for name in auxiliary_heads(model):
+        self.model, self.names = model, auxiliary_heads(model)
+        for name in self.names:
             model.get_submodule(name).register_forward_hook(self._keeper(name))
 
     def _keeper(self, name: str) -> Any:
@@ -31,7 +35,13 @@ class AuxiliaryHeads:
 
         return keep
 
-    def __call__(self, x: Tensor, y: Tensor) -> Step:
+    def networks(self) -> list[Network]:
+        return [
+            replace(n, read=[*n.read, *self.names]) if n.model is self.model else n
+            for n in self.objective.networks()
+        ]
+
+    def forward(self, x: Tensor, y: Tensor) -> Step:
         self.logits.clear()
         step = self.objective(x, y)
         if not self.logits:

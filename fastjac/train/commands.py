@@ -13,7 +13,7 @@ from fastjac.train import ranks
 from fastjac.train.build import build_data, build_model, load_trained, pick_device
 from fastjac.train.loop import Training, evaluate
 from fastjac.train.memory import keep_pages
-from fastjac.train.objective import classification, distillation
+from fastjac.train.objective import Classification, Objective, distillation
 from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
 
 
@@ -34,10 +34,9 @@ def prepare(options: RunOptions, data: ImageData | None = None) -> Training:
         data = build_data(options, getattr(options, "unlabelled", None))
     torch.manual_seed(options.seed)
     model, spec = build_model(options, data)
+    objective: Objective = Classification(model)
     if isinstance(options, StudentOptions):
         objective = distillation(options, model, data)
-    else:
-        objective = classification(model)
     torch.manual_seed(options.seed + ranks.rank())
     return Training(options, data, model, spec, objective)
 

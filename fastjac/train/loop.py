@@ -27,6 +27,7 @@ from fastjac.train.build import (
     pick_device,
 )
 from fastjac.train.checkpoint import capture, position, restore
+from fastjac.train.compilation import compile_networks
 from fastjac.train.files import CannotWrite, RunFolder, SeenFolder
 from fastjac.train.objective import Objective
 from fastjac.train.options import ELSEWHERE, RunOptions
@@ -93,8 +94,7 @@ class Training:
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.layout = layout
         self.model = model.to(self.device, memory_format=layout)
-        if isinstance(objective, nn.Module):
-            objective.to(self.device, memory_format=layout)
+        objective.to(self.device, memory_format=layout)
         if options.aux_weight:
             objective = AuxiliaryHeads(objective, model, options.aux_weight)
         self.objective = objective
@@ -113,7 +113,7 @@ class Training:
             }
         self.batches = Batches(options, images, len(data.classes), self.device.type == "cuda")
         # Layers that are trained for the objective's terms alone.
-        self.heads = getattr(objective, "heads", nn.ModuleDict())
+        self.heads = objective.heads
         trained = nn.ModuleList([model, self.heads])
         self.optimizer = build_optimizer(options, trained)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -182,7 +182,8 @@ class Training:
         else:
             self._save()
         if options.torchcompile:
-            self.model.compile()
+            blank = torch.zeros(2, self.data.channels, self.data.size, self.data.size)
+            compile_networks(self.objective.networks(), blank.to(self.device))
         with self._bar(bar) as progress, self._events() as events:
             while self.epoch < options.epochs:
                 row = self._epoch(progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,18 +56,45 @@ class Step:
     terms: dict[str, Tensor]
 
 
-Objective = Callable[[Tensor, Tensor], Step]
+@dataclass(frozen=True)
+class Network:
+    """A network of a run, the layers of it that terms of the loss read, and those with a Jacobian."""
+
+    role: str
+    model: nn.Module
+    read: Sequence[str] = ()
+    differentiated: Sequence[str] = ()
 
 
-def classification(model: nn.Module) -> Objective:
+class Objective(nn.Module):
+    """What a step goes down from: called with images and labels, it gives a :class:`Step`.
+
+    ``heads`` are layers that are trained for its terms alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict()
+
+    def networks(self) -> list[Network]:
+        """The networks that it runs."""
+        raise NotImplementedError
+
+
+class Classification(Objective):
     """Cross-entropy with the labels ``[B]``, or with probabilities ``[B, classes]``."""
 
-    def step(x: Tensor, y: Tensor) -> Step:
-        logits = model(x)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> Step:
+        logits = self.model(x)
         loss = label_cross_entropy(logits, y)
         return Step(loss, logits, {"ce": loss})
 
-    return step
+    def networks(self) -> list[Network]:
+        return [Network("network", self.model)]
 
 
 @dataclass
@@ -90,7 +117,7 @@ class LabelCrossEntropy(LabelLogit):
         return None
 
 
-class Distillation(nn.Module):
+class Distillation(Objective):
     """Cross-entropy and what is taken from a teacher, as the options weigh them.
 
     Called with images ``x`` and labels ``y``: int64 ``[B]``, below 0 for an image without one (no
@@ -118,7 +145,6 @@ class Distillation(nn.Module):
         if teacher is not None:
             teacher.eval().requires_grad_(False)
         self.layers, self.teacher_layers = self._find_layers(student, teacher)
-        self.heads = nn.ModuleDict()
         if "activations" in self.weights and classes != len(data.classes):
             self.heads["logits"] = _second_head(student, data, int(classes or 0))
             notice(
@@ -225,7 +251,7 @@ class Distillation(nn.Module):
         hard = y if not y.is_floating_point() else y.new_full(y.shape[:1], -1, dtype=torch.int64)
         terms: dict[str, Tensor] = {}
         with self._embedding() as embedding:
-            student, teacher = self._networks(x, y, hard, terms)
+            student, teacher = self._run(x, y, hard, terms)
         if "ce" in weights:
             terms["ce"] = label_cross_entropy(student.logits, y)
         if teacher is not None:
@@ -238,7 +264,18 @@ class Distillation(nn.Module):
         loss = sum(weights[term] * value for term, value in terms.items())
         return Step(loss, student.logits, terms)
 
-    def _networks(
+    def networks(self) -> list[Network]:
+        jacobians = {"jacobians", "jacobian_norm"} & self.weights.keys()
+        head = [find_head(self.student)[0]] if "logits" in self.heads else []
+        both = [("student", self.student, self.layers, head)]
+        if self.teacher is not None:
+            both.append(("teacher", self.teacher, self.teacher_layers, []))
+        return [
+            Network(role, model, [*layers, *more], layers if jacobians else ())
+            for role, model, layers, more in both
+        ]
+
+    def _run(
         self, x: Tensor, y: Tensor, hard: Tensor, terms: dict[str, Tensor]
     ) -> tuple[_Seen, _Seen | None]:
         """Run student and teacher; with them the Jacobian's term, into ``terms``."""
@@ -375,7 +412,7 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
         raise FastjacError(f"every weight is 0: {', '.join(map(flag, TERMS))}")
     if not taught:
         if not options.jacobian_norm and not options.input_noise:
-            return classification(student)
+            return Classification(student)
         return Distillation(options, student, None, data)
     if options.teacher is None:
         raise FastjacError(f"--teacher is missing; {flag(taught[0])} needs one")

@@ -116,7 +116,9 @@ class _Machine:
         None, "images at a time, for the same gradient in less memory; auto: halve when it runs out"
     )
     cuda_graphs: bool = _option(False, "on a GPU: capture a step once, then replay it")
-    torchcompile: bool = _option(False, "compile the network (not with --attention or --jacobians)")
+    torchcompile: bool = _option(
+        False, "compile the networks; where a term reads a layer, the blocks that it does not touch"
+    )
     sync_bn: bool = _option(
         False, "under torchrun: BatchNorm's statistics over the batch of all processes"
     )
@@ -319,11 +321,13 @@ class StudentOptions(_JacobianTerm, _Terms, RunOptions):
     def _check_terms(self) -> None:
         reads = [name for name in ("attention", "hints") if getattr(self, name)]
         window = self.target == "attention-window"
-        if self.torchcompile and (reads or self.jacobians or self.jacobian_norm):
-            raise FastjacError(
-                "--torchcompile does not go with --attention, --hints, --jacobians or --jacobian-norm"
-            )
         of_jacobians = [name for name in ("jacobians", "jacobian_norm") if getattr(self, name)]
+        if self.torchcompile and of_jacobians and not window:
+            raise FastjacError(
+                f"--torchcompile does not go with {flag(of_jacobians[0])} of --target {self.target}, a "
+                "Jacobian of the whole network; with --target attention-window it compiles what lies "
+                "behind the layer"
+            )
         if of_jacobians and reads and not window:
             raise FastjacError(
                 f"{flag(reads[0])} with {flag(of_jacobians[0])} needs --target attention-window: both "

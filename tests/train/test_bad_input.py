@@ -136,7 +136,10 @@ def images(tmp_path):
         (["student", "--jacobians", "-1"], "--jacobians: expected 0 or more, got -1.0"),
         (["student", "--ce", "0"], "every weight is 0"),
         (["student", "--jacobians", "1", "--teacher", "no"], "no: no such file; expected"),
-        (["student", "--jacobians", "1", "--torchcompile"], "--torchcompile does not go with"),
+        (
+            ["student", "--jacobians", "1", "--torchcompile"],
+            "--torchcompile does not go with --jacobians of --target label-logit, a Jacobian of the",
+        ),
         (["table"], "method 'ce+activations': the weight --activations is 0"),
         (
             ["table", "--methods", "ce+jacobians", "--jacobians", "1"],

@@ -19,7 +19,7 @@ from fastjac.train.batches import Batches
 from fastjac.train.build import build_optimizer, load_trained, lr_factor
 from fastjac.train.commands import prepare
 from fastjac.train.loop import evaluate
-from fastjac.train.objective import classification
+from fastjac.train.objective import Classification
 from fastjac.train.options import TeacherOptions
 from fastjac.train.step import Step
 
@@ -99,7 +99,7 @@ def one_step(options, model, images=10):
     torch.manual_seed(1)
     x, y = torch.randn(images, 6, dtype=torch.float64), torch.randint(4, (images,))
     optimizer = build_optimizer(options, model)
-    step = Step(options, classification(model), model, optimizer, CPU)
+    step = Step(options, Classification(model), model, optimizer, CPU)
     pieces = step([(x, y)], lambda x, y, number: (x, y))
     assert torch.equal(torch.cat([piece.y for piece in pieces]), y)
     return x, y
@@ -191,13 +191,13 @@ def test_an_error_that_is_not_of_memory_is_a_bug(options):
 REAL = """
 import resource, torch
 from fastjac.train.build import build_optimizer
-from fastjac.train.objective import classification
+from fastjac.train.objective import Classification
 from fastjac.train.options import TeacherOptions
 from fastjac.train.step import Step
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Linear(64, 1 << 16), torch.nn.Flatten())
 options = TeacherOptions(micro_batch="auto", opt="sgd", momentum=0)
-step = Step(options, classification(model), model, build_optimizer(options, model), torch.device("cpu"))
+step = Step(options, Classification(model), model, build_optimizer(options, model), torch.device("cpu"))
 batch = (torch.randn(512, 64), torch.zeros(512, dtype=torch.int64))
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (250 << 20),) * 2)  # the logits have 128 MiB

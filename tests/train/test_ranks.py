@@ -99,6 +99,17 @@ def test_two_ranks_train_what_one_process_trains(torchrun, trainer, student, tmp
     assert trainer("evaluate", one)[:2] == (0, scored)
 
 
+def test_images_without_labels_over_two_ranks(torchrun, trainer, student, tmp_path):
+    """An unlabelled image counts once, on whichever rank; the two may hold different numbers of them."""
+    (tmp_path / "more").mkdir()
+    for i in range(30):
+        Image.effect_noise((16, 16), 60).save(tmp_path / "more" / f"{i}.png")
+    words = [*student, "--unlabelled", tmp_path / "more", "--epochs", 2]
+    finish(torchrun(2, *words, "--experiment", "two"))
+    assert trainer(*words, "--experiment", "one")[0] == 0
+    assert_alike(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
+
+
 @pytest.mark.parametrize(("size", "processes"), [(12, 2), (12, 3), (6, 2), (4, 4)])
 def test_a_batch_is_shared_out_with_its_mirrored_pairs(monkeypatch, size, processes):
     """--mixup mixes the images i and size - 1 - i, which an even share keeps, in places like these."""
