@@ -5,7 +5,8 @@
 # make wheel   dist/fastjac-*.whl: no PyTorch inside, for every later PyTorch and Python
 # make lint    ruff, mypy, and clang-format for C++ and CUDA
 # make format  what `make lint` would change
-# make bench   every benchmark of the operators
+# make bench   the benchmarks of the operators, some minutes
+# make bench-full   every benchmark: operators, steps, penalties, the trainer; hours
 #
 # Each sets up what it needs in VENV, once. PYTHON makes the virtual environment. `demo` and `test`
 # compile for this machine alone, unless a wheel in dist/ fits; scripts/set_up.py says what else there is.
@@ -27,7 +28,7 @@ BENCH_OPTIONS := --benchmark-enable --benchmark-only --benchmark-quiet
 # An allocator that keeps its pages: else a CPU's page faults are timed, not its arithmetic.
 KEEP_PAGES := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test check docs wheel lint format bench clean
+.PHONY: demo test check docs wheel lint format bench bench-full clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -48,8 +49,14 @@ docs: $(VENV)/.docs
 wheel: dist/.built
 
 bench: $(VENV)/.installed
-	$(PY) -m pytest benchmarks $(BENCH_OPTIONS)
 	$(KEEP_PAGES) $(PY) -m pytest benchmarks $(BENCH_OPTIONS)
+
+bench-full: bench
+	$(PY) -m pytest benchmarks $(BENCH_OPTIONS)
+	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.penalty --compiled
+	$(PY) -m benchmarks.penalty --compiled --penalty wgan-gp
+	$(PY) -m benchmarks.trainer
 
 lint: $(VENV)/.linters $(VENV)/.torch
 	$(VENV)/bin/ruff check

@@ -184,18 +184,44 @@ def scaling(name: str) -> str:
     return markdown([title, *(str(result[field]) for result in found)], rows)
 
 
-def penalties(name: str) -> str:
-    """Time and memory of a step with the penalty over those of the step without."""
+def largest_batches(name: str) -> str:
+    """The largest batch that each contender can take in fixed memory."""
     rows = []
     for result in results(name):
-        for each in result["gradient_error_float64"] | {"naive": 0}:
-            row = [f"{result['norm'].capitalize()}Norm", f"`{each}`"]
-            row += [f"{timed[each]['ratio']:.2f}" for timed in result["time"].values()]
-            memory = result["memory"]
-            row.append(f"{memory[each] / memory['plain']:.2f}" if each in memory else "")
-            rows.append(row)
-    settings = results(name)[0]["time"]
-    return markdown(["", "", *(f"time, {s}" for s in settings), "memory, default"], rows)
+        title = TITLES.get(result["configuration"], result["configuration"])
+        title += f", {result['memory_limit'] / 2**30:g} GiB"
+        rows += [[title, f"`{each}`", str(n)] for each, n in result["largest_batch"].items()]
+    return markdown(["", "", "images"], rows)
+
+
+def host(name: str) -> str:
+    """The host's time of a step with next to no arithmetic, over the plain step's."""
+    rows = []
+    for result in results(name):
+        timed = result["host"]["rows"]
+        title = TITLES.get(result["configuration"], result["configuration"]).split(",")[0]
+        rows += [
+            [title, f"`{each}`", f"{1e3 * row['median_s']:.2f}", f"{row['ratio']:.2f}"]
+            for each, row in timed.items()
+        ]
+    return markdown(["", "", "ms", "of the plain step's"], rows)
+
+
+def penalties(*names: str) -> str:
+    """Time and memory of a step with the penalty over those of the step without."""
+    rows = []
+    for name in names:
+        for result in results(name):
+            kind = {"r1": "R1", "wgan-gp": "WGAN-GP"}[result["penalty"]]
+            for each in ("naive", "compiled", "fastjac"):
+                row = [f"{kind}, {result['norm'].capitalize()}Norm", f"`{each}`"]
+                row += [f"{timed[each]['ratio']:.2f}" for timed in result["time"].values()]
+                for memory in (result["memory"], result["memory_needed"]):
+                    row.append(f"{memory[each] / memory['plain']:.2f}")
+                rows.append(row)
+    settings = results(names[0])[0]["time"]
+    times = [f"time, {s}" for s in settings]
+    return markdown(["", "", *times, "memory", "memory needed"], rows)
 
 
 def trainer(name: str) -> str:
@@ -227,11 +253,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": lambda: steps("step-cpu-recipes.json"),
     "floors": lambda: floors("step-cpu.json"),
     "first-steps": lambda: first_steps("step-cpu-first.json"),
-    "scaling-size": lambda: scaling("scaling-size.json"),
-    "scaling-layer": lambda: scaling("scaling-layer.json"),
+    "steps-cpu-batch": lambda: steps("step-cpu-batch.json"),
+    "steps-cpu-bf16": lambda: steps("step-cpu-bf16.json"),
+    "host": lambda: host("host.json"),
+    **{
+        f"scaling-{field}": lambda field=field: scaling(f"scaling-{field}.json")  # type: ignore[misc]
+        for field in ("batch", "size", "layer", "window", "depth", "depth-resnet")
+    },
+    "largest-batch": lambda: largest_batches("largest-batch.json"),
     "targets": lambda: scaling("targets.json"),
     "ablation": lambda: steps("ablation.json"),
-    "penalties": lambda: penalties("penalty-cpu.json"),
+    "penalties": lambda: penalties("penalty-cpu.json", "penalty-cpu-wgan-gp.json"),
     "trainer": lambda: trainer("trainer-cpu.json"),
 }
 

@@ -1,11 +1,13 @@
 """The trainer's throughput, what each of its options costs, and how long a checkpoint holds it up.
 
     python -m benchmarks.trainer --model vgg4 --size 64 --rounds 5
+    torchrun --nproc-per-node 2 -m benchmarks.trainer --threads 1 --variants plain
 
 The data set is a folder of JPEG photographs of noise, written for the purpose, with ``--augment``: so
 the loader has files to decode, crop and flip. Each variant is ``python -m fastjac.train teacher`` with
 the options of its name, in this process; ``plain`` has none of them. A round is an epoch of ``--steps``
 steps of each variant in turn, with an evaluation and a checkpoint at its end that do not count as steps.
+Under ``torchrun`` the processes share each batch, and the first one's figures are of all their images.
 
 One line of JSON for each variant:
 
@@ -87,6 +89,7 @@ class Variant:
         )
         self.training = prepare(options)
         self.training.folder.open({})
+        self.training.step.parallelise(self.training.try_once())
         self.seconds: list[float] = []
         self.waited: list[float] = []
         self.checkpoints: list[float] = []
@@ -156,7 +159,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
 
     import torch
 
-    write_images(folder / "images", args.size, args.images)
+    from fastjac.train import ranks
+
+    folder = Path(ranks.gather(str(folder))[0])
+    if ranks.is_first():
+        write_images(folder / "images", args.size, args.images)
+    ranks.gather(None)  # all wait for the images
     variants = {name: Variant(name, args, folder) for name in args.variants}
     plain = variants["plain"]
     for name, variant in variants.items():
@@ -193,10 +201,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    from fastjac.train import ranks
+    from fastjac.train.build import pick_device
+
     args = parse()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ranks.together(pick_device(args.device)):
         found = measure(args, Path(folder))
-    rows = [{"variant": name, **figures} for name, figures in found.items()]
+        rows = [{"variant": name, **figures} for name, figures in found.items()]
+    if not ranks.is_first():
+        return
     for row in rows:
         print(json.dumps(row), flush=True)
     measuring.write_json(args, MODULE, rows)
