@@ -1,4 +1,4 @@
-"""What the build of the documentation adds: pictures, drawn by ``docs_pictures.py``, and formulas as such."""
+"""What the build of the documentation adds: pictures, drawn by ``docs_pictures.py``, and formulas."""
 
 from __future__ import annotations
 
