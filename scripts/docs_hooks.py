@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import ziamath
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,6 +26,12 @@ def on_files(files: Files, config) -> Files:
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
     return FORMULA.sub(lambda found: drawn(found[1]), markdown)
+
+
+def on_post_page(output: str, page, config) -> str:
+    if "$$" in output:
+        raise PluginError(f"{page.file.src_uri}: a formula that begins or ends within a line")
+    return output
 
 
 def drawn(latex: str) -> str:

@@ -58,7 +58,7 @@ def write_report(
     seconds = [row["seconds"] for row in runs if "seconds" in row]
     parts = [
         f"<h1>{_text(title)}</h1><p>{_text(about)}</p>",
-        "<h2>Test accuracy, %</h2>",
+        "<h2>Accuracy, %</h2>",
         f'<div class="wide">{_accuracies(table)}</div>',
         "<p>Mean ± standard deviation (of the sample) over the seeds; the best of each column in "
         "colour.</p>",

@@ -113,13 +113,21 @@ def _about(options: TableOptions, teacher: TeacherOptions | None) -> str:
         library = is_library_name(options.teacher)
         by = f"the teacher {options.teacher if library else Path(options.teacher).name}"
     steps = options.epoch_steps
-    length = f"{options.epochs} epochs" + ("" if steps is None else f" of {steps} steps")
+    length = _count(options.epochs, "epoch") + ("" if steps is None else f" of {steps} steps")
+    tested = "The accuracy is that on all test images."
+    if options.validation:
+        tested = f"The accuracy is that on {options.validation} training images held out."
     few = " (fewer above 10 images per class)" if options.fewer_seeds else ""
     return (
         f"{options.dataset}{size}: students {student}{width}, {by}. {length}, batches of "
-        f"{options.batch_size} at most, {options.opt} at {options.lr:g}; {len(options.seeds)} "
-        f"seeds{few}, which draw the images, the weights and the batches."
+        f"{options.batch_size} at most, {options.opt} at {options.lr:g}; "
+        f"{_count(len(options.seeds), 'seed')}{few}, for the images, the weights and the batches. "
+        f"{tested}"
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
 
 
 def _not_default(options: TableOptions) -> dict[str, Any]:
