@@ -3,8 +3,8 @@
     python -m benchmarks.linear_probe --img-size 64 --teacher timm/tf_efficientnet_lite0 \\
         --teacher-weights efficientnet-lite0-57934424.pth
 
-Logistic regression (scikit-learn's, on standardised inputs) of a frozen network's logits, and of the input
-of its last layer, from a few images per class: those that ``python -m fastjac.train`` draws with that seed.
+Logistic regression (scikit-learn's, on standardised inputs) of a frozen network's logits, and of the
+input of its last layer, from a few images per class: those that the trainer draws with that seed.
 One line of JSON per number of images, with accuracies in percent.
 """
 

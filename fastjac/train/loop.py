@@ -173,6 +173,9 @@ class Training:
 
     def _run(self, bar: bool) -> dict[str, Any]:
         options, folder = self.options, self.folder
+        if options.torchcompile:
+            blank = torch.zeros(2, self.data.channels, self.data.size, self.data.size)
+            compile_networks(self.objective.networks(), blank.to(self.device))
         folder.open(asdict(options))
         if self.subset is not None:
             folder.save_subset(self.subset)
@@ -181,9 +184,6 @@ class Training:
             folder.write_metrics(self.history)
         else:
             self._save()
-        if options.torchcompile:
-            blank = torch.zeros(2, self.data.channels, self.data.size, self.data.size)
-            compile_networks(self.objective.networks(), blank.to(self.device))
         with self._bar(bar) as progress, self._events() as events:
             while self.epoch < options.epochs:
                 row = self._epoch(progress)

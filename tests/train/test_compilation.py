@@ -72,6 +72,16 @@ def test_nothing_to_compile():
         compile_networks(networks, torch.rand(2, 3, 32, 32))
 
 
+def test_nothing_to_compile_is_found_before_anything_is_written(trainer, small, teacher, tmp_path):
+    words = ["student", *small, "--teacher", teacher, "--attention", 1, "--torchcompile"]
+    status, _, err = trainer(*words, "--experiment", "s")
+    assert status == 2
+    assert (
+        "no network has a block of several layers beside those that terms of the loss read" in err
+    )
+    assert not (tmp_path / "runs" / "s").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "modules"),
     [
