@@ -235,6 +235,18 @@ def trainer(name: str) -> str:
     return markdown([*header, "longest wait at a checkpoint, ms"], rows)
 
 
+def ranks(**names: str) -> str:
+    """Images per second of the trainer by one process and by several."""
+    rows = []
+    for title, name in names.items():
+        for row in results(name):
+            low, high = row["quantiles"]
+            rate = f"{row['images_per_second']:.0f} ({low:.0f} to {high:.0f})"
+            cells = [f"`{row['variant']}`", rate, f"{row['loader_share']:.2f}"]
+            rows.append([title.replace("_", " "), *cells])
+    return markdown(["", "", "images per second", "share spent waiting for the loader"], rows)
+
+
 # As the results that are kept call them; `compiled` is called plain-compiled now.
 GPU_COLUMNS = {
     "plain": "no term",
@@ -265,6 +277,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": lambda: steps("ablation.json"),
     "penalties": lambda: penalties("penalty-cpu.json", "penalty-cpu-wgan-gp.json"),
     "trainer": lambda: trainer("trainer-cpu.json"),
+    "ranks": lambda: ranks(
+        one_process="trainer-cpu-one.json", two_ranks="trainer-cpu-two-ranks.json"
+    ),
 }
 
 
