@@ -57,6 +57,7 @@ bench-full: bench
 	$(PY) -m benchmarks.penalty --compiled
 	$(PY) -m benchmarks.penalty --compiled --penalty wgan-gp
 	$(PY) -m benchmarks.trainer
+	$(PY) -m benchmarks.teacher_cache
 
 lint: $(VENV)/.linters $(VENV)/.torch
 	$(VENV)/bin/ruff check

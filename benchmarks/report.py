@@ -247,6 +247,13 @@ def ranks(**names: str) -> str:
     return markdown(["", "", "images per second", "share spent waiting for the loader"], rows)
 
 
+def teacher_cache(name: str) -> str:
+    """The step with Jacobians and a cached teacher, over the plain step that runs its teacher."""
+    (row,) = results(name)
+    cells = [f"{1e3 * row['plain_s']:.0f}", f"{1e3 * row['cached_s']:.0f}", f"{row['ratio']:.2f}"]
+    return markdown(["", "plain, ms", "cached, ms", "ratio"], [["VGG-4 from VGG-9", *cells]])
+
+
 # As the results that are kept call them; `compiled` is called plain-compiled now.
 GPU_COLUMNS = {
     "plain": "no term",
@@ -277,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": lambda: steps("ablation.json"),
     "penalties": lambda: penalties("penalty-cpu.json", "penalty-cpu-wgan-gp.json"),
     "trainer": lambda: trainer("trainer-cpu.json"),
+    "teacher-cache": lambda: teacher_cache("teacher-cache-cpu.json"),
     "ranks": lambda: ranks(
         one_process="trainer-cpu-one.json", two_ranks="trainer-cpu-two-ranks.json"
     ),

@@ -15,10 +15,11 @@ EXAMPLE = re.compile(r"^( *)>>> .*(?:\n *\S.*)*", re.MULTILINE)
 
 def link(role: re.Match[str]) -> str:
     """A name as code; one that the page of the API has, as a link to it."""
-    name = role[2].rpartition(".")[2]
-    if (name in SHOWN and role[2] in (name, SHOWN[name])) or role[2].startswith("fastjac."):
-        return f"[`{name}`][{SHOWN[name]}]" if name in SHOWN else f"`{name}`"
-    return f"`{name if role[1] else role[2]}`"
+    path, name = role[2], role[2].rpartition(".")[2]
+    ours = path.startswith("fastjac.")
+    if name in SHOWN and (ours or path == name):
+        return f"[`{name}`][{SHOWN[name]}]"
+    return f"`{name if ours or role[1] else path}`"
 
 
 class Docstrings(griffe.Extension):

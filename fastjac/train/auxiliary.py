@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.models.create import auxiliary_heads
-from fastjac.train.objective import Network, Objective, Step
+from fastjac.train.objective import Objective, Step
 from fastjac.train.terms import label_cross_entropy
 
 
@@ -21,12 +21,19 @@ class AuxiliaryHeads(Objective):
     """
 
     def __init__(self, objective: Objective, model: nn.Module, weight: float) -> None:
-        super().__init__()
+        names = auxiliary_heads(model)
+        super().__init__(
+            *(
+                replace(network, read=[*network.read, *names])
+                if network.model is model
+                else network
+                for network in objective.networks
+            )
+        )
         self.objective, self.weight = objective, weight
         self.heads = objective.heads
         self.logits: dict[str, Tensor] = {}
-        self.model, self.names = model, auxiliary_heads(model)
-        for name in self.names:
+        for name in names:
             model.get_submodule(name).register_forward_hook(self._keeper(name))
 
     def _keeper(self, name: str) -> Any:
@@ -34,12 +41,6 @@ class AuxiliaryHeads(Objective):
             self.logits.setdefault(name, logits)  # of the first forward, if there are several
 
         return keep
-
-    def networks(self) -> list[Network]:
-        return [
-            replace(n, read=[*n.read, *self.names]) if n.model is self.model else n
-            for n in self.objective.networks()
-        ]
 
     def forward(self, x: Tensor, y: Tensor) -> Step:
         self.logits.clear()

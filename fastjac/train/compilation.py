@@ -34,7 +34,7 @@ def compile_networks(networks: Sequence[Network], x: Tensor) -> None:
         where = "behind" if any(n.differentiated for n in networks) else "beside"
         raise FastjacError(
             f"--torchcompile: no network has a block of several layers {where} those that terms of the "
-            f"loss read ({read}); leave the option away"
+            f"loss read ({read}); leave the option out"
         )
     if any(network.read for network in networks):
         notice(f"--torchcompile compiles {'; '.join(done)}")

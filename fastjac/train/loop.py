@@ -175,7 +175,7 @@ class Training:
         options, folder = self.options, self.folder
         if options.torchcompile:
             blank = torch.zeros(2, self.data.channels, self.data.size, self.data.size)
-            compile_networks(self.objective.networks(), blank.to(self.device))
+            compile_networks(self.objective.networks, blank.to(self.device))
         folder.open(asdict(options))
         if self.subset is not None:
             folder.save_subset(self.subset)

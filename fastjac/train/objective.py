@@ -69,32 +69,26 @@ class Network:
 class Objective(nn.Module):
     """What a step goes down from: called with images and labels, it gives a :class:`Step`.
 
-    ``heads`` are layers that are trained for its terms alone.
+    ``networks`` are those that it runs; ``heads`` are layers that are trained for its terms alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *networks: Network) -> None:
         super().__init__()
+        self.networks = list(networks)
         self.heads = nn.ModuleDict()
-
-    def networks(self) -> list[Network]:
-        """The networks that it runs."""
-        raise NotImplementedError
 
 
 class Classification(Objective):
     """Cross-entropy with the labels ``[B]``, or with probabilities ``[B, classes]``."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(Network("network", model))
         self.model = model
 
     def forward(self, x: Tensor, y: Tensor) -> Step:
         logits = self.model(x)
         loss = label_cross_entropy(logits, y)
         return Step(loss, logits, {"ce": loss})
-
-    def networks(self) -> list[Network]:
-        return [Network("network", self.model)]
 
 
 @dataclass
@@ -153,6 +147,7 @@ class Distillation(Objective):
             )
         if "hints" in self.weights:
             self.heads["hint"] = self._hint(data)
+        self.networks = self._networks()
         self.target: Target | tuple[Target, ...] | None = None
         self.matching = None
         if "jacobians" in self.weights:
@@ -264,7 +259,7 @@ class Distillation(Objective):
         loss = sum(weights[term] * value for term, value in terms.items())
         return Step(loss, student.logits, terms)
 
-    def networks(self) -> list[Network]:
+    def _networks(self) -> list[Network]:
         jacobians = {"jacobians", "jacobian_norm"} & self.weights.keys()
         head = [find_head(self.student)[0]] if "logits" in self.heads else []
         both = [("student", self.student, self.layers, head)]
