@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from fastjac.errors import FastjacError
 from fastjac.features import capture
-from fastjac.fusion.mode import unfused
+from fastjac.fusion.mode import takes_native_statistics, unfused
 from fastjac.targets import Target, check_targets
 
 
@@ -48,6 +48,11 @@ class BatchStatistics(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func in (torch.batch_norm, torch.ops.aten.batch_norm, torch.ops.aten.batch_norm.default):
             return self._torch_batch_norm(*args, **kwargs)
+        if takes_native_statistics(func, args, kwargs):
+            raise FastjacError(
+                f"batch_stats='frozen' cannot hold the statistics of {func.__name__} constant; "
+                "expected F.batch_norm, or batch_stats='batch'"
+            )
         return func(*args, **kwargs)
 
     def check_replayed(self) -> None:

@@ -25,6 +25,7 @@ from fastjac.fusion.mode import (
     function_name,
     in_backward_hook,
     in_checkpoint,
+    takes_native_statistics,
     tensors_in,
     writes_in_place,
 )
@@ -348,6 +349,12 @@ class Tape(Fusion):
         varying: list[Tensor],
         trains: bool,
     ) -> Any:
+        if self.batch_stats == "frozen" and takes_native_statistics(function, args, kwargs):
+            raise FastjacError(
+                f"the model takes a batch's statistics by {function_name(function)}, which "
+                "batch_stats='frozen' cannot hold constant; expected F.batch_norm, or "
+                "batch_stats='batch'"
+            )
         site = Site(self, function, trains)
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None

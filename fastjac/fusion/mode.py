@@ -131,6 +131,8 @@ class Fusion(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # torch.cond and its like, of which the mode sees the run
+            return function(*args, **kwargs)
         if function in QUERIES:
             return self.query(function, args, kwargs)
         if self._pending and torch._C._are_functorch_transforms_active():
@@ -193,6 +195,8 @@ class Fusion(TorchFunctionMode):
 
     def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call itself: convolutions by the faster algorithm, recomputable values not saved."""
+        if isinstance(function, torch._ops.HigherOrderOperator):
+            return run_higher_order(function, args, kwargs)
         convolution = function is torch.conv2d and not in_checkpoint()
         known = self._recomputes(args) if self._recomputable else ()
         if not known and not convolution:
@@ -346,6 +350,18 @@ class Fusion(TorchFunctionMode):
                     self.compute(value)
 
 
+def run_higher_order(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.cond`` and its like, which trace their branches: no hook may look at what these save.
+
+    In :func:`eager_regions` PyTorch hands ``torch.cond``'s branches over untraced, and then has no
+    derivative of them.
+    """
+    if function is torch.ops.higher_order.cond and not isinstance(args[1], torch.fx.GraphModule):
+        with torch.compiler.set_stance("default"):
+            return torch.cond(*args, **kwargs)
+    return function(*args, **kwargs)
+
+
 def convolve(
     input: Tensor,
     weight: Tensor,
@@ -402,6 +418,15 @@ def functional_batch_norm(
         return input, running_mean, running_var, weight, bias, training, momentum, eps
 
     return bind(*args, **kwargs), {}
+
+
+def takes_native_statistics(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call takes a batch's statistics by an operator behind ``F.batch_norm``."""
+    name = function_name(function)
+    if "batch_norm" not in name or function in BATCH_NORMS:
+        return False
+    flags = [kwargs.get("training"), kwargs.get("train"), *args]
+    return "with_update" in name or next((f for f in flags if isinstance(f, bool)), False)
 
 
 def in_backward_hook() -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from fastjac import AttentionWindow, LabelLogit, fuse
+from fastjac import AttentionWindow, LabelLogit, Logits, fuse, with_jacobian
+from fastjac.errors import FastjacError
 
 # Values that Python decides
 
@@ -424,6 +425,15 @@ def test_a_native_norm_updates_its_statistics_once():
     agrees(lambda: network(NormByFunction(native_norm)), "batch")
 
 
+@pytest.mark.parametrize("strategy", ["auto", "autograd"])
+@pytest.mark.parametrize("function", [torch.native_batch_norm, torch.ops.aten.native_batch_norm])
+def test_native_norms_have_no_frozen_statistics(function, strategy):
+    model = network(NormByFunction(lambda *args: function(*args[:-1])[0]))
+    with pytest.raises(FastjacError, match="native_batch_norm.*expected F.batch_norm, or batch_"):
+        with_jacobian(model, images(), Logits(), strategy=strategy)
+    with_jacobian(model.eval(), images(), Logits(), strategy=strategy)
+
+
 @pytest.mark.parametrize("name", MIDDLES)
 def test_middles_before_a_window(name):
     agrees(lambda: network(MIDDLES[name]()), "frozen", AttentionWindow("5", window=0.5))
@@ -453,6 +463,33 @@ def test_middles_of_a_fused_network(name):
         grads = [p.grad for p in inner.parameters()]
         results.append([y.detach(), *grads, *(b.detach().clone() for b in inner.buffers())])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+class Branches(nn.Module):
+    """A branch by ``torch.cond``, of what no call has read before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        u = self.norm(self.conv(z))
+        y = torch.cond(z.sum() > 0, lambda u, z: u.sin() * z, lambda u, z: u.cos() * z, (u, z))
+        return y + F.relu(u)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_fused_network_with_a_branch_by_an_operator(sign):
+    # PyTorch's compiler traces the first; from then on it is imported, and told to stay out.
+    for _ in range(2):
+        results = []
+        for wrap in (fuse, lambda model: model):
+            seed_all(1)
+            inner = Branches().double()
+            y = wrap(inner)(sign * torch.rand(2, 4, 6, 6, dtype=torch.double))
+            y.square().sum().backward()
+            results.append([y.detach(), *(p.grad for p in inner.parameters())])
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
 class ScalesInput(nn.Sequential):
