@@ -6,10 +6,6 @@
 #include <cstdint>
 #include <cstdlib>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
@@ -22,19 +18,6 @@ namespace fastjac {
 // From this size on, bytes, a map on a CPU has memory of malloc's.
 constexpr int64_t kOwnMemory = 1 << 20;
 constexpr int64_t kAlignment = 64; // what PyTorch gives
-constexpr int64_t kHugePage = 1 << 21; // Linux's, on most processors
-
-// Asks for huge pages where `bytes` from p on cover some. Where a large map is new memory, as it is each
-// time beyond malloc's greatest threshold, its page faults can cost several times the arithmetic. A
-// system that has none, or refuses, gives what it gives without: nothing else depends on it.
-inline void ask_for_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
 
 // On x's device. torch::stable::empty would look its operator up by name, at a microsecond.
 inline torch::stable::Tensor empty_strided(
@@ -79,7 +62,6 @@ inline torch::stable::Tensor empty_map(
   void* const block = std::malloc(bytes + kAlignment - 1);
   STD_TORCH_CHECK(block != nullptr, "no memory for a map of ", bytes, " bytes");
   const auto past = reinterpret_cast<uintptr_t>(block) + kAlignment - 1;
-  ask_for_huge_pages(block, bytes);
   return torch::stable::from_blob(
       reinterpret_cast<void*>(past - past % kAlignment), {sizes, 4}, {strides, 4}, x.device(),
       x.scalar_type(), [block](void*) { std::free(block); }

@@ -25,7 +25,6 @@ namespace fastjac::norm_act_pool {
 namespace {
 
 constexpr int64_t kGrain = 32768; // elements below which another thread costs more than it brings
-constexpr int64_t kCaches = 32 << 20; // bytes: a map of that size is not found in them again
 // Of sums: enough for the threads, few enough to add up. At a chunk's first row 3x3 windows are seen twice.
 constexpr int64_t kMostChunks = 256, kMostChunksOf3x3 = 64;
 
@@ -65,7 +64,6 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
   Maps m{};
   m.batch = g.batch, m.channels = g.channels;
   m.height = g.height, m.width = g.width;
-  m.bytes = u.numel() * static_cast<int64_t>(u.element_size());
   m.out_height = g.out_height, m.out_width = g.out_width;
   m.kernel = g.pool.kernel, m.stride = g.pool.stride, m.padding = g.pool.padding;
   m.channels_last = g.channels_last;
@@ -90,22 +88,7 @@ Maps cut(const Tensor& u, const Geometry& g, Activation activation, double slope
   return m;
 }
 
-// Whether what m writes goes past the caches. In place u is in them: it was just read.
-bool past_caches(const Maps& m) {
-  if (m.bytes < kCaches || m.gu == m.u) return false;
-  // Under a pool it is worth it where whole cache lines are written at once, or in two halves.
-  const bool pools = m.kernel > 1;
-  if (pools && (m.y != nullptr || (m.kernel == 2 && m.channels_last))) return false;
-  // Contiguous, vectors begin at the second pixel of a row if it is the middle of the first window.
-  if (m.kernel == 3 && !m.channels_last && m.padding == 0) return false;
-  const int64_t row = m.channels_last ? m.channels : pools ? m.width : m.height * m.width;
-  if (row % (pools ? 2 * kPadding : kPadding) != 0) return false;
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; };
-  return aligned(m.y) && aligned(m.gu) && aligned(m.gresidual);
-}
-
-void run(Kernels::Run kernel, Maps m) {
-  m.past_caches = past_caches(m);
+void run(Kernels::Run kernel, const Maps& m) {
   const int64_t elements = m.batch * m.channels * m.height * m.width / m.chunks;
   torch::stable::parallel_for(
       0, m.chunks, std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)),

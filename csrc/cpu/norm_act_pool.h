@@ -28,7 +28,6 @@ inline int64_t in_blocks(int64_t c, int rows) {
 
 struct Maps {
   int64_t batch, channels, height, width, out_height, out_width;
-  int64_t bytes; // of u
   int kernel, stride, padding;
   bool channels_last;
   Storage storage;
@@ -52,10 +51,6 @@ struct Maps {
   // [kParameters, C] in blocks, in the accumulator type; for the statistics [padded C], near the mean.
   const void* parameters = nullptr;
   bool adds_d = true; // else neither of_d d nor the constant is added
-
-  // Maps as large as u are written past the caches: they are larger than those are, so memory would be read
-  // before it is written. All vectors of a map lie at multiples of their size.
-  bool past_caches = false;
 
   double* sums = nullptr; // [chunks of a channel, kSums, padded C]
   int64_t chunks = 0; // tasks: all chunks

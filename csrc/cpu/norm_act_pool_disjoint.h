@@ -123,7 +123,7 @@ struct Disjoint : Pixels<scalar_t, kKernel, kRelu, kLast> {
     each_output(b, c, i, [&](const auto& at, const auto& of) FASTJAC_INLINED {
       Choice x;
       choose<kZAlone>(x, at, of);
-      this->put(y + at.out, this->output(x.at), at.count);
+      store(y + at.out, this->output(x.at), at.count);
     });
   }
 
@@ -164,7 +164,7 @@ struct Disjoint : Pixels<scalar_t, kKernel, kRelu, kLast> {
       Choice best;
       choose<kAsked>(best, at, of);
       const Tap& x = best.at;
-      this->put(y + at.out, this->template output_tangent<kAsked>(x, of), at.count);
+      store(y + at.out, this->template output_tangent<kAsked>(x, of), at.count);
       if (lanes) add(2, at.lane, gated(x.z, load<L>(gy + at.out, at.count)) * x.tu);
     });
   }

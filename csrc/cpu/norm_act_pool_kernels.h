@@ -89,7 +89,6 @@ void run(const Maps& m, int64_t begin, int64_t end) {
         }
     );
   }
-  if (m.past_caches) stores_are_done();
 }
 
 // Adds the lanes of x, from kFirst on, to numbers in float64.

@@ -69,10 +69,6 @@ struct Pixels {
   scalar_t* const gresidual = static_cast<scalar_t*>(m.gresidual);
   scalar_t* const y = static_cast<scalar_t*>(m.y);
 
-  const bool past_caches = m.past_caches;
-  // Vectors side by side that make a cache line as they are stored, where a register of bytes holds one.
-  static constexpr int kSide = FASTJAC_VECTOR_BYTES == 64 && sizeof(scalar_t) == 2 ? 2 : 1;
-
   // Else nothing is added for a d that is not finite, which times zero is not zero.
   const bool adds_d = m.adds_d;
 
@@ -357,27 +353,6 @@ struct Pixels {
     add(4, lane, t * d);
   }
 
-  // Writes to y, gu or gresidual.
-  template <typename Count>
-  FASTJAC_ALWAYS_INLINE void put(scalar_t* p, const V& x, Count count) const {
-    if constexpr (std::is_same_v<Count, Whole>) {
-      if (past_caches) return store_past_caches(p, x);
-    }
-    store(p, x, count);
-  }
-  FASTJAC_ALWAYS_INLINE void put_line(scalar_t* p, const V& first, const V& second) const {
-    const auto bits = as_stored(p, first, second);
-    if (past_caches) return write_past_caches<stored_t<scalar_t>>(p, bits);
-    store_as<stored_t<scalar_t>>(p, bits);
-  }
-  template <typename Count>
-  FASTJAC_ALWAYS_INLINE void put_halves(scalar_t* p, const Pair<V>& x, Count count) const {
-    if constexpr (std::is_same_v<Count, Whole>) {
-      if (past_caches) return write_past_caches<uint16_t>(p, as_halves(x));
-    }
-    store_pairs(p, x, count);
-  }
-
   // What a write pass writes: gu alone, of g or of g and d, or whatever is given.
   enum Terms { kOfG, kOfGAndD, kWhatever };
   // f(which of them, a constant). Each is compiled where speed matters most.
@@ -423,18 +398,9 @@ struct Pixels {
       int64_t in, const Held& of, const V& g, Count count, const Here&... here
   ) const {
     constexpr bool kAny = kTerms == kWhatever;
-    if (kAny && gresidual) put(gresidual + in, g, count);
+    if (kAny && gresidual) store(gresidual + in, g, count);
     if (kAny && !gu) return;
-    put(gu + in, cotangent_at<kTerms>(in, of, g, count, here...), count);
-  }
-  // The same for two vectors side by side.
-  template <Terms kTerms>
-  FASTJAC_ALWAYS_INLINE void emit_line(int64_t in, const Pair<Held>& of, const Pair<V>& g) const {
-    constexpr bool kAny = kTerms == kWhatever;
-    if (kAny && gresidual) put_line(gresidual + in, g.first, g.second);
-    if (kAny && !gu) return;
-    const V first = cotangent_at<kTerms>(in, of.first, g.first, Whole{});
-    put_line(gu + in, first, cotangent_at<kTerms>(in + L, of.second, g.second, Whole{}));
+    store(gu + in, cotangent_at<kTerms>(in, of, g, count, here...), count);
   }
   // The same for neighbours in a row, as in pair().
   template <Terms kTerms, typename Count>
@@ -446,13 +412,13 @@ struct Pixels {
       emit<kTerms>(in + pixel, of, g.second, count, here.second);
     } else if constexpr (kHalves<scalar_t>) {
       constexpr bool kAny = kTerms == kWhatever;
-      if (kAny && gresidual) put_halves(gresidual + in, g, count);
+      if (kAny && gresidual) store_pairs(gresidual + in, g, count);
       if (kAny && !gu) return;
       const Pair<V> t = kAny && tu ? pair(tu + in, count) : Pair<V>{};
       const Pair<V> added = kAny && curvature ? pair(curvature + in, count) : Pair<V>{};
       const V first = cotangent<kTerms>(of, g.first, here.first, t.first, added.first);
       const V second = cotangent<kTerms>(of, g.second, here.second, t.second, added.second);
-      put_halves(gu + in, Pair<V>{first, second}, count);
+      store_pairs(gu + in, Pair<V>{first, second}, count);
     } else {
       constexpr auto all = std::make_integer_sequence<int, L>();
       const V low = interleaved<0>(g.first, g.second, all);

@@ -31,7 +31,7 @@ template <typename scalar_t, bool kRelu>
 struct Scattering : Overlapping<scalar_t, kRelu, true> {
   using Base = Overlapping<scalar_t, kRelu, true>;
   using Base::Base;
-  using Base::L, Base::kNothing, Base::kSide, Base::m, Base::pixel, Base::row, Base::gy;
+  using Base::L, Base::kNothing, Base::m, Base::pixel, Base::row, Base::gy;
   using typename Base::acc_t, typename Base::index_t, typename Base::V, typename Base::I;
   using typename Base::Held, typename Base::Terms;
 
@@ -161,23 +161,7 @@ struct Scattering : Overlapping<scalar_t, kRelu, true> {
           this->template emit<kTerms>(in_map + k, of, g.*which, count);
         });
       };
-      int64_t k = 0;
-      if constexpr (kSide == 2) {
-        for (; k + 2 * L <= m.channels; k += 2 * L) {
-          for (int64_t next = k; kTerms != Base::kOfG && inner && next <= k + L; next += L) {
-            this->ask_ahead(to + next, next);
-            this->ask_ahead(to + row + next, next);
-          }
-          const Four g = scattered(at + k, k, exist, Whole{});
-          const Four next = scattered(at + k + L, k + L, exist, Whole{});
-          const Pair<Held> of = {this->held(k), this->held(k + L)};
-          each_pixel([&](int64_t in_map, auto which) FASTJAC_INLINED {
-            this->template emit_line<kTerms>(in_map + k, of, Pair<V>{g.*which, next.*which});
-          });
-        }
-      }
-      for (; k + L <= m.channels; k += L) vector(k, Whole{});
-      if (k < m.channels) vector(k, Part{m.channels - k});
+      this->each_vector(vector);
     };
     std::memset(columns, 0, 3 * this->padded * sizeof(acc_t));
     int64_t j = 0;

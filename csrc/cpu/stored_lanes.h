@@ -1,5 +1,5 @@
 // Vectors of numbers (lanes.h) as they lie in memory: bfloat16 and float16 are read as float32, and rounded
-// where they are written; all of a vector or its first lanes, neighbours in pairs, and past the caches.
+// where they are written; all of a vector or its first lanes, and neighbours in pairs.
 #pragma once
 
 #include "lanes.h"
@@ -9,8 +9,7 @@ namespace fastjac {
 namespace FASTJAC_TARGET_NAME {
 
 #ifdef FASTJAC_AVX512
-// A bfloat16 is the upper word of a float32. What permutations take: words 0, 0, 1, 1, ...; and 1, 3, 5, ..., of
-// one register or of two.
+// A bfloat16 is the upper word of a float32. What permutations take: words 0, 0, 1, 1, ...; and 1, 3, 5, ...
 constexpr __mmask32 kUpperWords = 0xaaaaaaaa;
 using Words32 = Lanes<int16_t, 32>;
 template <int... i>
@@ -133,24 +132,6 @@ inline Lanes<uint16_t, N> as_stored(const Half*, const T& x) {
   const Bits bits = (magnitude >= 0x477ff000u ? large : finite) | ((f >> 16) & 0x8000u);
   return convert<uint16_t, N>(bits);
 }
-// Two vectors, one after the other.
-template <typename T, int... i>
-inline auto joined(const T& a, const T& b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, i...);
-}
-template <typename scalar_t, typename T>
-inline auto as_stored(const scalar_t* p, const T& a, const T& b) {
-#ifdef FASTJAC_AVX512
-  if constexpr (sizeof(T) == 64 && std::is_same_v<scalar_t, BFloat16>) {
-    const __m512i upper = (__m512i)upper_words(kWords);
-    return (Words32)_mm512_permutex2var_epi16(rounded_up(a), upper, rounded_up(b));
-  } else
-#endif
-  {
-    constexpr int kBoth = 2 * sizeof(T) / sizeof(a[0]);
-    return joined(as_stored(p, a), as_stored(p, b), std::make_integer_sequence<int, kBoth>());
-  }
-}
 // What the compiler takes a stored number for.
 template <typename scalar_t>
 using stored_t = std::conditional_t<sizeof(scalar_t) == 2, uint16_t, scalar_t>;
@@ -158,33 +139,6 @@ using stored_t = std::conditional_t<sizeof(scalar_t) == 2, uint16_t, scalar_t>;
 template <typename scalar_t, typename T>
 inline void store(scalar_t* p, const T& x) {
   store_as<stored_t<scalar_t>>(p, as_stored(p, x));
-}
-
-// store_as(), past the caches: memory is not read first. p is a multiple of what is written. Another thread
-// may read it after a stores_are_done(). A quarter of a cache line is written as ever: two maps written so
-// in turn, into pages that the system has just cleared, took Zen 3 four times as long.
-template <typename T, typename Bits>
-inline void write_past_caches(void* p, const Bits& bits) {
-#ifdef FASTJAC_AVX512
-  if constexpr (sizeof bits == 64) {
-    return _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(bits));
-  }
-#endif
-#ifdef FASTJAC_F16C
-  if constexpr (sizeof bits == 32) {
-    return _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(bits));
-  }
-#endif
-  store_as<T>(p, bits);
-}
-template <typename scalar_t, typename T>
-inline void store_past_caches(scalar_t* p, const T& x) {
-  write_past_caches<stored_t<scalar_t>>(p, as_stored(p, x));
-}
-inline void stores_are_done() {
-#ifdef FASTJAC_F16C
-  _mm_sfence();
-#endif
 }
 
 // How many lanes are there: all of them, or the first n.

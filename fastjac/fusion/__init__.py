@@ -31,9 +31,8 @@ def fuse(model: nn.Module) -> FusedModel:
     twice as large as the image: nothing of it stays.
     Forward and backward read and write u-sized maps half as often.
 
-    On a CPU, maps of a MiB and more are allocated with malloc, so that glibc can reuse freed blocks, and
-    ask Linux for huge pages, which cost fewer page faults. PyTorch's profiler does not count them; such
-    a tensor's storage cannot be resized.
+    On a CPU, maps of a MiB and more are allocated with malloc, so that glibc can reuse freed blocks.
+    PyTorch's profiler does not count them; such a tensor's storage cannot be resized.
 
     On a CPU, in float32 or float64 and channels-last layout, its 3x3 convolutions of stride 1 and at
     least 32 channels, a multiple of 32, take 2.25 times fewer products

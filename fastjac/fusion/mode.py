@@ -131,7 +131,7 @@ class Fusion(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():  # torch.cond and its like, of which the mode sees the run
+        if torch.compiler.is_dynamo_compiling():  # torch.cond and its like, whose run the mode sees
             return function(*args, **kwargs)
         if function in QUERIES:
             return self.query(function, args, kwargs)

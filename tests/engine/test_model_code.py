@@ -429,7 +429,7 @@ def test_a_native_norm_updates_its_statistics_once():
 @pytest.mark.parametrize("function", [torch.native_batch_norm, torch.ops.aten.native_batch_norm])
 def test_native_norms_have_no_frozen_statistics(function, strategy):
     model = network(NormByFunction(lambda *args: function(*args[:-1])[0]))
-    with pytest.raises(FastjacError, match="native_batch_norm.*expected F.batch_norm, or batch_"):
+    with pytest.raises(FastjacError, match="native_batch_norm"):
         with_jacobian(model, images(), Logits(), strategy=strategy)
     with_jacobian(model.eval(), images(), Logits(), strategy=strategy)
 
