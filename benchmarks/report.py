@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,25 @@ def results(name: str) -> list[dict[str, Any]]:
     return json.loads((RESULTS / name).read_text())["results"]
 
 
-def accuracies(path: Path) -> str:
-    """A ``table.csv``: methods down, ``mean ± deviation`` across; the best in bold."""
+def accuracies(
+    name: str, methods: Mapping[str, str] | None = None, columns: Sequence[str] | None = None
+) -> str:
+    """One of the paper's tables: methods down, ``mean ± deviation`` across; the best in bold.
+
+    ``methods``: those that are shown, and what the page calls them; ``columns``: those that are shown.
+    """
+    path = PAPER / name / "table.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     key = "noise" if "noise" in rows[0] else "samples_per_class"
-    name = "standard deviation of the noise" if key == "noise" else "images per class"
-    values = list(dict.fromkeys(row[key] for row in rows))
+    header = "standard deviation of the noise" if key == "noise" else "images per class"
+    values = columns or list(dict.fromkeys(row[key] for row in rows))
+    methods = methods or {row["method"]: row["method"] for row in rows}
     cells = {(row["method"], row[key]): row for row in rows}
     best = {v: max(float(row["mean"]) for row in rows if row[key] == v) for v in values}
     table = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        line = [method]
+    for method, called in methods.items():
+        line = [called]
         for value in values:
             row = cells.get((method, value))
             if row is None:
@@ -59,7 +66,7 @@ def accuracies(path: Path) -> str:
             text = f"**{mean:.1f}**" if mean == best[value] else f"{mean:.1f}"
             line.append(text + (f" ± {float(row['std']):.1f}" if row["std"] else ""))
         table.append(line)
-    return markdown([name, *values], table)
+    return markdown([header, *values], table)
 
 
 def steps(name: str) -> str:
@@ -264,7 +271,14 @@ GPU_COLUMNS = {
     "fastjac-graphed": "**fastjac, graph**",
 }
 
+FRONT_PAGE = {
+    "ce": "cross-entropy",
+    "ce+activations": "+ the teacher's logits",
+    "ce+jacobians": "**+ its Jacobians**",
+}
+
 TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": lambda: accuracies("few-labels", FRONT_PAGE, ["1", "5", "10", "50", "500"]),
     "cost-h200": lambda: on_a_gpu(ratios=False),
     "cost-cpu": cost,
     "steps-h200": lambda: on_a_gpu(ratios=True),
@@ -293,7 +307,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def table(name: str) -> str:
     """The table that a page calls ``name``."""
-    return TABLES[name]() if name in TABLES else accuracies(PAPER / name / "table.csv")
+    return TABLES[name]() if name in TABLES else accuracies(name)
 
 
 def filled(page: str) -> str:
