@@ -45,6 +45,7 @@ QUERIES = {
         for name in ("grad_fn", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta")
     ),
     *(getattr(Tensor, name).__get__ for name in ("_version", "itemsize", "nbytes")),
+    Tensor._backward_hooks.__set__,  # by C++, after an autograd function that has written in place
 }
 _ALIASES = {Tensor.data.__get__, Tensor.detach, torch.detach, Tensor.numpy, Tensor.__array__}
 _ALIASES |= {Tensor.__dlpack__}

@@ -80,3 +80,31 @@ def test_scaled_loss(loss, target, activation, norm, dtype, scale):
     assert ours[finite].isfinite().all()
     if finite.all():
         assert (ours - exact).norm() <= 2 * (naive - exact).norm()
+
+
+class Scaled(nn.Module):
+    """bfloat16 times a float32 parameter is float32; the cotangent that goes back is bfloat16 again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        seed_all(0)
+        self.first, self.scale = nn.Linear(6, 6), nn.Parameter(torch.rand(6))
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sin(self.first(x) * self.scale))
+
+
+def test_values_of_several_types_under_autocast():
+    def gradients(strategy: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        model = Scaled().to(dtype)
+        x = images().flatten(1)[:, :6].to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            j = with_jacobian(model, x, LabelLogit(), LABELS, strategy=strategy).jacobian
+        j.square().sum().backward()
+        return [model.first.weight.grad.double(), model.scale.grad.double()]
+
+    exact = gradients("autograd", torch.float64)
+    ours, theirs = gradients("auto"), gradients("autograd")
+    for got, other, expected in zip(ours, theirs, exact, strict=True):
+        assert (got - expected).norm() <= 2 * (other - expected).norm()

@@ -130,7 +130,7 @@ def gradients(
         )
         matcher.train(case.norm != "eval")
         matcher = wrap(matcher, find_unused_parameters=case.unused)
-    if case.norm == "synchronised" and wrap is DistributedDataParallel:
+    if case.norm in ("synchronised", "eval") and wrap is DistributedDataParallel:
         synchronise(student)
     for _ in range(2):
         student.zero_grad(set_to_none=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, JacobianMatching, LabelLogit
+from fastjac import AttentionWindow, JacobianMatching, LabelLogit, with_jacobian
 
 TARGETS = {"window": AttentionWindow("pool"), "logit": LabelLogit()}
 EVERY = pytest.mark.parametrize(
@@ -195,3 +195,22 @@ def test_the_matchers_own_hooks_fire():
     matcher, calls = matching(network()), []
     matcher.register_forward_hook(lambda m, args, out: calls.append(out.jacobian_loss))
     assert matcher(images(), LABELS).jacobian_loss is calls[0]
+
+
+class Watches(nn.Module):
+    """Registers a hook on its input."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.seen = inner, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.register_hook(self.seen.append)
+        return self.inner(x)
+
+
+def test_a_hook_on_the_input_sees_the_jacobian():
+    model = Watches(network())
+    out = with_jacobian(model, images(), LabelLogit(), LABELS)
+    assert len(model.seen) == 1
+    torch.testing.assert_close(model.seen[0], out.jacobian.detach(), rtol=0, atol=0)

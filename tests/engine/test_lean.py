@@ -325,3 +325,30 @@ def test_only_autograd_makes_a_graph_of_a_backward(monkeypatch, batch_stats):
         asked.clear()
         step(matching(LabelLogit(), strategy, batch_stats), images())
         assert set(asked) == expected
+
+
+class Rescaled(nn.Module):
+    """What depends on x alone, then something trainable."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.call, self.scale = call, nn.Parameter(torch.rand(3, 24, 24))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x.sin(), self.scale).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [torch.mul, lambda z, w: z.lerp(w, 0.3), lambda z, w: torch.lerp(input=z, end=w, weight=0.3)],
+)
+def test_the_graph_of_a_loss_ends_at_the_parameters(call):
+    model = Rescaled(call)
+    out = with_jacobian(model, images(), LabelLogit(), LABELS)
+    todo, leaves = [out.output.grad_fn, out.jacobian.grad_fn], []
+    for node in todo:
+        leaves += [node.variable] if hasattr(node, "variable") else []
+        todo += [following for following, _ in node.next_functions if following is not None]
+    assert all(leaf is model.scale for leaf in leaves)
+    assert len(leaves) >= 2

@@ -26,6 +26,19 @@ class WritesInPlace(torch.autograd.Function):
         return 2 * g
 
 
+class Reverses(torch.autograd.Function):
+    """Says that it has written in place, and has not."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.mark_dirty(z)
+        return z
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
 class Comparison(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z):
@@ -62,6 +75,8 @@ def saved_on_cpu(z: Tensor) -> Tensor:
 
 TRACED = torch.jit.trace(lambda z: z.sin() * 2, torch.rand(2, 2).double())
 UNUSUAL = {
+    "function in place": lambda z: WritesInPlace.apply(z.sin()) * z,
+    "function that says so": lambda z: Reverses.apply(z.sin()) * z,
     "function, not differentiable": lambda z: Comparison.apply(z) * z,
     "thread": written_by_a_thread,
     "no torch functions": without_torch_functions,
@@ -89,6 +104,14 @@ def test_unusual_calls_are_exact_or_refused(name, frozen, batch_stats):
         return model
 
     exact_or_refused(make, batch_stats)
+
+
+def test_a_result_that_is_written_elsewhere_is_an_error():
+    model = network(Apply(lambda z: torch.cumsum(z, 1, out=torch.empty_like(z))))
+    with pytest.raises(
+        FastjacError, match="cumsum with out= is not supported; expected its result"
+    ):
+        with_jacobian(model, images(), LabelLogit(), LABELS)
 
 
 @pytest.mark.parametrize("which", ["0.weight", "1.weight", "5.weight", "8.weight"])
