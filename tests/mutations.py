@@ -6,8 +6,8 @@ A mutant differs from the code in one place: a statement is ``pass``, a conditio
 comparison is swapped for its neighbour (``<`` for ``<=``, ``is`` for ``is not``). Imports, docstrings,
 annotations and what an error's text is made of are left alone. A first run of all tests, on the code
 as it is, notes which lines each test runs; it is kept in ``build/`` until code or tests change. A mutant
-gets at most 1000 of the tests that run its line: those first that killed others in the same file, then
-one for each set of lines that tests run. It survives if all pass; a run that does not end is a kill.
+gets the tests that run its line: those first that killed others in the same file, then one for each set
+of lines that tests run, then the rest. It survives if all pass; a run that does not end is a kill.
 
 All is done on a copy of the project. The tests are collected once; for each mutant, a forked child puts
 its code in the place of the function's. What runs at import takes a new process.
@@ -46,12 +46,12 @@ import pytest
 import torch
 
 TESTS = ("tests/engine", "tests/test_targets.py", "tests/test_losses.py", "tests/test_recompute.py")
-# What runs in processes that tests start, where lines are not noted. Other mutants do without them.
+# What runs in processes that tests start, where lines are not noted. Other mutants meet them last.
 ELSEWHERE = {"fastjac/engine/rules/synchronised.py": "tests/engine/test_distributed.py"}
 COPIED = ("benchmarks", "examples", "fastjac", "tests", "conftest.py", "pyproject.toml")
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler")
 OPTIONS += ("-m", "not check and not cuda")
-PARTS = (8, 80, 1000)  # so many tests first, then, if they pass, those up to so many
+PARTS = (8, 80, 1000, None)  # so many tests first, then, if they pass, those up to so many; all
 SWAPPED = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -318,16 +318,18 @@ class Sweep:
             found = set(self.seconds)
         else:
             found = set().union(*(self.lines[mutant.file, line] for line in mutant.lines))
+        last: set[str] = set()
         for file, tests in ELSEWHERE.items():
             apart = {test for test in self.seconds if test.startswith(tests)}
             found = found | apart if file == mutant.file else found - apart
+            last |= apart - found
         alike: Counter[int] = Counter()
         key = {}
         for test in sorted(found, key=self.seconds.__getitem__):
             path = self.paths[test]
             key[test] = (-self.kills[mutant.file, test], alike[path], self.seconds[test])
             alike[path] += 1
-        return sorted(found, key=key.__getitem__)[: PARTS[-1]]
+        return [*sorted(found, key=key.__getitem__), *sorted(last)]
 
     def survives(self, mutant: Mutant) -> bool:
         """Whether the tests that run it pass."""
