@@ -20,7 +20,7 @@ from fastjac.errors import FastjacError
 from fastjac.fusion.recompute import Recompute, version_of
 from fastjac.ops._maps import DTYPES
 from fastjac.ops.batch_norm_statistics import batch_norm_statistics
-from fastjac.ops.norm_act_pool import norm_act_pool, pooled_shape
+from fastjac.ops.norm_act_pool import forward, pooled_shape
 from fastjac.ops.norm_act_pool_autograd import NormActPool, norm_act_pool_cotangents
 
 PIECEWISE_LINEAR = frozenset({"none", "relu", "relu6", "leaky_relu"})
@@ -116,7 +116,7 @@ class Chain:
                 )
         with torch.no_grad():
             tensors = (self.u, self.residual, self.weight, self.bias, self.mean, self.invstd)
-            y = norm_act_pool(*tensors, *self.steps.options)
+            y = forward(*tensors, *self.steps.options)
             placeholder.data = y if y.shape == self.shape else y.reshape(self.shape)
 
     def reads(self, storage: int) -> bool:
@@ -138,8 +138,10 @@ class Chain:
     def with_residual(self, other: Tensor, added: Tensor) -> Chain | None:
         """The chain with ``other`` added, of the same values as ``added``.
 
-        None where the sum is larger, or of another dtype.
+        None where the sum is larger, or of another dtype, and for a number on another device.
         """
+        if other.device != self.u.device or other.layout != torch.strided:
+            return None
         if torch.promote_types(other.dtype, self.u.dtype) != self.u.dtype:
             return None
         if other.shape != self.shape:
@@ -274,7 +276,9 @@ def fusable(u: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     if u.dtype not in DTYPES or not 2 <= dims <= 5 or u.layout != torch.strided:
         return False
     for vector in (weight, bias):
-        if vector is not None and not (vector.is_floating_point() and vector.shape == channels):
+        if vector is not None and not (
+            vector.is_floating_point() and vector.shape == channels and vector.device == u.device
+        ):
             return False
     return dims < 5 or u.is_contiguous()
 

@@ -23,7 +23,23 @@ def layout(u: Tensor) -> torch.memory_format:
 
 
 def dense(u: Tensor) -> Tensor:
-    return u if u.is_contiguous() else u.contiguous(memory_format=layout(u))
+    if u.is_contiguous() or u.is_contiguous(memory_format=torch.channels_last):
+        return u
+    return u.contiguous()
+
+
+def laid_out(x: Tensor | None, u: Tensor) -> Tensor | None:
+    """x in u's layout."""
+    return None if x is None else x.contiguous(memory_format=layout(u))
+
+
+def vectors(u: Tensor, *given: Tensor | None) -> list[Tensor | None]:
+    """Floating vectors ``[C]`` as the kernels read them: dense, in the accumulator dtype."""
+    acc = accumulator(u.dtype)
+    return [
+        x if x is None or (x.dtype == acc and x.is_contiguous()) else x.to(acc).contiguous()
+        for x in given
+    ]
 
 
 def empty_map(u: Tensor, shape: Sequence[int]) -> Tensor:
@@ -54,8 +70,8 @@ def check_map(op: str, name: str, x: Tensor) -> None:
 
 def check_like(
     op: str, name: str, x: Tensor, shape: Sequence[int], owner: str, u: Tensor
-) -> Tensor:
-    """x in u's layout, once it has ``owner``'s shape and u's dtype and device."""
+) -> None:
+    """Raise unless x has ``owner``'s shape and u's dtype and device."""
     check_strided(op, name, x)
     if x.dtype != u.dtype:
         raise FastjacError(f"{op}: {name} must have u's dtype, {u.dtype}, got {x.dtype}")
@@ -65,25 +81,18 @@ def check_like(
         raise FastjacError(
             f"{op}: {name} must have {owner}'s shape, {list(shape)}, got {list(x.shape)}"
         )
-    return x.contiguous(memory_format=layout(u))
 
 
-def check_channels(op: str, u: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
-    """Floating vectors ``[C]`` in the accumulator dtype; mean and invstd must be there."""
-    acc, shape, device = accumulator(u.dtype), u.shape[1:2], u.device
-    result: list[Tensor | None] = []
-    for name, x in vectors.items():
+def check_channels(op: str, u: Tensor, **given: Tensor | None) -> None:
+    """Raise unless these are floating vectors ``[C]``; mean and invstd must be there."""
+    shape, device = u.shape[1:2], u.device
+    for name, x in given.items():
         if x is None and name not in ("mean", "invstd"):
-            result.append(None)
             continue
         check_strided(op, name, x)
         if x.shape != shape:
             raise FastjacError(f"{op}: {name} must be [{u.shape[1]}], got {list(x.shape)}")
         if x.device != device:
             raise FastjacError(f"{op}: {name} must have u's device, {device}, got {x.device}")
-        if x.dtype != acc:
-            if not x.is_floating_point():
-                raise FastjacError(f"{op}: {name} must be of a floating dtype, got {x.dtype}")
-            x = x.to(acc)
-        result.append(x.contiguous())
-    return result
+        if not x.is_floating_point():
+            raise FastjacError(f"{op}: {name} must be of a floating dtype, got {x.dtype}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastjac.errors import FastjacError
 from fastjac.ops._library import call, define, refuse_forward_mode
-from fastjac.ops._maps import accumulator, channel_zeros, check_channels, check_map, dense
+from fastjac.ops._maps import accumulator, channel_zeros, check_channels, check_map, dense, vectors
 from fastjac.ops.channel_statistics import channel_statistics_ref
 
 
@@ -50,7 +50,8 @@ def batch_norm_statistics(
         raise FastjacError(
             f"{op}: training needs more than 1 value per channel, got u {list(u.shape)}"
         )
-    kept = check_channels(op, u, running_mean=running_mean, running_var=running_var)
+    check_channels(op, u, running_mean=running_mean, running_var=running_var)
+    kept = vectors(u, running_mean, running_var)
     found = call(op, dense(u), *kept, training, float(momentum), float(eps))
     if training:
         for given, updated in zip((running_mean, running_var), kept, strict=True):

@@ -41,6 +41,8 @@ from fastjac.ops._maps import (
     check_map,
     dense,
     empty_map,
+    laid_out,
+    vectors,
 )
 
 aten = torch.ops.aten
@@ -98,10 +100,28 @@ def norm_act_pool(
             (:class:`fastjac.ops.NormActPool` is differentiable).
     """
     op = "norm_act_pool"
-    u, residual = _check(op, u, {"residual": residual}, activation, slope, pool)
-    channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    _check(op, u, {"residual": residual}, activation, slope, pool)
+    check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    return forward(u, residual, weight, bias, mean, invstd, activation, slope, pool)
+
+
+def forward(
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    slope: float,
+    pool: str,
+) -> Tensor:
+    """:func:`norm_act_pool` of arguments that are known to be of the right kind."""
+    op = "norm_act_pool"
     refuse_forward_mode(op, u, residual, weight, bias, mean, invstd)
-    return call("norm_act_pool", u, residual, *channels, activation, float(slope), pool)
+    u = dense(u)
+    channels = vectors(u, weight, bias, mean, invstd)
+    return call(op, u, laid_out(residual, u), *channels, activation, float(slope), pool)
 
 
 def norm_act_pool_ref(
@@ -166,27 +186,62 @@ def norm_act_pool_backward(
     """
     op = "norm_act_pool_backward"
     maps = {"residual": residual, "curvature": curvature}
-    u, residual, curvature = _check(op, u, maps, activation, slope, pool)
-    gy = check_like(op, "gy", gy, pooled_shape(op, u, pool), "y", u)
-    channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
-    (coefficient,) = check_channels(op, u, coefficient=coefficient)
+    _check(op, u, maps, activation, slope, pool)
+    check_like(op, "gy", gy, pooled_shape(op, u, pool), "y", u)
+    check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    check_channels(op, u, coefficient=coefficient)
     mask = [bool(wanted) for wanted in mask]
     if len(mask) != 4:
         raise FastjacError(f"{op}: mask must have 4 entries, got {len(mask)}")
     if mask[1] and residual is None:
         raise FastjacError(f"{op}: mask[1] asks for residual's cotangent, but residual is None")
-    given = (gy, u, residual, weight, bias, mean, invstd, coefficient, curvature)
-    refuse_forward_mode(op, *given)
-    arguments = (gy, u, residual, *channels, activation, float(slope), pool)
-    arguments += (training, coefficient, curvature, mask)
-    if overwrite and u.device.type == "cpu":
+    if overwrite and u.device.type == "cpu" and torch.is_grad_enabled():
         # PyTorch takes no derivative of an operator that writes in place, not even one that raises.
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        given = (gy, u, residual, weight, bias, mean, invstd, coefficient, curvature)
+        if any(x is not None and x.requires_grad for x in given):
             raise FastjacError(f"{op}: expected no input that requires grad with overwrite=True")
-        results = (u, *call("norm_act_pool_backward_", *arguments))
+    return backward(
+        *(gy, u, residual, weight, bias, mean, invstd, activation, slope, pool),
+        *(training, coefficient, curvature, mask, overwrite),
+    )
+
+
+def backward(
+    gy: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    slope: float,
+    pool: str,
+    training: bool,
+    coefficient: Tensor | None,
+    curvature: Tensor | None,
+    mask: Sequence[bool],
+    overwrite: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`norm_act_pool_backward` of arguments that are known to be of the right kind."""
+    given = (gy, u, residual, weight, bias, mean, invstd, coefficient, curvature)
+    refuse_forward_mode("norm_act_pool_backward", *given)
+    u = dense(u)
+    *channels, coefficient = vectors(u, weight, bias, mean, invstd, coefficient)
+    arguments = (
+        *(laid_out(gy, u), u, laid_out(residual, u), *channels, activation, float(slope), pool),
+        *(training, coefficient, laid_out(curvature, u), mask),
+    )
+    if overwrite and u.device.type == "cpu":
+        gu, (gresidual, gweight, gbias) = u, call("norm_act_pool_backward_", *arguments)
     else:
-        results = call("norm_act_pool_backward", *arguments)
-    return tuple(x if wanted else None for x, wanted in zip(results, mask, strict=True))
+        gu, gresidual, gweight, gbias = call("norm_act_pool_backward", *arguments)
+    return (
+        gu if mask[0] else None,
+        gresidual if mask[1] else None,
+        gweight if mask[2] else None,
+        gbias if mask[3] else None,
+    )
 
 
 def norm_act_pool_backward_ref(
@@ -276,7 +331,7 @@ def norm_act_pool_pushforward(
     """
     op = "norm_act_pool_pushforward"
     maps = {"tu": tu, "tresidual": tresidual, "residual": residual}
-    u, tu, tresidual, residual = _check(op, u, maps, activation, slope, pool)
+    _check(op, u, maps, activation, slope, pool)
     if tu is None:
         raise FastjacError(f"{op}: tu must be a tensor, got NoneType")
     if activation == "silu":
@@ -284,13 +339,38 @@ def norm_act_pool_pushforward(
     _check_known(op, "statistics", statistics, _STATISTICS)
     if curvature and statistics == "fixed":
         raise FastjacError(f"{op}: curvature=True needs statistics='batch', got 'fixed'")
-    gy = check_like(op, "gy", gy, pooled_shape(op, u, pool), "y", u)
-    channels = check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
-    refuse_forward_mode(op, tu, tresidual, gy, u, residual, weight, bias, mean, invstd)
-    ty, gweight, coefficient, kappa = call(
-        "norm_act_pool_pushforward",
-        *(tu, tresidual, gy, u, residual, *channels, activation, float(slope), pool),
+    check_like(op, "gy", gy, pooled_shape(op, u, pool), "y", u)
+    check_channels(op, u, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    return pushforward(
+        *(tu, tresidual, gy, u, residual, weight, bias, mean, invstd, activation, slope, pool),
         *(statistics, curvature),
+    )
+
+
+def pushforward(
+    tu: Tensor,
+    tresidual: Tensor | None,
+    gy: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    slope: float,
+    pool: str,
+    statistics: str,
+    curvature: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`norm_act_pool_pushforward` of arguments that are known to be of the right kind."""
+    op = "norm_act_pool_pushforward"
+    refuse_forward_mode(op, tu, tresidual, gy, u, residual, weight, bias, mean, invstd)
+    u = dense(u)
+    maps = (laid_out(tu, u), laid_out(tresidual, u), laid_out(gy, u), u, laid_out(residual, u))
+    channels = vectors(u, weight, bias, mean, invstd)
+    ty, gweight, coefficient, kappa = call(
+        op, *maps, *channels, activation, float(slope), pool, statistics, curvature
     )
     return ty, gweight, coefficient, kappa if curvature else None
 
@@ -422,17 +502,17 @@ def _check_known(op: str, name: str, value: str, known: Iterable[str]) -> None:
 
 def _check(
     op: str, u: Tensor, maps: dict[str, Tensor | None], activation: str, slope: float, pool: str
-) -> list[Tensor | None]:
-    """u and the other maps, in one layout."""
+) -> None:
+    """Raise for a map or an option of the wrong kind."""
     check_map(op, "u", u)
     _check_known(op, "activation", activation, _ACTIVATIONS)
     _check_known(op, "pool", pool, _POOLS)
     if not isinstance(slope, int | float):
         raise FastjacError(f"{op}: slope must be a number, got {type(slope).__name__}")
     pooled_shape(op, u, pool)
-    u = dense(u)
-    rest = [x if x is None else check_like(op, n, x, u.shape, "u", u) for n, x in maps.items()]
-    return [u, *rest]
+    for name, x in maps.items():
+        if x is not None:
+            check_like(op, name, x, u.shape, "u", u)
 
 
 # Registration.

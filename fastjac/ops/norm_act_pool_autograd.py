@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastjac.errors import FastjacError
 from fastjac.ops.batch_norm_statistics import batch_norm_statistics
-from fastjac.ops.norm_act_pool import norm_act_pool, norm_act_pool_backward, pooled_shape
+from fastjac.ops.norm_act_pool import backward, forward, norm_act_pool, pooled_shape
 
 
 class NormActPool(torch.autograd.Function):
@@ -70,7 +70,7 @@ class NormActPool(torch.autograd.Function):
     @staticmethod
     def recompute(node: Any) -> Tensor:
         """y once more, bit for bit, from ``y.grad_fn`` and what it saves."""
-        return norm_act_pool(*_saved_inputs(node), *node.options)
+        return forward(*_saved_inputs(node), *node.options)
 
 
 def norm_act_pool_cotangents(
@@ -90,11 +90,10 @@ def norm_act_pool_cotangents(
     if gy is None:  # only the slots have a gradient
         gy = u.new_zeros(pooled_shape("NormActPool", u, ctx.options[2]))
     overwrite = ctx.recompute_input is not None
-    gu, gresidual, gweight, gbias = norm_act_pool_backward(
+    return backward(  # autograd casts the cotangents of weight and bias
         *(gy, u, residual, weight, bias, mean, invstd, *ctx.options),
         *(ctx.training, coefficient, curvature, ctx.needs_input_grad[:4], overwrite),
     )
-    return gu, gresidual, gweight, gbias  # autograd casts those of weight and bias
 
 
 def _saved_inputs(node: Any) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from fastjac.engine.crops import Crops
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import NotLocalError, Receiver, Rule, axis_geometry
 from fastjac.fusion.chains import Chain, as_map
-from fastjac.ops import norm_act_pool_backward, norm_act_pool_pushforward
+from fastjac.ops.norm_act_pool import backward, pushforward
 
 if TYPE_CHECKING:
     from fastjac.engine.tape import Site
@@ -58,9 +58,9 @@ class NormActPool(Rule):
         return *tensors, *self.options
 
     def vjp(self, delta: Tensor) -> list[Tensor]:
-        mask = [True, self.added is not None, False, False]
-        gu, gresidual, _, _ = norm_act_pool_backward(
-            as_map(delta), *self._operands(), training=self.batch, mask=mask
+        mask = (True, self.added is not None, False, False)
+        gu, gresidual, _, _ = backward(
+            as_map(delta), *self._operands(), self.batch, None, None, mask, False
         )
         cotangents = [gu.reshape(self.given)]
         if self.added is not None:
@@ -74,10 +74,9 @@ class NormActPool(Rule):
         scales, curves = self.receives
         if delta is None:
             delta = torch.zeros(self.shape, dtype=dtype, device=self.u.device)
-        ty, total, coefficient, curvature = norm_act_pool_pushforward(
+        ty, total, coefficient, curvature = pushforward(
             *(tu, rest[0] if rest else None, as_map(delta), *self._operands()),
-            statistics="batch" if self.batch else "fixed",
-            curvature=self.batch and curves,
+            *("batch" if self.batch else "fixed", self.batch and curves),
         )
         gradients = [total] if scales else []
         if curves:
