@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from small_network import LABELS, STATISTICS, Apply, agrees, exact_or_refused, images, network
 from torch import Tensor, nn
 
-from fastjac import FastjacError, LabelLogit, with_jacobian
+from fastjac import FastjacError, LabelLogit, fuse, with_jacobian
 
 # What runs outside of PyTorch's Python functions
 
@@ -196,3 +196,19 @@ def test_a_write_to_a_view_made_without_gradients_is_an_error():
     with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
     with pytest.raises(FastjacError, match="overwritten in place where fastjac cannot see it"):
         with_jacobian(model, images(), LabelLogit(), LABELS)
+
+
+class AddsSparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.relu(torch.add(self.norm(x), other))
+
+
+def test_a_sparse_addend_in_a_fused_model():
+    model = AddsSparse().double()
+    x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = torch.eye(4, dtype=torch.float64).expand(2, 3, 4, 4).to_sparse()
+    torch.testing.assert_close(fuse(model)(x, other), model(x, other), rtol=1e-12, atol=1e-12)
