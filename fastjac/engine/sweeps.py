@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjac.engine.call import Call
 from fastjac.engine.crops import Crops, narrow, widen
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import NotLocalError, Receiver
-from fastjac.engine.tape import Call, Tape
+from fastjac.engine.tape import Tape
 from fastjac.errors import FastjacError
 from fastjac.ops.window_crop import window_crop_adjoint
 from fastjac.targets import Head

@@ -21,10 +21,10 @@ from fastjac import (
     with_jacobian,
 )
 from fastjac.engine import Linearization, Tape
+from fastjac.engine.call import Call
 from fastjac.engine.crops import Crops
 from fastjac.engine.rules import Rule
 from fastjac.engine.sweeps import CropPlan
-from fastjac.engine.tape import Call
 from fastjac.fusion.chains import Chain
 
 WINDOW = AttentionWindow("stem")

@@ -1,0 +1,59 @@
+"""One recorded call of a tape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjac.engine.rules.base import Receiver, Rule
+from fastjac.errors import FastjacError
+from fastjac.fusion.mode import tensors_in
+
+Kept = list[tuple[Tensor, int]]
+
+
+@dataclass(slots=True)
+class Call:
+    """A recorded call: its rule, the values that it made (None: not differentiable), and its place.
+
+    ``kept``: tensors that the rule reads in a sweep, with their versions.
+    """
+
+    rule: Rule
+    outputs: tuple[int | None, ...]
+    single: bool
+    receivers: tuple[Receiver, ...]
+    name: str
+    module: Any
+    kept: Kept
+
+    def with_rule(
+        self, rule: Rule, outputs: tuple[int | None, ...], receivers: tuple[Receiver, ...]
+    ) -> Call:
+        """The same call by another rule."""
+        return Call(rule, outputs, self.single, receivers, self.name, self.module, self.kept)
+
+    def on_crops(self, rule: Rule) -> Call:
+        """The same call by its rule on crops, which reads whole maps no more."""
+        read = {id(t) for t in tensors_in(*vars(rule).values())}
+        kept = [entry for entry in self.kept if id(entry[0]) in read]
+        return Call(rule, self.outputs, self.single, self.receivers, self.name, self.module, kept)
+
+    def check_versions(self) -> None:
+        """Raise if a tensor that the rule reads was overwritten or freed since it was kept."""
+        for tensor, version in self.kept:
+            strided = tensor.layout == torch.strided
+            if strided and tensor.numel() and not tensor.untyped_storage().size():
+                raise FastjacError(
+                    f"a tensor {list(tensor.shape)} that {self.name} needs for its derivative was freed "
+                    "after the forward; of a model under fully_shard, expected "
+                    "reshard_after_forward=False"
+                )
+            if tensor._version != version:
+                raise FastjacError(
+                    f"a value {list(tensor.shape)} that {self.name} needs for its derivative was "
+                    "overwritten in place by a later operation; use the operation that is not in place"
+                )
