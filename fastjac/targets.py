@@ -371,9 +371,8 @@ class AttentionWindow(Target):
     def _with_start(
         self, start: Tensor, checked: bool, source: Tensor | None = None
     ) -> AttentionWindow:
-        target = copy.copy(self)
-        for name, value in (("_start", start), ("_source", source), ("_checked", checked)):
-            object.__setattr__(target, name, value)  # the class is frozen
+        target = object.__new__(type(self))  # the class is frozen
+        target.__dict__.update(self.__dict__, _start=start, _source=source, _checked=checked)
         return target
 
     def _check_start(self, position: Any, features: Tensor) -> None:

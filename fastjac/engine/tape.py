@@ -20,12 +20,14 @@ from fastjac.engine.rules.views import ViewWrite
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import (
+    LEAVES,
     NESTED,
     Fusion,
     bind_batch_norm,
     function_name,
     in_backward_hook,
     in_checkpoint,
+    is_higher_order,
     takes_native_statistics,
     tensors_in,
     writes_in_place,
@@ -107,7 +109,7 @@ class Tape(Fusion):
     def _hold(self, tensor: Tensor, value: Value) -> None:
         values, key = self._values, id(tensor)
         alive = weakref.ref(tensor, lambda _: values.pop(key, None))
-        values[key] = value._replace(alive=alive)
+        values[key] = Value(*value[:-1], alive)
         node = _node(tensor)
         self._nodes.add(node)
         self._outputs[node, tensor.output_nr] = value
@@ -134,6 +136,8 @@ class Tape(Fusion):
         """Collect the arguments that depend on x; whether anything among them all is trainable."""
         trains = False
         for argument in arguments:
+            if type(argument) in LEAVES:
+                continue
             if isinstance(argument, Tensor):
                 value = self._values.get(id(argument)) or self._behind_identity(argument)
                 if value is not None:
@@ -238,7 +242,7 @@ class Tape(Fusion):
             )
         if function is Tensor.register_hook:
             return self._register_hook(*args, **kwargs)
-        if isinstance(function, torch._ops.HigherOrderOperator):
+        if is_higher_order(function):
             raise FastjacError(
                 f"the model calls {function_name(function)} on what depends on x, which fastjac does "
                 "not take; expected Python's own control flow, or strategy='autograd'"
@@ -443,7 +447,7 @@ class Site:
 
     def joined(self, argument: Any) -> Any:
         """An argument without the graph of what depends on x alone, if something trainable joins in."""
-        if not self.trains:
+        if not self.trains or type(argument) in LEAVES:
             return argument
         if isinstance(argument, Tensor):
             value = self.tape.value(argument)

@@ -25,7 +25,11 @@ from fastjac.ops.norm_act_pool_autograd import NormActPool, norm_act_pool_cotang
 
 PIECEWISE_LINEAR = frozenset({"none", "relu", "relu6", "leaky_relu"})
 ALL_ACTIVATIONS = PIECEWISE_LINEAR | {"silu"}
-_GEOMETRIES = {(2, 2, 0, 1): "2x2", (3, 2, 1, 1): "3x3", (3, 2, 0, 1): "3x3-unpadded"}
+_GEOMETRIES: dict[tuple[int | None, ...], str] = {
+    (2, 2, 0, 1): "2x2",
+    (3, 2, 1, 1): "3x3",
+    (3, 2, 0, 1): "3x3-unpadded",
+}
 
 
 @dataclass
@@ -96,9 +100,7 @@ class Chain:
         ``onto``: the placeholder of the shorter chain, which an in-place operation has continued.
         """
         tensors = (self.u, self.residual, self.weight, self.bias, onto)
-        if not torch.is_grad_enabled() or not any(
-            t is not None and t.requires_grad for t in tensors
-        ):
+        if not self.grad_enabled or not torch._C._any_requires_grad(*tensors):
             if onto is not None:
                 return onto
             return _filled("nan", self.u.dtype, self.u.device, self.shape)
@@ -126,9 +128,7 @@ class Chain:
     def extended(self, **changes: Any) -> Chain:
         """A copy with other fields, whose node is still to be made."""
         copy = object.__new__(Chain)
-        steps = Steps(*self.steps.options)
-        copy.__dict__.update(self.__dict__, slots=(), versions=list(self.versions), steps=steps)
-        copy.__dict__.update(changes)
+        copy.__dict__.update(self.__dict__, slots=(), versions=list(self.versions), **changes)
         return copy
 
     def activated(self, activation: str, slope: float) -> Chain:
@@ -153,7 +153,8 @@ class Chain:
         residual = other
         if (other.shape, other.dtype) != (self.shape, self.u.dtype):
             residual = other.to(self.u.dtype).expand(self.shape)
-        chain = self.extended(residual=as_map(residual), added=added)
+        steps = Steps(*self.steps.options)
+        chain = self.extended(residual=as_map(residual), added=added, steps=steps)
         chain.versions.append((residual, version_of(residual)))
         return chain
 
@@ -192,7 +193,7 @@ class _LazyNormActPool(torch.autograd.Function):
             value = onto
             ctx.mark_dirty(onto)
         likes = (chain.mean, u)[:slots]
-        return value, *(_filled("0", t.dtype, t.device, t.shape) for t in likes)
+        return value, *[_filled("0", t.dtype, t.device, t.shape) for t in likes]
 
     @staticmethod
     def backward(
@@ -219,9 +220,15 @@ def _scalar(value: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full((), float(value), dtype=dtype, device=device)
 
 
+@functools.lru_cache(maxsize=256)
+def _expanded(value: str, dtype: torch.dtype, device: torch.device, shape: torch.Size) -> Tensor:
+    with torch.inference_mode(False):
+        return _scalar(value, dtype, device).expand(shape)
+
+
 def _filled(value: str, dtype: torch.dtype, device: torch.device, shape: torch.Size) -> Tensor:
     """Of one value everywhere, without storage of its own; by ``.data`` it is no view for autograd."""
-    return _scalar(value, dtype, device).as_strided(shape, (0,) * len(shape)).data
+    return _expanded(value, dtype, device, shape).data
 
 
 def recompute_output(value: Tensor) -> Recompute:
@@ -326,10 +333,13 @@ def pool_of(
     stride = kernel_size if stride is None or stride == [] else stride
     if return_indices or ceil_mode:
         return None
-    geometry = []
-    for value in (kernel_size, stride, padding, dilation):
-        sizes = {value} if isinstance(value, int) else set(value)
-        if len(sizes) != 1:
-            return None
-        geometry.append(sizes.pop())
-    return _GEOMETRIES.get(tuple(geometry))
+    sizes = (kernel_size, stride, padding, dilation)
+    return _GEOMETRIES.get(tuple(map(_square, sizes)))
+
+
+def _square(size: Any) -> int | None:
+    """One size for both axes; None where they differ."""
+    if isinstance(size, int):
+        return size
+    sizes = set(size)
+    return sizes.pop() if len(sizes) == 1 else None

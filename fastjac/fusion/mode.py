@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,10 @@ from fastjac.ops._library import native
 from fastjac.ops.winograd import both_axes, winograd, winograd_is_faster
 
 NESTED = (tuple, list, dict)  # what arguments may be nested in
+# Arguments that are no tensors and hold none.
+LEAVES = {int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device}
 _POOLS = {F.max_pool2d, torch.max_pool2d}
+_CONTINUE = ADDITIONS | _POOLS | ACTIVATIONS.keys()  # what may continue a chain
 # What asks for a tensor's description, and for none of its values.
 QUERIES = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__),
@@ -49,6 +52,7 @@ QUERIES = {
 }
 _ALIASES = {Tensor.data.__get__, Tensor.detach, torch.detach, Tensor.numpy, Tensor.__array__}
 _ALIASES |= {Tensor.__dlpack__}
+_FUNCTIONS = {type(F.relu), type(torch.relu), type(Tensor.relu), type(Tensor.__add__)}
 _REQUIRES_GRAD = Tensor.requires_grad.__get__
 _SET_UP_HOOK = BackwardHook._apply_on_tensors.__code__
 _WRITERS = {
@@ -63,6 +67,11 @@ _INPLACE_POSITION = {
     **dict.fromkeys((F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), 3),
     F.rrelu: 4,
 }
+
+
+def is_higher_order(function: Any) -> bool:
+    """Whether it is ``torch.cond`` or its like; to ask the class alone takes a microsecond."""
+    return type(function) not in _FUNCTIONS and isinstance(function, torch._ops.HigherOrderOperator)
 
 
 def function_name(function: Any) -> str:
@@ -90,6 +99,8 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 def _collect_tensors(values: Iterable[Any], found: list[Tensor]) -> None:
     for value in values:
+        if type(value) in LEAVES:
+            continue
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, NESTED):
@@ -132,16 +143,16 @@ class Fusion(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():  # torch.cond and its like, whose run the mode sees
+        if torch.compiler.is_dynamo_compiling():  # torch.cond and its like: the mode sees the run
             return function(*args, **kwargs)
         if function in QUERIES:
             return self.query(function, args, kwargs)
-        if self._pending and torch._C._are_functorch_transforms_active():
-            # A transform may have wrapped a placeholder.
-            with temporarily_clear_interpreter_stack():
-                self.compute_all()
         if self._pending:
-            extended = self._extend(function, args, kwargs)
+            if torch._C._are_functorch_transforms_active():
+                # A transform may have wrapped a placeholder.
+                with temporarily_clear_interpreter_stack():
+                    self.compute_all()
+            extended = self._extend(function, args, kwargs) if function in _CONTINUE else None
             if extended is not None:
                 return extended
             self._compute_read(function, args, kwargs)
@@ -196,7 +207,7 @@ class Fusion(TorchFunctionMode):
 
     def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call itself: convolutions by the faster algorithm, recomputable values not saved."""
-        if isinstance(function, torch._ops.HigherOrderOperator):
+        if is_higher_order(function):
             return run_higher_order(function, args, kwargs)
         convolution = function is torch.conv2d and not in_checkpoint()
         known = self._recomputes(args) if self._recomputable else ()
@@ -208,7 +219,7 @@ class Fusion(TorchFunctionMode):
                 value = function(*args, **kwargs)
         else:
             value = function(*args, **kwargs)
-        if convolution and self.activations and value.requires_grad and native(value.device):
+        if convolution and self.activations and value.requires_grad:
             self._note_convolution(value, *args, **kwargs)
         return value
 
@@ -222,7 +233,7 @@ class Fusion(TorchFunctionMode):
         **__: Any,
     ) -> None:
         recompute = recompute_convolution(value, input, weight, bias)
-        if recompute is not None:
+        if recompute is not None and native(value.device):
             self._note_recompute(value, recompute)
 
     def _note_recompute(self, value: Tensor, recompute: Recompute) -> None:
@@ -237,6 +248,8 @@ class Fusion(TorchFunctionMode):
         """The recomputable values among a call's arguments."""
         found = []
         for value in args:
+            if type(value) in LEAVES:
+                continue
             if isinstance(value, tuple | list):
                 found += self._recomputes(value)
                 continue
@@ -270,10 +283,10 @@ class Fusion(TorchFunctionMode):
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
         """What the call gives, if it continues a chain."""
-        x = args[0] if args else kwargs.get("input")
-        entry = self._pending.get(id(x))
         if function in ADDITIONS:
             return self._add(function, args, kwargs)
+        x = args[0] if args else kwargs.get("input")
+        entry = self._pending.get(id(x))
         if entry is None or entry.chain.grad_enabled != torch.is_grad_enabled():
             return None
         chain = entry.chain
@@ -331,9 +344,11 @@ class Fusion(TorchFunctionMode):
     def _compute_among(self, values: Iterable[Any]) -> None:
         """Compute the placeholders in nested tuples, lists and dicts."""
         for value in values:
+            if not self._pending:
+                return
             if id(value) in self._pending:
                 self.compute(value)
-            elif isinstance(value, NESTED):
+            elif type(value) not in LEAVES and isinstance(value, NESTED):
                 self._compute_among(value.values() if isinstance(value, dict) else value)
 
     def _compute_read(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -463,24 +478,21 @@ def unfused() -> Iterator[None]:
         _thread.fusion = outer
 
 
-@contextmanager
-def eager_regions() -> Iterator[None]:
+def eager_regions() -> AbstractContextManager[Any]:
     """Run what ``torch.compile`` has wrapped as its own Python, which a mode sees."""
     if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def has_script(model: nn.Module) -> bool:
     """Whether a part of the network is TorchScript, whose calls no mode sees."""
-    todo, seen = [model], set()
+    todo, seen, script = [model], {id(None)}, torch.jit.ScriptModule
     while todo:
         module = todo.pop()
-        if isinstance(module, torch.jit.ScriptModule):
-            return True
-        if id(module) not in seen and module is not None:
+        if id(module) not in seen:
+            if isinstance(module, script):
+                return True
             seen.add(id(module))
             todo += module._modules.values()
     return False

@@ -28,9 +28,10 @@ def dense(u: Tensor) -> Tensor:
     return u.contiguous()
 
 
-def laid_out(x: Tensor | None, u: Tensor) -> Tensor | None:
-    """x in u's layout."""
-    return None if x is None else x.contiguous(memory_format=layout(u))
+def laid_out(u: Tensor, *maps: Tensor | None) -> list[Tensor | None]:
+    """Maps in u's layout."""
+    form = layout(u)
+    return [x if x is None else x.contiguous(memory_format=form) for x in maps]
 
 
 def vectors(u: Tensor, *given: Tensor | None) -> list[Tensor | None]:
@@ -68,9 +69,7 @@ def check_map(op: str, name: str, x: Tensor) -> None:
         raise FastjacError(f"{op}: {name} must be [B, C, H, W], got {list(x.shape)}")
 
 
-def check_like(
-    op: str, name: str, x: Tensor, shape: Sequence[int], owner: str, u: Tensor
-) -> None:
+def check_like(op: str, name: str, x: Tensor, shape: Sequence[int], owner: str, u: Tensor) -> None:
     """Raise unless x has ``owner``'s shape and u's dtype and device."""
     check_strided(op, name, x)
     if x.dtype != u.dtype:

@@ -120,8 +120,9 @@ def forward(
     op = "norm_act_pool"
     refuse_forward_mode(op, u, residual, weight, bias, mean, invstd)
     u = dense(u)
+    (residual,) = laid_out(u, residual)
     channels = vectors(u, weight, bias, mean, invstd)
-    return call(op, u, laid_out(residual, u), *channels, activation, float(slope), pool)
+    return call(op, u, residual, *channels, activation, float(slope), pool)
 
 
 def norm_act_pool_ref(
@@ -227,10 +228,11 @@ def backward(
     given = (gy, u, residual, weight, bias, mean, invstd, coefficient, curvature)
     refuse_forward_mode("norm_act_pool_backward", *given)
     u = dense(u)
+    gy, residual, curvature = laid_out(u, gy, residual, curvature)
     *channels, coefficient = vectors(u, weight, bias, mean, invstd, coefficient)
     arguments = (
-        *(laid_out(gy, u), u, laid_out(residual, u), *channels, activation, float(slope), pool),
-        *(training, coefficient, laid_out(curvature, u), mask),
+        *(gy, u, residual, *channels, activation, float(slope), pool),
+        *(training, coefficient, curvature, mask),
     )
     if overwrite and u.device.type == "cpu":
         gu, (gresidual, gweight, gbias) = u, call("norm_act_pool_backward_", *arguments)
@@ -367,10 +369,11 @@ def pushforward(
     op = "norm_act_pool_pushforward"
     refuse_forward_mode(op, tu, tresidual, gy, u, residual, weight, bias, mean, invstd)
     u = dense(u)
-    maps = (laid_out(tu, u), laid_out(tresidual, u), laid_out(gy, u), u, laid_out(residual, u))
+    tu, tresidual, gy, residual = laid_out(u, tu, tresidual, gy, residual)
     channels = vectors(u, weight, bias, mean, invstd)
     ty, gweight, coefficient, kappa = call(
-        op, *maps, *channels, activation, float(slope), pool, statistics, curvature
+        *(op, tu, tresidual, gy, u, residual, *channels, activation, float(slope), pool),
+        *(statistics, curvature),
     )
     return ty, gweight, coefficient, kappa if curvature else None
 

@@ -304,9 +304,9 @@ def convolution_input(
     if winograd_is_faster(gy, weight, stride, padding, dilation, groups):
         return winograd(gy, weight, None, padding, adjoint=True)
     # It does not depend on the input: that only tells its shape and layout.
-    x = torch.empty(shape, dtype=gy.dtype, device=gy.device)
-    if gy.dim() == 4 and gy.is_contiguous(memory_format=_LAST):
-        x = torch.empty_like(x, memory_format=_LAST)
+    last = gy.dim() == 4 and gy.is_contiguous(memory_format=_LAST)
+    form = _LAST if last else torch.contiguous_format
+    x = torch.empty(shape, dtype=gy.dtype, device=gy.device, memory_format=form)
     return _derivatives(gy, x, weight, stride, padding, dilation, groups, [True, False, False])[0]
 
 

@@ -118,8 +118,8 @@ def compute_type(tensor: Tensor) -> torch.dtype:
 
 def axis_geometry(*sizes: Any) -> tuple[KernelGeometry, KernelGeometry]:
     """The geometry of both axes of a map, from kernel, stride, padding and dilation."""
-    rows, cols = (KernelGeometry(*axis) for axis in zip(*map(pair, sizes), strict=True))
-    return rows, cols
+    rows, cols = zip(*map(pair, sizes), strict=True)
+    return KernelGeometry(*rows), KernelGeometry(*cols)
 
 
 def pair(value: Any) -> tuple[int, int]:

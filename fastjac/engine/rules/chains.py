@@ -20,7 +20,12 @@ from fastjac.ops.norm_act_pool import backward, pushforward
 if TYPE_CHECKING:
     from fastjac.engine.tape import Site
 
-_POOLS = {"none": None, "2x2": (2, 2, 0, 1), "3x3": (3, 2, 1, 1), "3x3-unpadded": (3, 2, 0, 1)}
+_POOLS = {
+    "none": None,
+    "2x2": axis_geometry(2, 2, 0, 1),
+    "3x3": axis_geometry(3, 2, 1, 1),
+    "3x3-unpadded": axis_geometry(3, 2, 0, 1),
+}
 
 
 @dataclass
@@ -62,10 +67,10 @@ class NormActPool(Rule):
         gu, gresidual, _, _ = backward(
             as_map(delta), *self._operands(), self.batch, None, None, mask, False
         )
-        cotangents = [gu.reshape(self.given)]
+        cotangents = [_shaped(gu, self.given)]
         if self.added is not None:
             shape, dtype = self.added
-            cotangents.append(gresidual.reshape(self.given).sum_to_size(shape).to(dtype))
+            cotangents.append(_shaped(gresidual, self.given).sum_to_size(shape).to(dtype))
         return cotangents
 
     def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -82,7 +87,7 @@ class NormActPool(Rule):
         if curves:
             coefficient = coefficient if self.share == 1 else coefficient * self.share
             gradients += [coefficient, curvature] if self.batch else [coefficient]
-        return ty.reshape(self.shape), gradients
+        return _shaped(ty, self.shape), gradients
 
     def input_regions(self, region: Region) -> list[Region]:
         if self.batch:
@@ -92,7 +97,7 @@ class NormActPool(Rule):
         if self.added is not None and self.added[0] != self.given:
             raise NotLocalError("it broadcasts over the map")
         geometry = _POOLS[self.options[2]]
-        seen = region if geometry is None else region.through(axis_geometry(*geometry))
+        seen = region if geometry is None else region.through(geometry)
         return [seen] * len(self.sources)
 
     def crop(self, crops: Crops, region: Region) -> Rule:
@@ -116,6 +121,10 @@ class NormActPool(Rule):
             shape=torch.Size(region.resized(self.shape)),
             share=given.numel() / self.given.numel(),
         )
+
+
+def _shaped(map_: Tensor, shape: torch.Size) -> Tensor:
+    return map_ if map_.shape == shape else map_.reshape(shape)
 
 
 def fused_rule(site: Site, chain: Chain) -> tuple[Rule, tuple[Receiver, ...]]:
