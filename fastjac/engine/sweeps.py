@@ -192,8 +192,7 @@ class Linearization:
             del given, tangent
             if release:
                 self.deltas.pop(i, None)
-                if i not in self._recomputed_by.values():
-                    self.calls[i] = None
+                self.calls[i] = None
         if self.head is not None:
             curvature = self.hvp(tangents[self.target])
             if plan is not None:
@@ -218,7 +217,6 @@ class _InputJacobian(torch.autograd.Function):
     ) -> Tensor:
         stores = len(rows) == 1 and any(ctx.needs_input_grad)
         ctx.rows, ctx.whole, ctx.stacked, ctx.stores = rows, whole, stacked, stores
-        ctx.like = [(t.shape, t.dtype) for t in receivers]
         ctx.save_for_backward(rows[0].seed)
         found = [_swept(row, stores, whole) for row in rows]
         return torch.stack(found, 1) if stacked else found[0]
@@ -234,7 +232,7 @@ class _InputJacobian(torch.autograd.Function):
         release = not torch._C._autograd._get_current_graph_task_keep_graph()
         rows = ctx.rows
         rows[0].check_versions()
-        total: list[Tensor | None] = [None] * len(ctx.like)
+        total: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
         for k, row in enumerate(rows):
             if not ctx.stores:
                 row = replace(row, calls=list(row.calls), deltas={}, hooks={})
@@ -243,8 +241,6 @@ class _InputJacobian(torch.autograd.Function):
             found = _pushed(row, v[:, k] if ctx.stacked else v, ctx.whole, release)
             for i, gradient in enumerate(found):
                 if gradient is not None:
-                    shape, dtype = ctx.like[i]
-                    gradient = gradient.to(dtype).view(shape)
                     total[i] = gradient if total[i] is None else total[i] + gradient
         if release:
             ctx.rows = None
