@@ -40,6 +40,9 @@ _CONSTANTS = {
     *(torch.randn_like, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     *(torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial),
 }
+# What writes no values in place, but another shape.
+_RESHAPES = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
+_RESHAPES |= {"as_strided_", "resize_", "resize_as_"}
 # Autograd functions that give their arguments back: of a module's backward hooks, of
 # DistributedDataParallel that looks for unused parameters, and of fully_shard.
 _IDENTITIES = {
@@ -266,8 +269,10 @@ class Tape(Fusion):
 
     def _register_hook(self, tensor: Tensor, hook: Any) -> Any:
         """Register a tensor's hook; the reverse sweep runs it too, as PyTorch's does that gives J."""
-        if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp"):
-            return tensor.register_hook(hook)  # it prepares parameters for the ordinary backward
+        owner = type(getattr(hook, "__self__", None)).__module__
+        if owner.startswith("torch.distributed.fsdp") or hook.__module__ == "torch.autograd.graph":
+            # It prepares parameters for the ordinary backward; one of several tensors asks for it.
+            return tensor.register_hook(hook)
         observed = _observed(hook)
         self.hooks.setdefault(self._values[id(tensor)].number, []).append(observed)
         return tensor.register_hook(observed)
@@ -313,6 +318,7 @@ class Tape(Fusion):
                 "batch_stats='frozen' cannot hold constant; expected F.batch_norm, or "
                 "batch_stats='batch'"
             )
+        args, kwargs = _own_lists(args), _own_lists(kwargs) if kwargs else kwargs
         site = Site(self, function, trains)
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
@@ -474,6 +480,11 @@ class Site:
                 f"{function_name(self.function)} writes in place under torch.utils.checkpoint to a "
                 f"tensor {list(tensor.shape)}; use the operation that is not in place"
             )
+        if tensor._is_view() and function_name(self.function) in _RESHAPES:
+            raise FastjacError(
+                f"{function_name(self.function)} changes the shape of a view {list(tensor.shape)} in "
+                "place; use the operation that is not in place"
+            )
         return _Slot.apply(tensor.clone() if tensor._is_view() else tensor)
 
     def receives(self, tensor: Any, source: int | None = None) -> tuple[Receiver, ...]:
@@ -518,6 +529,17 @@ def _observed(hook: Any) -> Any:
             )
 
     return observe
+
+
+def _own_lists(value: Any) -> Any:
+    """Arguments whose lists are copies: a rule reads them again, and the model may change its own."""
+    if type(value) is tuple:
+        return tuple(map(_own_lists, value))
+    if type(value) is list:
+        return [*map(_own_lists, value)]
+    if type(value) is dict:
+        return {key: _own_lists(item) for key, item in value.items()}
+    return value
 
 
 def _has_node(tensor: Tensor) -> bool:

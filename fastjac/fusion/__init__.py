@@ -38,15 +38,16 @@ def fuse(model: nn.Module) -> FusedModel:
     least 32 channels, a multiple of 32, take 2.25 times fewer products
     (:func:`fastjac.ops.winograd`), in the forward and the backward.
 
-    Shares the model's modules, parameters and buffers: the same state dict, training either trains
-    both. Takes and returns what the model does. The same outputs and gradients (to rounding), in train
-    and eval mode; running statistics are updated alike. Fuses BatchNorm with ReLU, ReLU6, LeakyReLU or
-    SiLU, max-pools of 2x2 (stride 2) and 3x3 (stride 2, padding 0 or 1). A chain that branches or that
-    a hook looks into is computed where it is read. Differentiable once. Deterministic where the rest
-    of the network is. Under ``torch.compile``, under ``torch.utils.checkpoint``, with TorchScript parts
-    and on a device without native operators, the model runs as it is. Another thread, a TorchScript
-    function or a C++ extension that reads a BatchNorm's output without a PyTorch function sees a NaN
-    placeholder. :meth:`FusedModel.unfuse` gives the model back.
+    Has the model's modules, parameters, buffers, attributes and methods: the same state dict, training
+    either trains both, what is assigned to one is the other's. Takes and returns what the model does.
+    The same outputs and gradients (to rounding), in train and eval mode; running statistics are updated
+    alike. Fuses BatchNorm with ReLU, ReLU6, LeakyReLU or SiLU, max-pools of 2x2 (stride 2) and 3x3
+    (stride 2, padding 0 or 1). A chain that branches or that a hook looks into is computed where it is
+    read. Differentiable once. Deterministic where the rest of the network is. Under ``torch.compile``,
+    under ``torch.utils.checkpoint``, with TorchScript parts and on a device without native operators,
+    the model runs as it is. Another thread, a TorchScript function or a C++ extension that reads a
+    BatchNorm's output without a PyTorch function sees a NaN placeholder. :meth:`FusedModel.unfuse` gives
+    the model back.
 
     >>> import torch
     >>> layers = (torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -62,14 +63,27 @@ def fuse(model: nn.Module) -> FusedModel:
     return FusedModel(model)
 
 
+# The dictionaries and sets of every module.
+_CONTAINERS = [name for name, x in nn.Module().__dict__.items() if isinstance(x, dict | set)]
+
+
 class FusedModel(nn.Module):
     """What :func:`fuse` gives; see there."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        # The very dictionaries of the model, so that whatever is assigned to one is the other's too.
-        self.__dict__.update({k: v for k, v in model.__dict__.items() if k != "forward"})
-        self.__dict__["_model"] = model
+        # The model's own containers, which PyTorch reads here; any other attribute is asked of the model.
+        self.__dict__.update({name: model.__dict__[name] for name in _CONTAINERS}, _model=model)
+
+    def __getattr__(self, name: str) -> Any:
+        if "_model" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = type(self._model).__call__
@@ -83,7 +97,6 @@ class FusedModel(nn.Module):
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         model = self._model
-        model.training = self.training
         if torch.compiler.is_compiling() or active_fusion() is not None or has_script(model):
             return function(*args, **kwargs)
         with eager_regions(), Fusion(ALL_ACTIVATIONS):
@@ -91,5 +104,4 @@ class FusedModel(nn.Module):
 
     def unfuse(self) -> nn.Module:
         """The model that was fused, with the parameters it has now."""
-        self._model.training = self.training
         return self._model

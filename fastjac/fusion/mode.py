@@ -81,7 +81,7 @@ def function_name(function: Any) -> str:
 
 def writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call overwrites its first argument, or its ``out``."""
-    name = function_name(function)
+    name = function_name(function).partition(".")[0]  # of an operator, without its overload
     if (name.endswith("_") and not name.endswith("__")) or name in _WRITERS:
         return True
     if kwargs and (kwargs.get("inplace") is True or kwargs.get("out") is not None):

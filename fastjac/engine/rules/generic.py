@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,25 @@ _ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward:
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
+# By a part of the name: calls that update running statistics or observers, without a new version.
+_STATEFUL = ("native_batch_norm", "fused_moving_avg_obs")
+
+
+def _check_seen(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise for a call that may read what is not among its arguments: a function's closure."""
+    functions = [a for a in (*args, *kwargs.values()) if callable(a) and not isinstance(a, type)]
+    if functions:
+        raise FastjacError(
+            f"{function_name(function)} is given a function of the model's, whose calls fastjac does "
+            "not see; expected what it does as calls of its own, or strategy='autograd'"
+        )
+    if isinstance(function, FunctionType) and function.__module__.partition(".")[0] != "torch":
+        raise FastjacError(
+            f"{function_name(function)} is an overridable function of {function.__module__}, whose "
+            "calls fastjac does not see; expected a rule of it (fastjac.register_rule), or strategy='autograd'"
+        )
+
+
 @dataclass(frozen=True)
 class _Leaf:
     """The place of a differentiated tensor among a call's arguments."""
@@ -55,7 +75,8 @@ class Generic(Rule):
     """y = f(x, ...; w) for any differentiable f, with any arguments and outputs.
 
     ``leaves`` are the tensors that the call is differentiated in, the sources first; ``template`` is
-    its arguments with those in their places. ``receives``: which leaves get a gradient.
+    its arguments with those in their places. ``receives``: which leaves get a gradient. ``stateful``:
+    whether the call updates some of its arguments, and must meet them as they were whenever it is run.
     """
 
     function: Any
@@ -65,10 +86,12 @@ class Generic(Rule):
     single: bool
     context: Callable[[], Any]
     in_place: bool
+    stateful: bool
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded:
         function = site.function
+        _check_seen(function, args, kwargs)
         in_place = writes_in_place(function, args, kwargs)
         if kwargs.get("out") is not None:
             raise FastjacError(
@@ -84,6 +107,8 @@ class Generic(Rule):
         numbers = [site.number(t) for t in ordered]
         place = {id(t): _Leaf(i) for i, t in enumerate(ordered)}
         constants = [(t, t._version) for t in tensors_in(args, kwargs) if id(t) not in place]
+        stateful = any(name in function_name(function) for name in _STATEFUL)
+        before = {id(t): t.detach().clone() for t, _ in constants} if stateful else {}
         leaves, receivers = [], []
         written = overwrites = args[0] if in_place else None
         if in_place and id(written) not in place:
@@ -105,10 +130,10 @@ class Generic(Rule):
                 site.run(overwrites, *args[1:], **kwargs)
         if overwrites is not written:
             y = written.copy_(overwrites)
-        # It updates running statistics without a new version.
-        unversioned = "native_batch_norm" in function_name(function)
         for tensor, version in constants:
-            if tensor is not written and tensor._version == version and not unversioned:
+            if stateful:
+                place[id(tensor)] = before[id(tensor)]
+            elif tensor is not written and tensor._version == version:
                 place[id(tensor)] = site.keep(tensor)
             elif tensor is not written:  # running statistics: a sweep must not update them again
                 place[id(tensor)] = tensor.detach().clone()
@@ -116,7 +141,7 @@ class Generic(Rule):
         sources = tuple(n for n in numbers if n is not None)
         rule = cls(
             *(sources, function, template, leaves, list(map(bool, receivers))),
-            *(isinstance(y, Tensor) or y is None, context, in_place),
+            *(isinstance(y, Tensor) or y is None, context, in_place, stateful),
         )
         return y, rule, tuple(r for group in receivers for r in group)
 
@@ -125,7 +150,8 @@ class Generic(Rule):
 
     def _again(self, leaves: list[Tensor]) -> list[Tensor | None]:
         """Run the call on other leaves; its outputs, None where one carries no derivative."""
-        args, kwargs = _map_tensors(lambda t: t, self.template, leaves)
+        constant = torch.clone if self.stateful else lambda t: t
+        args, kwargs = _map_tensors(constant, self.template, leaves)
         if self.in_place:
             args = (args[0].clone(), *args[1:])
         with self.context():

@@ -147,7 +147,7 @@ class Linear(Rule):
         tangent, gradients = tangents[0].to(self.dtype), []
         if self.trains:
             rows = delta.reshape(-1, delta.shape[-1])
-            gradients = [rows.t() @ tangent.reshape(len(rows), -1)]
+            gradients = [rows.t() @ tangent.reshape(-1, tangent.shape[-1])]
         return F.linear(tangent, self.weight.to(self.dtype)), gradients
 
     def input_regions(self, region: Region) -> list[Region]:

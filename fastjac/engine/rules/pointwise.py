@@ -20,7 +20,7 @@ from fastjac.engine.rules.base import (
     register_alternatives,
     register_rule,
 )
-from fastjac.fusion.mode import in_checkpoint
+from fastjac.fusion.mode import in_checkpoint, writes_in_place
 
 if TYPE_CHECKING:
     from fastjac.engine.tape import Site
@@ -259,6 +259,8 @@ class Scale(Pointwise):
         """Record a call with two operands, of which one depends on x."""
         first = site.varies(a)
         if (first and site.varies(b)) or not _real(a, b):
+            return NotImplemented
+        if not first and writes_in_place(site.function, (a, b), {}):  # over the factor
             return NotImplemented
         x, factor = (a, b) if first else (b, a)
         if not isinstance(factor, Tensor | int | float):
