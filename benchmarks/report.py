@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,30 @@ def accuracies(
             line.append(text + (f" ± {float(row['std']):.1f}" if row["std"] else ""))
         table.append(line)
     return markdown([header, *values], table)
+
+
+EXACTNESS = {
+    "no Jacobians": "cross-entropy alone",
+    "fastjac": "fastjac",
+    "double backward": "PyTorch's double backward",
+    "detached": "both Jacobians detached",
+    "mean": "mean over the input's dimensions",
+    "mixed": "`logits[:, y]`: one index mixed up",
+}
+
+
+def exactness() -> str:
+    """Accuracies by fastjac, by the double backward, and with each mistake."""
+    lines = (PAPER / "exactness" / "exactness.jsonl").read_text().splitlines()
+    found: dict[str, list[float]] = {name: [] for name in EXACTNESS}
+    for run in map(json.loads, lines):
+        if "contender" in run:
+            found[run["contender"]].append(run["accuracy"])
+    rows = [
+        [EXACTNESS[name], f"{statistics.mean(all_):.1f} ± {statistics.stdev(all_):.1f}"]
+        for name, all_ in found.items()
+    ]
+    return markdown(["", "accuracy"], rows)
 
 
 def steps(name: str) -> str:
@@ -298,6 +323,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": lambda: steps("ablation.json"),
     "penalties": lambda: penalties("penalty-cpu.json", "penalty-cpu-wgan-gp.json"),
     "trainer": lambda: trainer("trainer-cpu.json"),
+    "exactness": exactness,
     "teacher-cache": lambda: teacher_cache("teacher-cache-cpu.json"),
     "ranks": lambda: ranks(
         one_process="trainer-cpu-one.json", two_ranks="trainer-cpu-two-ranks.json"

@@ -71,7 +71,7 @@ class FusedModel(nn.Module):
     """What :func:`fuse` gives; see there."""
 
     def __init__(self, model: nn.Module) -> None:
-        # The model's own containers, which PyTorch reads here; any other attribute is asked of the model.
+        # The model's own containers, which PyTorch reads here; all else is asked of the model.
         self.__dict__.update({name: model.__dict__[name] for name in _CONTAINERS}, _model=model)
 
     def __getattr__(self, name: str) -> Any:

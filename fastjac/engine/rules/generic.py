@@ -59,7 +59,8 @@ def _check_seen(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(function, FunctionType) and function.__module__.partition(".")[0] != "torch":
         raise FastjacError(
             f"{function_name(function)} is an overridable function of {function.__module__}, whose "
-            "calls fastjac does not see; expected a rule of it (fastjac.register_rule), or strategy='autograd'"
+            "calls fastjac does not see; expected a rule of it (fastjac.register_rule), or "
+            "strategy='autograd'"
         )
 
 
