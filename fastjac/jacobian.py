@@ -87,7 +87,7 @@ def with_jacobian(
     Args:
         model: any module; it runs in the mode it is in (train-mode BatchNorms update their statistics).
         x: ``[B, ...]``, floating-point: images, series, volumes, embeddings. It must not require grad.
-            The model sees a copy on write: until the backward has run, a write to x gives it other memory,
+            The model sees a copy on write: until the backward has run, a write to x gives x new memory,
             and a write to a NumPy array of the same memory changes the gradient, unnoticed.
         target: a :class:`~fastjac.targets.Target`, or a tuple of them, all taken from one forward.
         y: what the target reads beside the output: labels, usually.
