@@ -43,11 +43,12 @@ def fuse(model: nn.Module) -> FusedModel:
     The same outputs and gradients (to rounding), in train and eval mode; running statistics are updated
     alike. Fuses BatchNorm with ReLU, ReLU6, LeakyReLU or SiLU, max-pools of 2x2 (stride 2) and 3x3
     (stride 2, padding 0 or 1). A chain that branches or that a hook looks into is computed where it is
-    read. Differentiable once. Deterministic where the rest of the network is. Under ``torch.compile``,
-    under ``torch.utils.checkpoint``, with TorchScript parts and on a device without native operators,
-    the model runs as it is. Another thread, a TorchScript function or a C++ extension that reads a
-    BatchNorm's output without a PyTorch function sees a NaN placeholder. :meth:`FusedModel.unfuse` gives
-    the model back.
+    read. A forward hook that keeps a BatchNorm's output for ``autograd.grad`` should ask it to
+    ``retain_grad()``, or it is no part of the graph. Differentiable once. Deterministic where the rest
+    of the network is. Under ``torch.compile``, under ``torch.utils.checkpoint``, with TorchScript parts
+    and on a device without native operators, the model runs as it is. Another thread, a TorchScript
+    function or a C++ extension that reads a BatchNorm's output without a PyTorch function sees a NaN
+    placeholder. :meth:`FusedModel.unfuse` gives the model back.
 
     >>> import torch
     >>> layers = (torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
