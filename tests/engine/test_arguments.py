@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,25 +151,76 @@ class LearnedDistance(nn.Module):
         return z * self.loss(z[:, 0], z[:, 1], z[:, 2])
 
 
-def overridable(z: Tensor) -> Tensor:
+def own_function(body):
     """A function of the user's own that dispatches as PyTorch's do."""
-    if has_torch_function_unary(z):
-        return handle_torch_function(overridable, (z,), z)
-    return z.sin() * z
+
+    def overridable(z: Tensor) -> Tensor:
+        if has_torch_function_unary(z):
+            return handle_torch_function(overridable, (z,), z)
+        return body(z)
+
+    return overridable
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (LearnedDistance, "triplet_margin_with_distance_loss is given a function of the model's"),
-        (lambda: Apply(overridable), "overridable is an overridable function of .*test_arguments"),
-    ],
-)
-def test_what_a_call_does_out_of_sight_is_an_error(make, message):
+class Closes(nn.Module):
+    """Its function reads what it is not given."""
+
+    def __init__(self, of_x: bool) -> None:
+        super().__init__()
+        self.scale, self.of_x = nn.Parameter(torch.rand(4, 4)), of_x
+
+    def forward(self, z: Tensor) -> Tensor:
+        other = z.sin() if self.of_x else self.scale * 2
+        return own_function(lambda z: z * other[..., :4])(z.cos())
+
+
+OUT_OF_SIGHT = {
+    "learned distance": (LearnedDistance, "triplet_margin_with_distance_loss .* reads a tensor"),
+    "parameter": (
+        lambda: Closes(False),
+        r"overridable .* reads a tensor \[4, 4\] that it is not given",
+    ),
+    "x": (
+        lambda: Closes(True),
+        r"overridable .* reads a tensor \[3, 4, 4, 4\] that it is not given",
+    ),
+    "Python's dice": (
+        lambda: Apply(own_function(lambda z: z.sin() * random.random())),
+        "overridable .* draws random numbers that are not PyTorch's",
+    ),
+    "numpy's dice": (
+        lambda: Apply(own_function(lambda z: z.sin() * np.random.rand())),  # noqa: NPY002
+        "overridable .* draws random numbers that are not PyTorch's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_SIGHT)
+def test_what_a_function_reads_out_of_sight_is_an_error(name):
+    make, message = OUT_OF_SIGHT[name]
     model = network(make())
     with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
     with pytest.raises(FastjacError, match=message):
         with_jacobian(model, images(), LabelLogit(), LABELS)
+
+
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).flatten(1).norm(dim=1)
+
+
+@STATISTICS
+@pytest.mark.parametrize(
+    "function",
+    [
+        own_function(lambda z: z.view(-1, 2).sin().view_as(z) * z[:1] + torch.ones(1)),
+        lambda z: (
+            z
+            * F.triplet_margin_with_distance_loss(z, z.sin(), z.cos(), distance_function=euclidean)
+        ),
+    ],
+)
+def test_a_function_of_its_arguments_alone_is_exact(function, batch_stats):
+    agrees(lambda: network(Apply(function)), batch_stats)
 
 
 def test_an_operator_that_writes_in_place_as_an_exported_network_has_it():

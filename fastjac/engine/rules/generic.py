@@ -20,7 +20,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastjac.engine.crops import Crops
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import NotLocalError, Receiver, Recorded, Rule, register_rule
+from fastjac.engine.rules.enclosed import enclosed
 from fastjac.engine.rules.random_numbers import RecordDraws, ReplayDraws
 from fastjac.errors import FastjacError
 from fastjac.fusion.mode import function_name, tensors_in, writes_in_place
@@ -46,22 +46,6 @@ _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 # By a part of the name: calls that update running statistics or observers, without a new version.
 _STATEFUL = ("native_batch_norm", "fused_moving_avg_obs")
-
-
-def _check_seen(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise for a call that may read what is not among its arguments: a function's closure."""
-    functions = [a for a in (*args, *kwargs.values()) if callable(a) and not isinstance(a, type)]
-    if functions:
-        raise FastjacError(
-            f"{function_name(function)} is given a function of the model's, whose calls fastjac does "
-            "not see; expected what it does as calls of its own, or strategy='autograd'"
-        )
-    if isinstance(function, FunctionType) and function.__module__.partition(".")[0] != "torch":
-        raise FastjacError(
-            f"{function_name(function)} is an overridable function of {function.__module__}, whose "
-            "calls fastjac does not see; expected a rule of it (fastjac.register_rule), or "
-            "strategy='autograd'"
-        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +76,6 @@ class Generic(Rule):
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded:
         function = site.function
-        _check_seen(function, args, kwargs)
         in_place = writes_in_place(function, args, kwargs)
         if kwargs.get("out") is not None:
             raise FastjacError(
@@ -124,7 +107,7 @@ class Generic(Rule):
                 leaves.append(site.keep(tensor))
                 receivers.append(site.receives(tensor, source))
         context = _Context(function, ordered[0].device)
-        with context.recorded(args, kwargs):
+        with context.recorded(args, kwargs), enclosed(site, args, kwargs):
             if overwrites is written:
                 y = site.run(*args, **kwargs)
             else:
