@@ -96,8 +96,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def cover(options: argparse.Namespace) -> str:
     """What goes to the standard output: the table, or the picks."""
     import torch
-    from tqdm import tqdm
 
+    from fastjac.progress import progress_bar
     from fastjac.theory import farthest_first
     from fastjac.train.build import pick_device
 
@@ -111,7 +111,7 @@ def cover(options: argparse.Namespace) -> str:
         )
     model = model.to(device).eval()
     total = sum(map(len, files.values()))
-    with tqdm(total=total, desc="features", unit="image", dynamic_ncols=True, disable=None) as bar:
+    with progress_bar(total=total, desc="features", unit="image") as bar:
         features = {
             folder: _features(model, found, size, channels, options, device, bar.update)
             for folder, found in files.items()
@@ -124,7 +124,7 @@ def cover(options: argparse.Namespace) -> str:
         small = torch.cat(list(features.values())) if features else None
         found = farthest_first(
             *(source, small, options.pick, options.metric),
-            progress=lambda r: tqdm(r, desc="picks", unit="pick", dynamic_ncols=True, disable=None),
+            progress=lambda r: progress_bar(r, desc="picks", unit="pick"),
         )
         picks, distances = found.picks.tolist(), found.distances.tolist()
         rows = [
@@ -143,12 +143,11 @@ def cover(options: argparse.Namespace) -> str:
 def _ranked(
     source: Tensor, features: dict[Path, Tensor], files: dict[Path, list[Path]], options: Any
 ) -> list[dict[str, Any]]:
-    from tqdm import tqdm
-
+    from fastjac.progress import progress_bar
     from fastjac.theory import nearest_distances
 
     rows = []
-    bar = tqdm(features.items(), desc="distances", unit="set", dynamic_ncols=True, disable=None)
+    bar = progress_bar(features.items(), desc="distances", unit="set")
     for folder, small in bar:
         distances, nearest = nearest_distances(source, small, options.metric)
         point = int(distances.argmax())

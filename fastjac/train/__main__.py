@@ -6,13 +6,14 @@ three comes with one line on the standard error. Any other exception is a bug, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
 
-from fastjac.errors import FastjacError, TrainingFailed, unknown
+from fastjac.errors import FastjacError, TrainingFailed, first_line, unknown
 from fastjac.train import ranks
 from fastjac.train.options import (
     DemoOptions,
@@ -74,19 +75,50 @@ def run(argv: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; report on the standard output, or say in one line what was wrong; the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    _open_closed()
     if argv[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
+        return _tell(USAGE + "\n")
     try:
         line = run(argv)
-        if ranks.is_first():
-            print(line)
+    except SystemExit:  # a command's --help, printed and maybe not yet written
+        return _tell("")
     except TrainingFailed as error:
         return _say(error, 1)
     except FastjacError as error:
         return _say(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        from fastjac.train.step import is_out_of_memory  # with PyTorch, which is there by now
+
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        return _say(RuntimeError(f"out of memory: {first_line(error)}"), 1)
     except KeyboardInterrupt as stop:
         return _say(stop, 130)
+    return _tell(line + "\n") if ranks.is_first() else 0
+
+
+def _open_closed() -> None:
+    """Give the process the outputs that it was started without (``2>&-``), with nothing behind them.
+
+    Else the files that it opens next would take their numbers, and what libraries write there.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def _tell(text: str) -> int:
+    """Write to the standard output; the exit status."""
+    try:
+        coding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.encode(coding, "backslashreplace").decode(coding))
+        sys.stdout.flush()
+    except OSError as error:
+        # What could not be written would be tried again, in vain, when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = error.strerror or str(error)
+        said = f": {' '.join(text.split())}" if text.count("\n") == 1 else ""
+        return _say(OSError(f"the standard output cannot be written to: {reason}{said}"), 1)
     return 0
 
 
@@ -95,7 +127,10 @@ def _say(error: BaseException, status: int) -> int:
         return status
     # A loader's worker process sends its error after a traceback: the last line is the news.
     lines = str(error).strip().splitlines() or ["interrupted"]
-    print(f"fastjac: {lines[-1].removeprefix('fastjac.errors.FastjacError: ')}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the status says it too
+        print(
+            f"fastjac: {lines[-1].removeprefix('fastjac.errors.FastjacError: ')}", file=sys.stderr
+        )
     return status
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastjac.data import ImageData, class_balanced
 from fastjac.errors import FastjacError, TrainingFailed, notice
 from fastjac.models import ModelSpec
+from fastjac.progress import progress_bar
 from fastjac.train import ranks
 from fastjac.train.auxiliary import AuxiliaryHeads
 from fastjac.train.batches import Batch, Batches
@@ -339,13 +340,12 @@ class Training:
         return {"test": f"{100 * scores[-1]:.1f}%"} if scores else {}
 
     def _bar(self, shown: bool) -> tqdm:
-        return tqdm(
+        return progress_bar(
+            shown=shown and ranks.is_first(),
             total=self.options.epochs * self.batches.steps,
             initial=self.epoch * self.batches.steps + self.done,
             desc=str(self.options.experiment),
             unit="step",
-            dynamic_ncols=True,
-            disable=None if shown and ranks.is_first() else True,  # None: unless a terminal
         )
 
     @contextlib.contextmanager

@@ -3,9 +3,11 @@
 import contextlib
 import csv
 import fcntl
+import io
 import json
 import os
 import pty
+import shlex
 import struct
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from fastjac import JacobianMatching, LabelLogit, activation_match_loss, attention_match_loss
 from fastjac.data import load_data
 from fastjac.features import forward_with_features
+from fastjac.progress import progress_bar
 from fastjac.train.build import load_trained
 from fastjac.train.commands import prepare
 from fastjac.train.loop import evaluate
@@ -265,6 +268,58 @@ def test_a_bar_on_a_terminal(small, tmp_path):
     text = on_a_terminal("teacher", *small, "--output", tmp_path)
     for part in ("8/8", "loss=", "train=", "test=", "epoch=2", "step/s"):
         assert part in text
+
+
+@pytest.fixture
+def shell(small, tmp_path):
+    """Runs a teacher ``x`` in a process, with what a shell has after the words; it, ended."""
+
+    def run(redirection, *words):
+        interpreter = [sys.executable, "-m", "fastjac.train"]
+        command = shlex.join([*interpreter, *map(str, words or ["teacher", *small])])
+        more = "" if words else f" --experiment x --output {shlex.quote(str(tmp_path))}"
+        return subprocess.run(
+            f"{command}{more} {redirection}", shell=True, capture_output=True, text=True
+        )
+
+    return run
+
+
+def test_no_standard_error(shell, tmp_path):
+    """It is trained without a bar, to the end; and no other file is in its place."""
+    done = shell("2>&-")
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")
+    assert (tmp_path / "x" / "config.json").is_file()
+    done = shell("2>&-", "tech")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_bar_without_a_standard_error(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert list(progress_bar([1, 2])) == [1, 2]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_standard_output_that_is_full(shell, tmp_path):
+    """All is saved by then, and the line is said all the same."""
+    done = shell(">/dev/full")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "fastjac: the standard output cannot be written to: No space left on device: "
+    )
+    assert done.stderr.endswith(f"test images right after 2 epochs; results in {tmp_path / 'x'}\n")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "x" / "config.json").is_file()
+    for words in (["--help"], ["teacher", "--help"]):
+        done = shell(">/dev/full", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_a_name_that_the_output_cannot_show(trainer, small, monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", written)
+    assert trainer("teacher", *small, "--experiment", "\u00e9")[0] == 0
+    assert written.buffer.getvalue().endswith(b"\\xe9\n")
 
 
 @pytest.mark.check
