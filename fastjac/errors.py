@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -37,9 +37,39 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> Fast
 def existing_file(path: str | Path, expected: str = "weights (.safetensors, .pth or .pt)") -> Path:
     """``path``; raises if there is no such file. ``expected`` says what should be in it."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise FastjacError(f"{path}: no such file; expected {expected}")
     return path
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; raises where the system cannot tell, as of a name too long."""
+    return _is(Path.is_file, path)
+
+
+def is_dir(path: str | Path) -> bool:
+    """Whether there is such a folder; raises as :func:`is_file` does."""
+    return _is(Path.is_dir, path)
+
+
+def _is(kind: Callable[[Path], bool], path: str | Path) -> bool:
+    try:
+        return kind(Path(path))
+    except OSError as error:
+        raise FastjacError(f"{path} cannot be looked up: {error.strerror}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """The text in a file that the user gave; raises if it cannot be read, or is not UTF-8."""
+    try:
+        return Path(path).read_text("utf-8")
+    except OSError as error:
+        raise FastjacError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FastjacError(
+            f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}; "
+            "save it as UTF-8"
+        ) from error
 
 
 @functools.cache

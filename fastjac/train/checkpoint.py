@@ -5,11 +5,13 @@ from __future__ import annotations
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 
-from fastjac.errors import FastjacError, notice
+from fastjac.errors import FastjacError, first_line, notice
 from fastjac.models import load_weights
 from fastjac.models.weights import read_checkpoint
 from fastjac.train import ranks
@@ -17,6 +19,7 @@ from fastjac.train.build import describe
 from fastjac.train.files import RunFolder
 from fastjac.train.options import changed
 from fastjac.train.randomness import get_states, set_states
+from fastjac.train.step import is_out_of_memory
 
 if TYPE_CHECKING:
     from fastjac.train.loop import Training
@@ -60,13 +63,51 @@ def restore(training: Training) -> None:
 
     Raises if there is none, or if it is of another model or of other options.
     """
-    path, state = _newest(training.folder)
-    _check(training, path, state)
+    folder = training.folder
+    paths, problem = folder.checkpoints(), f"{folder.last} is missing"
+    if not paths:
+        raise FastjacError(f"nothing to resume: {problem}")
+    for path in paths:
+        try:
+            state = _read(path)
+            _check(training, path, state)
+            _load(training, path, state)
+        except _Damaged as error:
+            problem = str(error)
+            continue
+        if path != folder.last:
+            notice(f"{problem}; {path.name}, the one before it, is used")
+        training.source = path
+        return
+    raise FastjacError(problem)
+
+
+class _Damaged(FastjacError):
+    """A file that is no whole checkpoint of a run: one before it may be."""
+
+
+def _load(training: Training, path: Path, state: dict[str, Any]) -> None:
+    try:
+        _load_parts(training, path, state)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, FastjacError):
+            raise _Damaged(str(error)) from error
+        # What the device says comes as another class, but for the host's memory.
+        if isinstance(error, RuntimeError) and (
+            type(error) is not RuntimeError or is_out_of_memory(error)
+        ):
+            raise
+        missing = "there is no " if isinstance(error, KeyError) else ""
+        raise _Damaged(f"{path} is damaged: {missing}{first_line(error)}") from error
+
+
+def _load_parts(training: Training, path: Path, state: dict[str, Any]) -> None:
+    training.done = 0
     load_weights(training.model, state["model"], path, ignore_head=False)
     training.heads.load_state_dict(state.get("heads", {}))
     if training.ema is not None:
         load_weights(training.ema.module, state["model_ema"], path, ignore_head=False)
-    training.optimizer.load_state_dict(state["optimizer"])
+    _load_optimizer(training.optimizer, state["optimizer"])
     if training.options.cuda_graphs:  # a tensor, which the file gives on the CPU
         for group in training.optimizer.param_groups:
             group["lr"] = group["lr"].to(training.device)
@@ -85,7 +126,23 @@ def restore(training: Training) -> None:
             training.tally.load_names(within["tally"])
     _restore_random_numbers(training, state["rng"])
     training.batches.order.set_state(state["rng"]["order"])
-    training.source = path
+
+
+def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """As ``load_state_dict``, which does not look at what the first step will look for."""
+    expected = [set(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for names, group in zip(expected, optimizer.param_groups, strict=True):
+        if missing := sorted(names - set(group)):
+            raise KeyError(missing[0])
+    names = {name for values in optimizer.state.values() for name in values}
+    for parameter, values in optimizer.state.items():
+        if missing := sorted(names - set(values)):
+            raise KeyError(missing[0])
+        for name, value in values.items():
+            absent = value is None and isinstance(optimizer, torch.optim.SGD)  # without momentum
+            if not absent and getattr(value, "shape", None) not in ((), parameter.shape):
+                raise ValueError(f"{name} of the optimizer is no tensor of the parameter's shape")
 
 
 def _restore_random_numbers(training: Training, states: dict[str, Any]) -> None:
@@ -109,40 +166,70 @@ def position(folder: RunFolder) -> str:
     return f"epoch {state['epoch']}"
 
 
-def _newest(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that can be read."""
-    paths = folder.checkpoints()
-    if not paths:
-        raise FastjacError(f"nothing to resume: {folder.last} is missing")
-    problem = f"{folder.last} is missing"
-    while True:
-        path = paths.pop(0)
-        try:
-            state = read_checkpoint(path)
-            _check_sums(path)
-        except FastjacError as error:
-            if not paths:
-                raise
-            problem = str(error)
-        else:
-            break
-    if path != folder.last:
-        notice(f"{problem}; {path.name}, the one before it, is used")
-    return path, state
+def _read(path: Path) -> dict[str, Any]:
+    """What the checkpoint holds; raises :class:`_Damaged` if it is not what :func:`capture` gave."""
+    try:
+        state = read_checkpoint(path)
+    except FastjacError as error:
+        raise _Damaged(str(error)) from error
+    _check_sums(path)
+    newer = {name: kind for name, kind in _NEWER_PARTS.items() if name in state}
+    _check_kinds(path, state, _PARTS | newer)
+    _check_kinds(path, state["about"], {"spec": dict})
+    _check_kinds(
+        path, state["scheduler"], {"last_epoch": int, "_step_count": int, "base_lrs": list}
+    )
+    rates = state["scheduler"]["base_lrs"]
+    _check_kinds(path, dict(enumerate(rates)), {0: (*_NUMBER, torch.Tensor)})
+    if (within := state.get("within_epoch")) is not None:
+        _check_kinds(path, within, {"steps": int, "lr": _NUMBER, "seconds": _NUMBER, "tally": dict})
+        _check_kinds(path, within["tally"], {"images": int, "sums": dict})
+    epochs, history = state["epoch"], state["history"]
+    if [isinstance(row, dict) and row.get("epoch") for row in history] != [*range(1, epochs + 1)]:
+        raise _Damaged(f"{path} is damaged: its history is not of the epochs 1 to {epochs}")
+    for row in history:
+        _check_kinds(path, row, dict.fromkeys(row, _NUMBER))
+    return state
+
+
+_NUMBER = (int, float)
+# What a checkpoint holds, by the type. What newer versions added may be absent.
+_PARTS: dict[str, Any] = {
+    **dict.fromkeys(("about", "options", "model", "optimizer", "scheduler", "scaler", "rng"), dict),
+    "epoch": int,
+    "best": _NUMBER,
+    "history": list,
+}
+_NEWER_PARTS: dict[str, Any] = {
+    "images": int,
+    "heads": dict,
+    "micro_batch": (int, NoneType),
+    "within_epoch": (dict, NoneType),
+}
+
+
+def _check_kinds(path: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
+    for name, kind in parts.items():
+        if name not in state:
+            raise _Damaged(f"{path} is not a whole checkpoint of a run: it has no {name!r}")
+        if not isinstance(state[name], kind):
+            got = type(state[name]).__name__
+            raise _Damaged(f"{path} is damaged: {name!r} in it is of the type {got}")
 
 
 def _check_sums(path: Path) -> None:
     """Raise if a byte of the file is another than was written, which ``torch.load`` does not see."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise _Damaged(f"{path} is not a checkpoint of a run: {first_line(error)}") from error
     if damaged is not None:
-        raise FastjacError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
+        raise _Damaged(f"{path} is damaged: the checksum of {damaged} in it is wrong")
 
 
 def _check(training: Training, path: Path, state: dict[str, Any]) -> None:
     """Raise unless ``state`` is of the run that ``training`` is."""
-    if "rng" not in state:
-        raise FastjacError(f"{path} is not a checkpoint of a run")
     if state["about"] != (mine := describe(training.spec, training.data)):
         parts = [
             f"{k} (was {a}, now {b})"

@@ -6,14 +6,14 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from fastjac.errors import FastjacError, TrainingFailed
+from fastjac.errors import FastjacError, TrainingFailed, is_dir, read_text
 
 
 class CannotWrite(TrainingFailed):
@@ -27,7 +27,7 @@ def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator
     It is on the disk by then, so that a power cut finds the old file or the new one, whole.
     ``before`` is called before the move. Raises :class:`CannotWrite` for an error of the system.
     """
-    draft = path.with_name(f".{path.name}.tmp")
+    draft = _draft(path)
     try:
         yield draft
         _to_disk(draft)
@@ -37,7 +37,12 @@ def replacing(path: Path, before: Callable[[], None] = lambda: None) -> Iterator
     except OSError as error:
         raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # no longer there, or a folder
+            draft.unlink()
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _to_disk(path: Path) -> None:
@@ -52,7 +57,17 @@ def _to_disk(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in one step."""
     with replacing(path) as draft:
-        draft.write_text(text)
+        draft.write_text(text, "utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises for one that cannot be read."""
+    try:
+        return json.loads(read_text(path))
+    except FastjacError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FastjacError(f"{path} is not JSON: {error}") from error
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -79,11 +94,21 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """``last.pt`` and those before it, as far as they exist, the newest first."""
+        if not is_dir(self.path):
+            return []
         older = sorted(
-            (path for path in self.path.glob("last-*.pt") if path.stem[5:].isdecimal()),
-            key=lambda path: int(path.stem[5:]),
+            (path for path in self.path.glob("last-*.pt") if path.stem[5:].isdecimal()), key=_age
         )
         return [path for path in (self.last, *older) if path.is_file()]
+
+    def check(self) -> None:
+        """Raise if a folder lies where a file of the run goes."""
+        texts = ("args.yaml", "subset.json", "metrics.jsonl", "summary.csv")
+        names = (*texts, "last.pt", "best.pt", "model.safetensors", "config.json")
+        for path in (self.path / name for name in names):
+            for place in (path, _draft(path)):
+                if is_dir(place):
+                    raise FastjacError(f"{place} is a folder; expected a file or nothing")
 
     def finished(self) -> bool:
         """Whether the run got to its end."""
@@ -120,18 +145,16 @@ class RunFolder:
 
     def _rotate(self, keep: int) -> None:
         """Make room for a new ``last.pt``, which is there at any time all the same."""
-        older = [self.path / f"last-{number}.pt" for number in range(1, keep)]
-        for path in self.checkpoints():
-            if path not in (self.last, *older[:-1]):
-                path.unlink()
-        for path, name in zip(reversed(older[:-1]), reversed(older[1:]), strict=True):
-            if path.exists():
-                os.replace(path, name)
-        if older and self.last.exists():
-            try:
-                os.link(self.last, older[0])
-            except OSError:  # a file system without hard links
-                os.replace(self.last, older[0])
+        for path in reversed(self.checkpoints()):
+            age = _age(path) + 1
+            place = self.path / f"last-{age}.pt"
+            if path != self.last:
+                path.unlink() if age >= keep else os.replace(path, place)
+            elif age < keep:
+                try:
+                    os.link(path, place)
+                except OSError:  # a file system without hard links
+                    os.replace(path, place)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write ``metrics.jsonl`` and ``summary.csv``."""
@@ -149,6 +172,11 @@ class RunFolder:
         with replacing(self.path / "model.safetensors") as draft:
             draft.write_bytes(save({k: v.contiguous() for k, v in weights.items()}))
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _age(checkpoint: Path) -> int:
+    """The number in its name: 0 of ``last.pt``, 1 of ``last-1.pt``."""
+    return int(checkpoint.stem[5:] or 0)
 
 
 class SeenFolder(RunFolder):

@@ -137,6 +137,7 @@ class Training:
         written or another process ends, and KeyboardInterrupt if interrupted; each says what is saved.
         """
         options, folder = self.options, self.folder
+        folder.check()
         if options.resume:
             restore(self)
         elif folder.checkpoints():

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def test_the_last_ones_are_kept(folder):
     assert epochs(folder) == {"last.pt": 6, "best.pt": 2}
 
 
+def test_keeping_many_takes_no_longer(folder):
+    started = time.perf_counter()
+    folder.save_state({"epoch": 5, "history": []}, best=False, keep=10**12)
+    assert time.perf_counter() - started < 5
+    assert epochs(folder)["last-3.pt"] == 2
+
+
 def test_kept_without_hard_links(folder, monkeypatch):
     def refused(*args):
         raise PermissionError("no links here")
@@ -66,6 +74,12 @@ def test_what_fails_leaves_the_file_before_it(tmp_path):
     with pytest.raises(TrainingFailed, match=r"a cannot be written: No space left on device$"):
         write_half(tmp_path / "a", "/dev/full")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_a_folder_in_the_place_of_a_draft(tmp_path):
+    (tmp_path / ".a.tmp").mkdir()
+    with pytest.raises(TrainingFailed, match=r"a cannot be written: Is a directory$"):
+        write_text(tmp_path / "a", "text")
 
 
 def write_half(path, full=None):
@@ -126,6 +140,93 @@ def test_a_flipped_bit_is_found(run, tmp_path, caplog):
     last.write_bytes(content)
     assert run("x", "--resume") == whole
     assert "last.pt is damaged: the checksum of " in caplog.text
+
+
+def without(key):
+    return lambda part: part.pop(key)
+
+
+def with_value(key, value):
+    return lambda part: part.update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("where", "edit", "problem"),
+    [
+        *(((), without(k), f"it has no {k!r}") for k in ("about", "options", "model", "optimizer")),
+        *(((), without(k), f"it has no {k!r}") for k in ("scheduler", "scaler", "epoch", "best")),
+        *(((), without(k), f"it has no {k!r}") for k in ("history", "rng")),
+        *(((), with_value(k, "x"), "is of the type str") for k in ("about", "options", "model")),
+        *(((), with_value(k, "x"), "is of the type str") for k in ("optimizer", "epoch", "best")),
+        *(((), with_value(k, "x"), "is of the type str") for k in ("history", "rng", "heads")),
+        *(((), with_value(k, "x"), "is of the type str") for k in ("micro_batch", "within_epoch")),
+        ((), with_value("epoch", 1), "its history is not of the epochs 1 to 1"),
+        ((), with_value("within_epoch", {"steps": 2}), "it has no 'lr'"),
+        (("about",), without("spec"), "it has no 'spec'"),
+        (("model",), without("conv1.weight"), "holds another model"),
+        (("scheduler",), without("last_epoch"), "it has no 'last_epoch'"),
+        (("optimizer", "state", 0), without("exp_avg"), "is damaged: there is no 'exp_avg'"),
+        (
+            ("optimizer", "state", 0),
+            with_value("exp_avg", None),
+            "exp_avg of the optimizer is no t",
+        ),
+        (("optimizer", "param_groups", 0), without("lr"), "is damaged: there is no 'lr'"),
+        (("rng",), without("order"), "is damaged: there is no 'order'"),
+        (("rng",), with_value("torch", torch.zeros(3)), "is damaged: RNG state must be"),
+    ],
+)
+def test_an_edited_checkpoint_is_passed_over(
+    trainer, run, tmp_path, small, caplog, where, edit, problem
+):
+    """It is a file that can be read, of a run of these options, but for one thing in it."""
+    whole = run("whole")
+    run("x", "--epochs", 2)
+    last = tmp_path / "runs" / "x" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    part = state
+    for key in where:
+        part = part[key]
+    edit(part)
+    torch.save(state, last)
+    alone = tmp_path / "runs" / "alone"
+    alone.mkdir()
+    shutil.copy(last, alone)
+    caplog.clear()
+    assert run("x", "--resume") == whole
+    (said,) = caplog.messages
+    assert said.startswith(f"fastjac: {last} ")
+    assert problem in said
+    assert said.endswith("; last-1.pt, the one before it, is used")
+    status, _, err = trainer("teacher", *small, "--epochs", 3, "--experiment", "alone", "--resume")
+    assert (status, err.count("\n")) == (2, 1)
+    assert problem in err
+    assert [path.name for path in alone.iterdir()] == ["last.pt"]
+
+
+def test_memory_that_runs_out_is_no_damage(trainer, small, run, tmp_path, monkeypatch):
+    """The newest checkpoint stays: an older one would take its place."""
+    run("x", "--epochs", 2)
+    folder = tmp_path / "runs" / "x"
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+
+    def full(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("fastjac.train.checkpoint.set_states", full)
+    words = ["teacher", *small, "--epochs", 3, "--experiment", "x", "--resume"]
+    assert trainer(*words) == (1, "", "fastjac: out of memory: no room\n")
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", ".last.pt.tmp"])
+def test_a_folder_in_the_place_of_a_file(trainer, small, tmp_path, name):
+    place = tmp_path / "runs" / "x" / name
+    place.mkdir(parents=True)
+    for flags in ([], ["--resume"]):
+        status, _, err = trainer("teacher", *small, "--experiment", "x", *flags)
+        assert (status, err) == (2, f"fastjac: {place} is a folder; expected a file or nothing\n")
+    assert [path.name for path in place.parent.iterdir()] == [name]
 
 
 def test_no_checkpoint_can_be_read(trainer, small, run, tmp_path):
