@@ -23,7 +23,7 @@ from fastjac.data.image_files import (
     no_image,
     without_damaged,
 )
-from fastjac.errors import FastjacError, first_line, notice, unknown
+from fastjac.errors import FastjacError, first_line, notice, read_text, unknown
 from fastjac.models.create import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -436,7 +436,7 @@ def _read_list(root: Path, name: str) -> list[tuple[str, Path]]:
         raise FastjacError(
             f"mit67: {path} is missing; expected the official list, lines of class/file.jpg"
         )
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         kind, slash, file = line.strip().partition("/")

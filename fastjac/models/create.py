@@ -83,7 +83,7 @@ def _vgg(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
         )
     if spec.num_classes is None:
         raise FastjacError(f"{name}: num_classes is missing")
-    plan = spec.plan or PLANS[name]
+    plan = PLANS[name] if spec.plan is None else spec.plan
     return VGG(plan, spec.num_classes, spec.in_channels, spec.width, spec.mean, spec.std)
 
 

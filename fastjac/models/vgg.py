@@ -20,9 +20,10 @@ def parse_plan(plan: str) -> list[int | None]:
     """``"64 M 128"`` as ``[64, None, 128]``: widths of convolutions, None for a max-pool."""
     steps: list[int | None] = []
     for word in plan.split():
-        if word != "M" and not (word.isascii() and word.isdigit() and int(word)):
+        if word != "M" and not (word.isascii() and word.isdigit() and 0 < int(word) < 10**6):
             raise FastjacError(
-                f"plan {plan!r}: expected widths and M, as in {PLANS['vgg4']!r}; got {word!r}"
+                f"plan {plan!r}: expected widths below 1000000 and M, as in {PLANS['vgg4']!r}; "
+                f"got {word!r}"
             )
         steps.append(None if word == "M" else int(word))
     if not any(steps):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastjac.data import ImageData, add_unlabelled, load_data
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, first_line, is_file
 from fastjac.models import (
     ModelSpec,
     check_image_size,
@@ -24,6 +23,7 @@ from fastjac.models import (
 )
 from fastjac.models.weights import read_checkpoint
 from fastjac.train import ranks
+from fastjac.train.files import read_json
 from fastjac.train.options import RunOptions
 from fastjac.train.sources import find_trained
 
@@ -38,6 +38,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        torch.get_device_module(device)  # of "meta", whose tensors hold nothing, there is none
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FastjacError(f"--device {name} is not to be had: {reason}") from error
@@ -109,25 +110,64 @@ def load_trained(source: str | Path) -> Trained:
     """The network in a run's folder, a checkpoint (``.pt``), or a ``model.safetensors``."""
     path = find_trained(source)
     if path.suffix == ".safetensors":
-        beside = path.with_name("config.json")
-        try:
-            about = json.loads(beside.read_text())
-        except FileNotFoundError as error:
-            raise FastjacError(f"{beside} is missing; it says what {path.name} is") from error
-        except json.JSONDecodeError as error:
-            raise FastjacError(f"{beside} is not JSON: {error}") from error
+        said = path.with_name("config.json")
+        if not is_file(said):
+            raise FastjacError(f"{said} is missing; it says what {path.name} is")
+        about = read_json(said)
     else:
-        about = read_checkpoint(path).get("about")
+        said, about = path, read_checkpoint(path).get("about")
     try:
         spec = ModelSpec(**about["spec"])
         dataset, size, classes = about["dataset"], about["size"], about["classes"]
-    except (TypeError, KeyError) as error:
+        _check_kinds(spec, dataset, size, classes)
+        model = create_model(spec)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, FastjacError):
+            raise FastjacError(f"{said}: {error}") from error
+        missing = "there is no " if isinstance(error, KeyError) else ""
         raise FastjacError(
-            f"{path} does not say what network it is of; expected a run's"
+            f"{said} does not say what network it is of: {missing}{first_line(error)}; expected a run's"
         ) from error
-    model = create_model(spec)
     load_weights(model, read_weights(path), path, ignore_head=False)
     return Trained(model, spec, dataset, size, classes, path)
+
+
+def _check_kinds(spec: ModelSpec, dataset: Any, size: Any, classes: Any) -> None:
+    """Raise a TypeError for what :func:`describe` does not give: a file may have been edited by hand."""
+    pixels = [] if spec.mean is None and spec.std is None else [spec.mean, spec.std]
+    for name, value, kind, right in (
+        ("model", spec.model, "a name", isinstance(spec.model, str)),
+        ("num_classes", spec.num_classes, "a number from 1 on", _is_count(spec.num_classes)),
+        ("in_channels", spec.in_channels, "a number from 1 on", _is_count(spec.in_channels)),
+        ("width", spec.width, "a number", isinstance(spec.width, int | float) and spec.width > 0),
+        ("plan", spec.plan, "a text or nothing", isinstance(spec.plan, str | None)),
+        ("dataset", dataset, "a name", isinstance(dataset, str)),
+        ("size", size, "a number from 1 on", _is_count(size)),
+        ("classes", classes, "a list", isinstance(classes, list)),
+        *(
+            (
+                "mean or std",
+                each,
+                f"{spec.in_channels} numbers",
+                _are_numbers(each, spec.in_channels),
+            )
+            for each in pixels
+        ),
+    ):
+        if not right:
+            raise TypeError(f"{name} is {value!r}, not {kind}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(isinstance(value, int | float) for value in values)
+    )
 
 
 def describe(spec: ModelSpec, data: ImageData) -> dict[str, Any]:

@@ -148,31 +148,25 @@ class RunOptions(_Output, _Machine, _Optimisation, _Network, DataOptions):
     """What every run of training takes."""
 
     def __post_init__(self) -> None:
+        _check_values(self)
         check_dataset(self.dataset)
         if "/" not in self.model and self.model not in MODELS:
             known = [*MODELS, f"torchvision/{self.model}", f"timm/{self.model}"]
             raise unknown("model", self.model, known)
-        positive = ("epochs", "batch_size", "lr", "width", "decay_rate", "val_interval")
-        positive += ("img_size", "channels", "validation", "num_classes", "samples_per_class")
-        positive += ("epoch_steps", "threads")
-        positive += ("grad_accum", "clip_grad", "checkpoint_steps", "keep_checkpoints")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise FastjacError(f"{flag(name)}: expected more than 0, got {value}")
-        at_least_zero = (
-            "workers",
-            "weight_decay",
-            "momentum",
-            "seed",
-            "warmup_epochs",
-            "warmup_lr",
-        )
-        for name in (*at_least_zero, "mixup", "cutmix", "aux_weight"):
-            if not getattr(self, name) >= 0:
-                raise FastjacError(f"{flag(name)}: expected 0 or more, got {getattr(self, name)}")
+        positive = ["epochs", "batch_size", "lr", "width", "decay_rate", "val_interval"]
+        positive += ["img_size", "channels", "validation", "num_classes", "samples_per_class"]
+        positive += ["epoch_steps", "threads"]
+        positive += ["grad_accum", "clip_grad", "checkpoint_steps", "keep_checkpoints"]
+        _check_more_than_zero(self, positive)
+        not_negative = ["workers", "weight_decay", "momentum", "seed", "warmup_epochs", "warmup_lr"]
+        _check_not_negative(self, [*not_negative, "mixup", "cutmix", "aux_weight", "input_noise"])
         if bool(self.decay_milestones) != (self.sched == "multistep"):
             raise FastjacError("--decay-milestones goes with --sched multistep, and only with it")
+        if sorted({0, *self.decay_milestones}) != [0, *self.decay_milestones]:
+            raise FastjacError(
+                "--decay-milestones: expected epochs from 1 on, each once, in their order; got "
+                + " ".join(map(str, self.decay_milestones))
+            )
         self._check_optimisation()
         if self.pretrained and self.weights:
             raise FastjacError("--pretrained and --weights: give one of them")
@@ -308,12 +302,8 @@ class StudentOptions(_JacobianTerm, _Terms, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (*TERMS, "noise", "input_noise"):
-            if not getattr(self, name) >= 0:
-                raise FastjacError(f"{flag(name)}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("temperature", "projections"):
-            if not getattr(self, name) > 0:
-                raise FastjacError(f"{flag(name)}: expected more than 0, got {getattr(self, name)}")
+        _check_not_negative(self, [*TERMS, "noise"])
+        _check_more_than_zero(self, ["temperature", "projections"])
         if self.levels and (self.layer or self.teacher_layer):
             raise FastjacError("--levels and --layer or --teacher-layer: give one of them")
         self._check_terms()
@@ -415,6 +405,8 @@ class TableOptions(_Table, StudentOptions):
             empty = not values and not (name == "test_noise" or (name == "methods" and self.rows))
             if empty or len(set(values)) != len(values):
                 raise FastjacError(f"{flag(name)}: expected different values, got {values}")
+        if min(self.seeds) < 0:
+            raise FastjacError(f"--seeds: expected 0 or more, got {min(self.seeds)}")
         if min(self.samples) < 0:
             raise FastjacError(f"--samples: expected 0 (all) or more, got {min(self.samples)}")
         if self.test_noise and not min(self.test_noise) >= 0:
@@ -498,6 +490,9 @@ class EvaluateOptions:
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
 
     def __post_init__(self) -> None:
+        _check_values(self)
+        _check_more_than_zero(self, ["batch_size"])
+        _check_not_negative(self, ["workers"])
         if self.dataset is not None:
             check_dataset(self.dataset)
 
@@ -516,6 +511,41 @@ _FOLDERS = {"unlabelled"}
 
 # In the order of the help.
 TOPICS = (DataOptions, _Network, _Optimisation, _Terms, _JacobianTerm, _Table, _Machine, _Output)
+
+
+# The most that a number may be; of others, what PyTorch takes.
+_MOST = {"threads": 1024, "workers": 1024, "jobs": 1024}
+_MOST |= {"img_size": 2**16, "width": 10**6, "grad_accum": 10**9}
+_MOST_FLOAT = 3.4e38  # of float32
+
+
+def _check_values(options: Any) -> None:
+    """Raise for texts that are empty or not UTF-8, and for numbers that are infinite or too large."""
+    for name in names(type(options)):
+        given, most = getattr(options, name), _MOST.get(name, 2**63 - 1)
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and not value:
+                raise FastjacError(f"{flag(name)}: expected a text, got an empty one")
+            if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+                raise FastjacError(f"{flag(name)}: expected text in UTF-8, got {value!a}")
+            if isinstance(value, float) and not abs(value) <= _MOST_FLOAT:
+                raise FastjacError(
+                    f"{flag(name)}: expected a finite number, up to {_MOST_FLOAT}; got {value}"
+                )
+            if (isinstance(value, int) or name in _MOST) and value is not None and value > most:
+                raise FastjacError(f"{flag(name)}: expected at most {most}, got {value}")
+
+
+def _check_more_than_zero(options: Any, these: list[str]) -> None:
+    for name in these:
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise FastjacError(f"{flag(name)}: expected more than 0, got {value}")
+
+
+def _check_not_negative(options: Any, these: list[str]) -> None:
+    for name in these:
+        if not (value := getattr(options, name)) >= 0:
+            raise FastjacError(f"{flag(name)}: expected 0 or more, got {value}")
 
 
 def check_dataset(name: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from fastjac.errors import FastjacError, existing_file
+from fastjac.errors import FastjacError, existing_file, is_dir, is_file
 from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
 
 
@@ -16,24 +17,29 @@ def is_library_name(model: str) -> bool:
 def find_trained(source: str | Path) -> Path:
     """The file with the network of a run's folder, or ``source`` itself where that is a file."""
     path = Path(source)
-    if path.is_dir():
+    if is_dir(path):
         inside = [path / name for name in ("model.safetensors", "last.pt")]
-        path = next((p for p in inside if p.is_file()), inside[0])
+        path = next((p for p in inside if is_file(p)), inside[0])
     return existing_file(path, "a checkpoint or model.safetensors")
 
 
 def check_sources(options: RunOptions | EvaluateOptions) -> None:
     """Raises for a file or folder that the options name and that is not there."""
-    if options.data_dir is not None and not (options.download or Path(options.data_dir).is_dir()):
+    if options.data_dir is not None and not (options.download or is_dir(options.data_dir)):
         raise FastjacError(f"--data-dir {options.data_dir}: no such folder")
     unlabelled = getattr(options, "unlabelled", None)
-    if unlabelled is not None and not Path(unlabelled).is_dir():
+    if unlabelled is not None and not is_dir(unlabelled):
         raise FastjacError(f"--unlabelled {unlabelled}: no such folder")
     if isinstance(options, EvaluateOptions):
         find_trained(options.checkpoint)
         return
     if options.weights is not None:
         existing_file(options.weights)
+    for name, folder in (("output", options.output), ("experiment", options.experiment or "")):
+        if (longest := max(len(os.fsencode(part)) for part in ("", *Path(folder).parts))) > 255:
+            raise FastjacError(
+                f"--{name}: expected names of at most 255 bytes, got one of {longest}"
+            )
     if isinstance(options, StudentOptions) and options.teacher is not None:
         if not is_library_name(options.teacher):
             find_trained(options.teacher)

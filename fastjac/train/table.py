@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from fastjac.data import ImageData, NoisyImages
 from fastjac.errors import FastjacError
+from fastjac.progress import progress_bar
 from fastjac.train.build import build_data, load_trained, pick_device
 from fastjac.train.claims import claim, claim_in_turn, wait_for
 from fastjac.train.commands import prepare
-from fastjac.train.files import RunFolder, write_csv, write_text
+from fastjac.train.files import RunFolder, read_json, write_csv, write_text
 from fastjac.train.loop import Training, evaluate
 from fastjac.train.options import (
     TAUGHT,
@@ -221,7 +222,7 @@ def _finished(run: StudentOptions | TeacherOptions) -> bool:
 
 
 def _resumed(run: Any) -> Any:
-    return replace(run, resume=RunFolder(run.output, run.experiment).last.is_file())
+    return replace(run, resume=bool(RunFolder(run.output, run.experiment).checkpoints()))
 
 
 def _train_one(
@@ -233,7 +234,7 @@ def _train_one(
         if not mine:
             return None
         if folder.finished():
-            return json.loads((folder.path / "config.json").read_text())["accuracy"]
+            return _accuracy(folder.path)
         found = _prepare(_resumed(run)).run(bar)["test_accuracy"]
         if noises:
             _under_noise(run, folder.path, noises, pick_device(run.device))
@@ -297,7 +298,7 @@ def _train_all(
         return
     try:
         with (
-            tqdm(total=len(cells), desc=name, unit="run", dynamic_ncols=True, disable=None) as bar,
+            progress_bar(total=len(cells), desc=name, unit="run") as bar,
             _workers(min(jobs, len(cells))) as pool,
         ):
             left = [cell.run for cell in cells]
@@ -324,7 +325,7 @@ def _train_all(
 def _results(cell: Cell, noises: Sequence[float], device: torch.device) -> list[Row]:
     """The rows of one student: on the test images, and under each noise."""
     folder = RunFolder(cell.run.output, str(cell.run.experiment)).path
-    accuracy = json.loads((folder / "config.json").read_text())["accuracy"]
+    accuracy = _accuracy(folder)
     seconds = sum(
         json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()
     )
@@ -341,6 +342,18 @@ def _results(cell: Cell, noises: Sequence[float], device: torch.device) -> list[
     ]
 
 
+def _accuracy(folder: Path) -> float:
+    """That of a finished run."""
+    about = read_json(folder / "config.json")
+    if not isinstance(about, dict) or not isinstance(
+        accuracy := about.get("accuracy"), int | float
+    ):
+        raise FastjacError(
+            f"{folder / 'config.json'} has no accuracy; delete it to have it made anew"
+        )
+    return accuracy
+
+
 def _under_noise(
     run: StudentOptions | TeacherOptions,
     folder: Path,
@@ -349,7 +362,7 @@ def _under_noise(
 ) -> dict[float, float]:
     """The accuracy under each noise; kept in the student's folder."""
     path = folder / "noise.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_json(path) if path.is_file() else {}
     if todo := [noise for noise in noises if str(noise) not in known]:
         trained, data = load_trained(folder), _data_of(run)
         for noise in todo:

@@ -1,5 +1,6 @@
 """Whatever is wrong: one line, the right status, no traceback, nothing written."""
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from torchvision.models import resnet18
 from fastjac.models import VGG
 
 SIX = ["--batch-size", "6"]
+LONG = 300 * "x"
 
 
 @pytest.fixture
@@ -57,6 +59,56 @@ def images(tmp_path):
         (["teacher", "--workers", "-1"], "--workers: expected 0 or more, got -1"),
         (["teacher", "--sched", "multistep"], "--decay-milestones goes with --sched multistep"),
         (["teacher", "--device", "gpu"], "--device gpu is not to be had"),
+        (["teacher", "--device", "meta"], "--device meta is not to be had"),
+        (["teacher", "--threads", "100000"], "--threads: expected at most 1024, got 100000"),
+        (
+            ["teacher", "--seed", 2**70],
+            "--seed: expected at most 9223372036854775807, got 11805916",
+        ),
+        (
+            ["table", "--seeds", "0", 2**70],
+            "--seeds: expected at most 9223372036854775807, got 1180",
+        ),
+        (["table", "--seeds", "-1"], "--seeds: expected 0 or more, got -1"),
+        (["teacher", "--lr", "1e400"], "--lr: expected a finite number, up to 3.4e+38; got inf"),
+        (
+            ["teacher", "--weight-decay", "1e400"],
+            "--weight-decay: expected a finite number, up to 3.4e+38; got inf",
+        ),
+        (
+            ["table", "--test-noise", "1e400"],
+            "--test-noise: expected a finite number, up to 3.4e+38; got inf",
+        ),
+        (["teacher", "--lr", "1e300"], "--lr: expected a finite number, up to 3.4e+38; got 1e+300"),
+        (["teacher", "--width", "1e30"], "--width: expected at most 1000000, got 1e+30"),
+        (["teacher", "--img-size", 10**9], "--img-size: expected at most 65536, got 1000000000"),
+        (
+            ["teacher", "--model", "vgg", "--plan", f"{10**20}"],
+            "expected widths below 1000000 and M",
+        ),
+        (["teacher", "--input-noise", "-1"], "--input-noise: expected 0 or more, got -1"),
+        (["teacher", "--plan", ""], "--plan: expected a text, got an empty one"),
+        (["teacher", "--experiment", ""], "--experiment: expected a text, got an empty one"),
+        (["student", "--teacher-cache", ""], "--teacher-cache: expected a text, got an empty one"),
+        (["evaluate", "x", "--device", ""], "--device: expected a text, got an empty one"),
+        (["evaluate", "x", "--batch-size", "0"], "--batch-size: expected more than 0, got 0"),
+        (
+            ["teacher", "--experiment", "\udce9"],
+            "--experiment: expected text in UTF-8, got '\\udce9'",
+        ),
+        (
+            ["teacher", "--experiment", LONG],
+            "--experiment: expected names of at most 255 bytes, got",
+        ),
+        (["teacher", "--experiment", f"a/{LONG}"], "at most 255 bytes, got one of 300"),
+        (["teacher", "--config", LONG], "xxx cannot be looked up: File name too long"),
+        (["teacher", "--weights", LONG], "xxx cannot be looked up: File name too long"),
+        (["teacher", "--data-dir", LONG], "xxx cannot be looked up: File name too long"),
+        (
+            ["student", "--kd", "1", "--teacher", LONG],
+            "xxx cannot be looked up: File name too long",
+        ),
+        (["evaluate", LONG], "xxx cannot be looked up: File name too long"),
         (
             ["teacher", "--cuda-graphs", "--device", "cpu"],
             "--cuda-graphs needs a GPU; the device is cpu",
@@ -164,6 +216,15 @@ def test_command_lines(refused, words, message):
     assert message in refused(*words)
 
 
+@pytest.mark.parametrize("milestones", [[-5], [0], [5, 5], [7, 5]])
+def test_milestones(refused, milestones):
+    said = refused("teacher", "--sched", "multistep", "--decay-milestones", *milestones)
+    given = " ".join(map(str, milestones))
+    assert said == (
+        f"--decay-milestones: expected epochs from 1 on, each once, in their order; got {given}"
+    )
+
+
 def test_layers(refused, small, teacher):
     words = ["student", *small, "--teacher", teacher, "--attention", 1]
     nearest = refused(*words, "--layer", "pool3")
@@ -190,6 +251,8 @@ def test_jacobians_with_attention_need_one_target(refused, small, teacher):
         ("epochs: many", 'Parser key "epochs": Expected a int. Got value: many'),
         ("epochs: [1", "{} is not YAML: "),
         ("- epochs", "{}: expected a mapping of options to values"),
+        ("from: 2024-13-01", "{} is not YAML: month must be in 1..12"),
+        (2000 * "[", "{} is not YAML: "),
         ("decay-milestones: 3", "recipe key 'decay-milestones' in {}: expected a list, got 3"),
     ],
 )
@@ -197,6 +260,19 @@ def test_recipes(refused, tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert message.format(path) in refused("teacher", "--config", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"# \xe9t\xe9\nlr: 0.1\n", "{} is not text in UTF-8: byte 2 is 0xe9; save it as UTF-8"),
+        (b"\xff\xfel\0r\0:\0 \0001\0", "{} is not text in UTF-8: byte 0 is 0xff; save it as UTF-8"),
+    ],
+)
+def test_recipes_in_another_encoding(refused, tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    assert refused("teacher", "--config", path) == message.format(path)
 
 
 def test_a_teacher_of_other_images(refused, small, teacher, images):
@@ -242,6 +318,53 @@ def test_checkpoints_that_are_none(refused, trainer, teacher, tmp_path):
     assert "config.json is missing" in refused("evaluate", tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{")
     assert "config.json is not JSON" in refused("evaluate", tmp_path)
+
+
+@pytest.fixture
+def edited(teacher, tmp_path):
+    """Sets keys of the description of a copy of the teacher; the folder."""
+
+    def edit(content=None, **changes):
+        folder = tmp_path / "edited"
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes())
+        about = json.loads((teacher / "config.json").read_text())
+        for name, value in changes.items():
+            (about["spec"] if name in about["spec"] else about)[name] = value
+        (folder / "config.json").write_bytes(content or json.dumps(about).encode())
+        return folder
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": "x"}, "num_classes is 'x', not a number from 1 on"),
+        ({"num_classes": 0}, "num_classes is 0, not a number from 1 on"),
+        ({"in_channels": [1]}, "in_channels is [1], not a number from 1 on"),
+        ({"model": 3}, "model is 3, not a name"),
+        ({"width": "1"}, "width is '1', not a number"),
+        ({"width": 1e30}, "does not say what network it is of: "),
+        ({"plan": 3}, "plan is 3, not a text or nothing"),
+        ({"plan": ""}, "plan '' has no convolution"),
+        ({"mean": ["x"]}, "mean or std is ['x'], not 1 numbers"),
+        ({"std": None}, "mean or std is None, not 1 numbers"),
+        ({"size": "16"}, "size is '16', not a number from 1 on"),
+        ({"dataset": ["digits"]}, "dataset is ['digits'], not a name"),
+        ({"classes": 10}, "classes is 10, not a list"),
+        ({"spec": 3}, "does not say what network it is of: "),
+        ({"content": b"[1]"}, "does not say what network it is of: "),
+        ({"content": b"\xff\xfe{\0}\0"}, "is not text in UTF-8: byte 0 is 0xff; save it as UTF-8"),
+        ({"content": 100000 * b"["}, "is not JSON: "),
+    ],
+)
+def test_a_description_that_was_edited(refused, edited, changes, message):
+    folder = edited(**changes)
+    said = refused("evaluate", folder)
+    assert said.startswith(str(folder / "config.json"))
+    assert message in said
+    assert refused("student", "--teacher", folder, "--kd", 1) == said
 
 
 def test_evaluate_on_other_classes(refused, teacher, images):

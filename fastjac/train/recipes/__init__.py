@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fastjac.errors import FastjacError, unknown
+from fastjac.errors import FastjacError, is_file, read_text, unknown
 from fastjac.train.options import StudentOptions, TableOptions, TeacherOptions, names
 
 SECTIONS: dict[str, type] = {
@@ -35,15 +35,15 @@ def read_recipe(name: str, command: str) -> dict[str, Any]:
     """
     if name in known():
         text = files(__name__).joinpath(f"{name}.yaml").read_text()
-    elif Path(name).is_file():
-        text = Path(name).read_text()
+    elif is_file(name):
+        text = read_text(name)
     elif Path(name).suffix in (".yaml", ".yml"):
         raise FastjacError(f"--config {name}: no such file")
     else:
         raise unknown("recipe", name, known())
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date in month 13; [[[[...
         raise FastjacError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise FastjacError(f"{name}: expected a mapping of options to values")
