@@ -113,6 +113,16 @@ def test_a_constant_that_is_multiplied_in_place(function, batch_stats):
     agrees(lambda: network(Apply(function)), batch_stats)
 
 
+@pytest.mark.parametrize("function", [torch.lerp, torch.addcmul])
+def test_a_constant_that_changes_before_the_backward_is_an_error(function):
+    constant = torch.rand(4, 4).double()
+    model = network(Apply(lambda z: function(z, constant, z)))
+    out = with_jacobian(model, images(), LabelLogit(), LABELS)
+    constant.add_(1)
+    with pytest.raises(FastjacError, match="was overwritten in place by a later operation"):
+        out.jacobian.square().sum().backward()
+
+
 def turned(z: Tensor) -> Tensor:
     z = z * 1
     z[0].transpose_(1, 2)
