@@ -108,3 +108,12 @@ def test_values_of_several_types_under_autocast():
     ours, theirs = gradients("auto"), gradients("autograd")
     for got, other, expected in zip(ours, theirs, exact, strict=True):
         assert (got - expected).norm() <= 2 * (other - expected).norm()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_a_float16_gradient_of_j_that_is_zero(factor):
+    model = Scaled().half()
+    out = with_jacobian(model, images().flatten(1)[:, :6].half(), LabelLogit(), LABELS)
+    (factor * out.jacobian.float().square().sum()).backward()
+    assert model.scale.grad.isfinite().all()
+    assert model.scale.grad.any() == bool(factor)
