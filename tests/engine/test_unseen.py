@@ -96,3 +96,21 @@ def test_a_value_that_is_overwritten_through_a_view_of_it(trains):
     student, teacher = network(WritesThroughView(), 0), network(nn.Tanh(), 7)
     student.requires_grad_(trains).head.requires_grad_()
     assert_exact(student, teacher, *batch(), LabelLogit())
+
+
+class OfWeights(nn.Module):
+    """A custom autograd function of a parameter, as straight-through estimators of weights are."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.function.apply(self.weight.sin()) + self.function.apply(self.weight)
+
+
+@pytest.mark.parametrize("function", ADVICE)
+def test_a_custom_function_of_a_parameter_is_exact(function):
+    student, teacher = network(OfWeights(function), 0), network(nn.Tanh(), 7)
+    for target in (LabelLogit(), AttentionWindow("stem", window=0.4)):
+        assert_exact(student, teacher, *batch(), target)
