@@ -28,6 +28,7 @@ from fastjac.fusion.mode import (
     in_backward_hook,
     in_checkpoint,
     is_higher_order,
+    operation_name,
     takes_native_statistics,
     tensors_in,
     writes_in_place,
@@ -270,8 +271,9 @@ class Tape(Fusion):
     def _register_hook(self, tensor: Tensor, hook: Any) -> Any:
         """Register a tensor's hook; the reverse sweep runs it too, as PyTorch's does that gives J."""
         owner = type(getattr(hook, "__self__", None)).__module__
-        if owner.startswith("torch.distributed.fsdp") or hook.__module__ == "torch.autograd.graph":
-            # It prepares parameters for the ordinary backward; one of several tensors asks for it.
+        of_several = getattr(hook, "__module__", None) == "torch.autograd.graph"
+        if of_several or owner.startswith("torch.distributed.fsdp"):
+            # It asks for the ordinary backward; or it prepares parameters for that.
             return tensor.register_hook(hook)
         observed = _observed(hook)
         self.hooks.setdefault(self._values[id(tensor)].number, []).append(observed)
@@ -480,7 +482,7 @@ class Site:
                 f"{function_name(self.function)} writes in place under torch.utils.checkpoint to a "
                 f"tensor {list(tensor.shape)}; use the operation that is not in place"
             )
-        if tensor._is_view() and function_name(self.function) in _RESHAPES:
+        if tensor._is_view() and operation_name(self.function) in _RESHAPES:
             raise FastjacError(
                 f"{function_name(self.function)} changes the shape of a view {list(tensor.shape)} in "
                 "place; use the operation that is not in place"

@@ -79,9 +79,14 @@ def function_name(function: Any) -> str:
     return getattr(function, "__name__", None) or str(function)
 
 
+def operation_name(function: Any) -> str:
+    """The same without an operator's overload: ``relu_`` of ``relu_.default``."""
+    return function_name(function).partition(".")[0]
+
+
 def writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call overwrites its first argument, or its ``out``."""
-    name = function_name(function).partition(".")[0]  # of an operator, without its overload
+    name = operation_name(function)
     if (name.endswith("_") and not name.endswith("__")) or name in _WRITERS:
         return True
     if kwargs and (kwargs.get("inplace") is True or kwargs.get("out") is not None):

@@ -136,7 +136,13 @@ def squeezed(z: Tensor) -> Tensor:
     return z * first
 
 
-@pytest.mark.parametrize("function", [turned, squeezed])
+def turned_by_an_operator(z: Tensor) -> Tensor:
+    z = z * 1
+    torch.ops.aten.transpose_.default(z[0], 1, 2)
+    return z.sin()
+
+
+@pytest.mark.parametrize("function", [turned, squeezed, turned_by_an_operator])
 def test_a_view_that_changes_its_shape_in_place(function):
     exact_or_refused(lambda: network(Apply(function)))
     with pytest.raises(FastjacError, match=r"changes the shape of a view \[.*\] in place"):
