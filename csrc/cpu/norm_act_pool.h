@@ -68,12 +68,18 @@ struct Kernels {
 
 namespace avx512 {
 extern const Kernels kernels;
-}
+void reduce(const Maps&, int64_t begin, int64_t end);
+void write(const Maps&, int64_t begin, int64_t end);
+} // namespace avx512
 namespace avx2 {
 extern const Kernels kernels;
-}
+void reduce(const Maps&, int64_t begin, int64_t end);
+void write(const Maps&, int64_t begin, int64_t end);
+} // namespace avx2
 namespace portable {
 extern const Kernels kernels;
-}
+void reduce(const Maps&, int64_t begin, int64_t end);
+void write(const Maps&, int64_t begin, int64_t end);
+} // namespace portable
 
 } // namespace fastjac::norm_act_pool
