@@ -24,7 +24,7 @@ void match(
     bool normalize,
     double eps
 ) {
-  using acc_t = typename Accumulator<scalar_t>::type;
+  using acc_t = accumulator_t<scalar_t>;
   const int64_t batch = js.size(0);
   const Chunking c = chunking(js.numel() / batch);
   STD_TORCH_CHECK(

@@ -20,11 +20,9 @@
 
 #include <cstdint>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../common/jacobian_match.h"
 #include "launch.h"
+#include "scalar.cuh"
 
 namespace fastjac::jacobian_match {
 
@@ -34,46 +32,6 @@ constexpr int kWarp = 32;
 constexpr int64_t kElementsPerThread =
     16; // at least: two to eight 16-byte loads in flight from each input
 constexpr int64_t kMaxChunks = 1024; // four of a sample's partial sums per thread
-
-template <typename scalar_t>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-
-__device__ inline double to_acc(double x) {
-  return x;
-}
-__device__ inline float to_acc(float x) {
-  return x;
-}
-__device__ inline float to_acc(__half x) {
-  return __half2float(x);
-}
-__device__ inline float to_acc(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-__device__ inline void store(double& out, double x) {
-  out = x;
-}
-__device__ inline void store(float& out, float x) {
-  out = x;
-}
-__device__ inline void store(__half& out, float x) {
-  out = __float2half_rn(x);
-}
-__device__ inline void store(__nv_bfloat16& out, float x) {
-  out = __float2bfloat16_rn(x);
-}
-
-// One access of kVector elements: 16 bytes, or one element where the data is not aligned for that.
-template <typename scalar_t, int kVector>
-struct alignas(sizeof(scalar_t) * kVector) Vector {
-  scalar_t x[kVector];
-};
 
 // What part of the batch a block works on.
 struct Chunking {
@@ -126,8 +84,8 @@ __device__ inline Sums<acc_t> sample_sums(const Sums<acc_t>* __restrict__ partia
   return block_sums(x);
 }
 
-// Calls f(s, t, i) on the elements of the block's chunk, vectors of kVector at a time; f returns
-// v[i], and v is written where kWrite.
+// Calls f(s, t) on the elements of the block's chunk, vectors of kVector at a time: of 16 bytes, or one
+// element where the data is not aligned for that. f returns v's element, and v is written where kWrite.
 template <bool kWrite, int kVector, typename scalar_t, typename F>
 __device__ inline void for_chunk(
     const scalar_t* __restrict__ js, // [B, N]
@@ -136,22 +94,20 @@ __device__ inline void for_chunk(
     const Chunking& c,
     const F& f
 ) {
-  using vector_t = Vector<scalar_t, kVector>;
   const int64_t start = c.sample() * c.n;
 #pragma unroll 4
   for (int64_t i = c.begin() + threadIdx.x * kVector; i < c.end(); i += kThreads * kVector) {
-    const vector_t s = *reinterpret_cast<const vector_t*>(js + start + i);
-    const vector_t t = *reinterpret_cast<const vector_t*>(jt + start + i);
-    vector_t out;
+    const auto s = load_vector<kVector>(js + start + i), t = load_vector<kVector>(jt + start + i);
+    Vector<scalar_t, kVector> out;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       if constexpr (kWrite) {
-        store(out.x[k], f(to_acc(s.x[k]), to_acc(t.x[k])));
+        assign(out.x[k], f(to_acc(s.x[k]), to_acc(t.x[k])));
       } else {
         f(to_acc(s.x[k]), to_acc(t.x[k]));
       }
     }
-    if constexpr (kWrite) *reinterpret_cast<vector_t*>(v + start + i) = out;
+    if constexpr (kWrite) store_vector(v + start + i, out);
   }
 }
 
@@ -250,7 +206,7 @@ inline Chunking chunking(int64_t n) {
 // What the launches work on.
 template <typename scalar_t>
 struct Operands {
-  using acc_t = typename Accumulator<scalar_t>::type;
+  using acc_t = accumulator_t<scalar_t>;
 
   const scalar_t* js; // [B, N]
   const scalar_t* jt; // [B, N]
@@ -264,7 +220,7 @@ template <int kVector, typename scalar_t, typename Launch>
 void launch_all(
     const Launch& launch, const Operands<scalar_t>& x, const Chunking& c, bool normalize, double eps
 ) {
-  using acc_t = typename Accumulator<scalar_t>::type;
+  using acc_t = accumulator_t<scalar_t>;
   Sums<acc_t>*norms = x.partial, *differences = x.partial + x.batch * c.chunks;
   const Geometry chunks{static_cast<unsigned>(x.batch * c.chunks), kThreads};
   const Geometry samples{static_cast<unsigned>(x.batch), kThreads};

@@ -24,7 +24,7 @@ int64_t run_jacobian_match(
   const Chunking c = chunking(n);
   executor::for_dtype(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    using acc_t = typename Accumulator<scalar_t>::type;
+    using acc_t = fastjac::accumulator_t<scalar_t>;
     std::vector<Sums<acc_t>> partial(2 * batch * c.chunks);
     std::memset(partial.data(), 0xff, partial.size() * sizeof(partial[0])); // NaN
     const Operands<scalar_t> operands{
