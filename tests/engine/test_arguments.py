@@ -251,10 +251,11 @@ def test_an_operator_that_writes_in_place_as_an_exported_network_has_it():
 def test_an_observer_sees_each_batch_once(batch_stats):
     def run(strategy: str) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
-        observer = FusedMovingAvgObsFakeQuantize(MovingAverageMinMaxObserver, 0, 255)
+        x, options = images().float(), {"averaging_constant": 0.5}
+        observer = FusedMovingAvgObsFakeQuantize(MovingAverageMinMaxObserver, 0, 255, **options)
         model = network(observer).float()
-        for scale in (0.3, 1.0):  # the second batch is wider than the average so far
-            x = images().float() * scale
+        for scale in (0.3, 1.0):  # the second batch is wider than the average: it clips
+            nn.init.constant_(model[1].weight, scale)
             out = with_jacobian(
                 model, x, LabelLogit(), LABELS, strategy=strategy, batch_stats=batch_stats
             )
