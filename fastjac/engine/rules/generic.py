@@ -281,8 +281,6 @@ class SmoothPointwise(ReverseOverForward):
         return super().record(site, *args, **kwargs)
 
     def input_regions(self, region: Region) -> list[Region]:
-        if len(self.leaves) > 1 or self.leaves[0].dim() != 4:
-            raise NotLocalError("it is no function of one map")
         return [region]
 
     def crop(self, crops: Crops, region: Region) -> Rule:
