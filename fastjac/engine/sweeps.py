@@ -399,6 +399,8 @@ def _on_crops(
     h, w = tape.shapes[number][2:]
     crops = Crops(head.position, (h - head.side + 1, w - head.side + 1))
     sizes = {n: region.map_size(tape.shapes[n]) for n, region in regions.items()}
+    for call in calls:
+        call.check_versions()  # crops are copies, whose versions tell nothing
     cropped = [call.on_crops(call.rule.crop(crops, regions[call.outputs[0]])) for call in calls]
     crops.forget()
     masked = {n for call in calls if not call.rule.stays_inside for n in call.rule.sources}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from comparison import assert_exact
 from torch import Tensor, nn
 
-from fastjac import FastjacError, JacobianMatching, LabelLogit
+from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit, with_jacobian
 
 
 def centre_one_channel(z: Tensor) -> Tensor:
@@ -110,6 +111,20 @@ def test_what_a_derivative_needs_must_not_be_overwritten():
         FastjacError, match=r"that sigmoid needs for its derivative was overwritten"
     ):
         JacobianMatching(student, network(torch.tanh, False).double())(x, y)
+
+
+@pytest.mark.parametrize("strategy", ["dense", "local"])
+def test_also_where_a_crop_is_what_it_needs(strategy):
+    def overwrite(z: Tensor) -> Tensor:
+        y = F.leaky_relu(z)
+        result = 2 * y
+        y.sub_(1)  # turns the gate, which is read off the output
+        return result
+
+    x, y = batch()
+    student, target = network(overwrite, False).double(), AttentionWindow("1", window=0.3)
+    with pytest.raises(FastjacError, match=r"leaky_relu needs for its derivative was overwritten"):
+        with_jacobian(student, x, target, y, strategy=strategy)
 
 
 def test_a_view_made_before_its_base_was_overwritten_is_an_error():
