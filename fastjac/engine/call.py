@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,8 @@ class Call:
 
     def on_crops(self, rule: Rule) -> Call:
         """The same call by its rule on crops, which reads whole maps no more."""
-        # What the rule on crops has replaced; to look for what it holds is slower.
-        gone = set(map(id, vars(self.rule).values())).difference(map(id, vars(rule).values()))
+        # What the rule on crops has replaced; to look for what it still holds is slower.
+        gone = _fields(self.rule) - _fields(rule)
         kept = [entry for entry in self.kept if id(entry[0]) not in gone]
         return Call(rule, self.outputs, self.single, self.receivers, self.name, self.module, kept)
 
@@ -57,3 +58,9 @@ class Call:
                     f"a value {list(tensor.shape)} that {self.name} needs for its derivative was "
                     "overwritten in place by a later operation; use the operation that is not in place"
                 )
+
+
+def _fields(rule: Rule) -> set[int]:
+    """The identities of what a rule has in its fields, and in their lists."""
+    values = list(vars(rule).values())
+    return set(map(id, itertools.chain(values, *(v for v in values if type(v) is list))))

@@ -242,6 +242,22 @@ def test_what_a_forward_leaves_to_the_backward(target, strategy, batch_stats, co
     del logits, out, loss
 
 
+def test_on_crops_the_input_of_a_sigmoid_dies_with_the_forward():
+    """Its autograd node keeps the output alone, and the crops are small."""
+    stem = (nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 4, 3, padding=1), nn.Sigmoid())
+    model = nn.Sequential(nn.Sequential(*stem), nn.Flatten(), nn.Linear(4 * 24 * 24, 4)).double()
+    x = images()
+    with Allocations() as plain:
+        logits = model(x)
+        kept = plain.alive()
+    with Allocations() as ours:
+        out = with_jacobian(model, x, AttentionWindow("0", window=0.05), strategy="local")
+        extra = ours.alive() - kept - out.jacobian.nbytes
+    assert kept > 2 * MAP
+    assert 0 < extra < MAP // 4
+    del logits
+
+
 KINDS = (Tape, Call, Rule, Linearization, CropPlan, Crops, Chain)
 EARLIER: list[object] = []  # what other tests still hold: their errors, whose frames they keep
 
