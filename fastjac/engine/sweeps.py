@@ -217,7 +217,6 @@ class _InputJacobian(torch.autograd.Function):
     ) -> Tensor:
         stores = len(rows) == 1 and any(ctx.needs_input_grad)
         ctx.rows, ctx.whole, ctx.stacked, ctx.stores = rows, whole, stacked, stores
-        ctx.save_for_backward(rows[0].seed)
         found = [_swept(row, stores, whole) for row in rows]
         return torch.stack(found, 1) if stacked else found[0]
 
@@ -228,7 +227,7 @@ class _InputJacobian(torch.autograd.Function):
                 "fastjac.with_jacobian differentiates once; got a backward with create_graph=True. "
                 "strategy='autograd' differentiates the model's outputs further"
             )
-        ctx.saved_tensors  # noqa: B018  PyTorch's error, where they are freed
+        ctx.saved_tensors  # noqa: B018  none, but PyTorch's error where a backward has freed the graph
         release = not torch._C._autograd._get_current_graph_task_keep_graph()
         rows = ctx.rows
         rows[0].check_versions()
