@@ -93,10 +93,8 @@ class Tape(Fusion):
         self._values: dict[int, Value] = {}
         self._constants: dict[int, Any] = {}
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            self.x = _clone_on_write(leaf)
-        self._leaf = weakref.ref(leaf)
-        self._nodes: set[int] = set()  # the autograd nodes of what was recorded
+            self.x = _clone_on_write(x.detach().requires_grad_())
+        self._nodes: set[int] = set()  # the autograd nodes of x and of what was recorded
         self._outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
         self._assign(self.x, False)
 
@@ -195,10 +193,7 @@ class Tape(Fusion):
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if hasattr(node, "variable"):
-                if node.variable is self._leaf():
-                    raise self._unseen(name, tensor)
-            elif node._sequence_nr() in self._nodes:
+            if node._sequence_nr() in self._nodes:
                 raise self._unseen(name, tensor)
             todo += [following for following, _ in node.next_functions]
         self._note_constant(tensor)
