@@ -487,3 +487,14 @@ def test_labels_on_another_device_are_named():
     matcher = JacobianMatching(*networks, LabelLogit(unlabelled="teacher"))
     with pytest.raises(FastjacError, match="labels y are on meta; the model's logits are on cpu"):
         matcher(torch.rand(2, 4), torch.zeros(2, dtype=torch.int64, device="meta"))
+
+
+def test_an_image_without_a_label_takes_the_teachers_class():
+    student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    x, y = torch.rand(3, 4), torch.tensor([-1, 2, -1])
+    filled = torch.where(y < 0, teacher(x).argmax(1), y)
+    losses = [
+        JacobianMatching(student, teacher, target)(x, labels).jacobian_loss
+        for target, labels in ((LabelLogit(unlabelled="teacher"), y), (LabelLogit(), filled))
+    ]
+    assert losses[0] == losses[1] > 0

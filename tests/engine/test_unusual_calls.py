@@ -106,6 +106,24 @@ def test_unusual_calls_are_exact_or_refused(name, frozen, batch_stats):
     exact_or_refused(make, batch_stats)
 
 
+def test_a_thread_whose_autograd_nodes_have_the_same_numbers_is_not_taken_for_ours():
+    """Autograd numbers the nodes of each thread from 0."""
+
+    def twin_of(z: Tensor) -> Tensor:
+        while (y := z.sin()).grad_fn._sequence_nr() < z.grad_fn._sequence_nr():
+            pass
+        assert y.grad_fn._sequence_nr() == z.grad_fn._sequence_nr()
+        return y
+
+    def in_a_thread(function, *arguments: object) -> object:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *arguments).result()
+
+    model = network(Apply(lambda z: in_a_thread(twin_of, z.cos())))
+    with pytest.raises(FastjacError, match="derivative fastjac has not seen"):
+        in_a_thread(with_jacobian, model, images(), LabelLogit(), LABELS)
+
+
 def test_a_result_that_is_written_elsewhere_is_an_error():
     model = network(Apply(lambda z: torch.cumsum(z, 1, out=torch.empty_like(z))))
     with pytest.raises(
