@@ -106,7 +106,10 @@ class OfWeights(nn.Module):
         self.function, self.weight = function, nn.Parameter(torch.rand(4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.function.apply(self.weight.sin()) + self.function.apply(self.weight)
+        deep = self.weight.sin()
+        for _ in range(64):
+            deep = (deep + deep) / 2  # 2^64 paths lead to the weight, by 129 nodes
+        return x * self.function.apply(deep) + self.function.apply(self.weight)
 
 
 @pytest.mark.parametrize("function", ADVICE)
