@@ -4,10 +4,11 @@
 
 A mutant differs from the code in one place: a statement is ``pass``, a condition is negated, or a
 comparison is swapped for its neighbour (``<`` for ``<=``, ``is`` for ``is not``). Imports, docstrings,
-annotations and what an error's text is made of are left alone. A first run of all tests, on the code
-as it is, notes which lines each test runs; it is kept in ``build/`` until code or tests change. A mutant
-gets the tests that run its line: those first that killed others in the same file, then one for each set
-of lines that tests run, then the rest. It survives if all pass; a run that does not end is a kill.
+annotations and what an error's text is made of are left alone, and so is a ``return None`` that ends a
+function. A first run of all tests, on the code as it is, notes which lines each test runs; it is kept
+in ``build/`` until code or tests change. A mutant gets the tests that run its line: those first that
+killed others in the same file, then one for each set of lines that tests run, then the rest. It survives
+if all pass; a run that does not end is a kill.
 
 All is done on a copy of the project. The tests are collected once; for each mutant, a forked child puts
 its code in the place of the function's. What runs at import takes a new process.
@@ -99,6 +100,7 @@ class Finder(ast.NodeVisitor):
         self.file, self.source = file, source
         self.starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
         self.depth = 0  # of functions
+        self.ends: set[ast.stmt] = set()  # their last statements
         self.found: list[Mutant] = []
 
     def add(self, node: ast.AST, replacement: str) -> None:
@@ -115,7 +117,7 @@ class Finder(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
-        if isinstance(node, DELETED) and not self.is_declaration(node):
+        if isinstance(node, DELETED) and not self.does_nothing(node):
             self.add(node, "pass")
         if isinstance(node, ast.Raise | ast.JoinedStr):
             return  # text, for the most part an error's
@@ -127,6 +129,8 @@ class Finder(ast.NodeVisitor):
             self.swap(node)
         function = isinstance(node, ast.FunctionDef | ast.Lambda)
         self.depth += function
+        if isinstance(node, ast.FunctionDef):
+            self.ends.add(node.body[-1])
         for name, child in ast.iter_fields(node):
             if name not in ("annotation", "returns"):
                 for each in child if isinstance(child, list) else [child]:
@@ -134,7 +138,9 @@ class Finder(ast.NodeVisitor):
                         self.visit(each)
         self.depth -= function
 
-    def is_declaration(self, node: ast.AST) -> bool:
+    def does_nothing(self, node: ast.AST) -> bool:
+        if isinstance(node, ast.Return) and node in self.ends:
+            return node.value is None or ast.unparse(node.value) == "None"
         if isinstance(node, ast.Expr):
             return isinstance(node.value, ast.Constant)  # a docstring
         if isinstance(node, ast.AnnAssign):
