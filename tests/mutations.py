@@ -11,7 +11,8 @@ killed others in the same file, then one for each set of lines that tests run, t
 if all pass; a run that does not end is a kill.
 
 All is done on a copy of the project. The tests are collected once; for each mutant, a forked child puts
-its code in the place of the function's. What runs at import takes a new process.
+its code in the place of the function's. What runs at import (its lines are noted, too) takes all tests
+and a new process.
 """
 
 from __future__ import annotations
@@ -208,6 +209,7 @@ class Sweep:
         self.seconds: dict[str, float] = defaultdict(float)
         self.setup: dict[str, float] = defaultdict(float)  # the longest of a test file
         self.failed: str | None = None
+        self.imported: set[tuple[str, int]] = set()  # the lines that ran at import
         self.paths: dict[str, int] = {}  # of tests that run the same lines, the same number
         self.kills: Counter[tuple[str, str]] = Counter()
 
@@ -258,14 +260,12 @@ class Sweep:
             _, status = os.waitpid(process, 0)
         return os.waitstatus_to_exitcode(status) if ended else None
 
-    def first_run(self) -> None:
-        """Run all tests, and note how long each takes and which lines it runs."""
+    def note_lines(self, found: set[tuple[str, int]]) -> None:
+        """Add the lines of the files that run from here on to ``found``."""
         names = {str(self.root / file): file for file in self.files}
-        lines: dict[str, list[tuple[str, int]]] = {}
-        now: set[tuple[str, int]] = set()
 
         def line(frame: Any, event: str, argument: Any) -> Any:
-            now.add((names[frame.f_code.co_filename], frame.f_lineno))
+            found.add((names[frame.f_code.co_filename], frame.f_lineno))
             return line
 
         def call(frame: Any, event: str, argument: Any) -> Any:
@@ -273,6 +273,12 @@ class Sweep:
 
         threading.settrace(call)
         sys.settrace(call)
+
+    def first_run(self) -> None:
+        """Run all tests, and note how long each takes and which lines it runs."""
+        lines: dict[str, list[tuple[str, int]]] = {}
+        now: set[tuple[str, int]] = set()
+        self.note_lines(now)
         for test in self.run(list(self.items)):
             lines[test] = sorted(now)
             now.clear()
@@ -287,6 +293,8 @@ class Sweep:
     # The mutants.
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        sys.settrace(None)
+        threading.settrace(None)
         begin = time.monotonic()
         self.items = {item.nodeid: item for item in session.items}
         paths = {str(self.root / file) for file in self.files}
@@ -318,9 +326,13 @@ class Sweep:
                 say(f"{share}, {time.monotonic() - begin:.0f} s")
         return True
 
+    def runs_at_import(self, mutant: Mutant) -> bool:
+        lines = ((mutant.file, line) for line in mutant.lines)
+        return mutant.at_import or not self.imported.isdisjoint(lines)
+
     def tests_of(self, mutant: Mutant) -> list[str]:
         """The tests that run it, likely killers first, then a quick one for each path."""
-        if mutant.at_import:
+        if self.runs_at_import(mutant):
             found = set(self.seconds)
         else:
             found = set().union(*(self.lines[mutant.file, line] for line in mutant.lines))
@@ -343,6 +355,8 @@ class Sweep:
         source = file.read_bytes()
         changed = source[: mutant.start] + mutant.replacement.encode() + source[mutant.end :]
         codes = changed_functions(source, changed, str(file))
+        if self.runs_at_import(mutant):
+            codes = None
         if codes is not None and not any(f.__code__ in codes for f in self.functions):
             codes = None
         tests = self.tests_of(mutant)
@@ -439,6 +453,7 @@ def main() -> None:
         more = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
         os.environ.update(more)
         sweep = Sweep(mutants, files, root, known)
+        sweep.note_lines(sweep.imported)
         code = pytest.main([*OPTIONS, "-s", *arguments.tests], plugins=[sweep])
         os.chdir(project)
     if code != 0:
