@@ -308,12 +308,15 @@ class _Stop:
     ) -> None:
         self.tape, self.features, self.layers = tape, features, layers
 
-    def __call__(self, module: nn.Module, args: Any, value: Any) -> None:
-        if self.layers <= self.features.keys():
-            self.tape.recording = False
-            known = self.tape.value(value)
-            if known is not None and not (known.trainable and self.tape.differentiable):
-                torch.set_grad_enabled(False)
+    def __call__(self, module: nn.Module, args: Any, value: Any) -> Tensor | None:
+        if not self.layers <= self.features.keys():
+            return None
+        self.tape.recording = False
+        if not self.tape.differentiable:
+            torch.set_grad_enabled(False)
+        elif not self.tape.trains(value):
+            return value.detach()  # the layers behind it need no gradient of x
+        return None
 
 
 def selector(output: Output, model: nn.Module) -> Callable[[Any], Tensor]:
