@@ -236,6 +236,7 @@ class Forward:
     ) -> tuple[list[engine.Linearization], bool]:
         """The derivative of each column of the target's phi, and whether phi is ``[B, K]``."""
         features, tape = self.features[place], self.tape
+        tape.check_nodes()
         read: Any = None if target.features_alone else self.read
         with torch.no_grad():
             head = target.head(read, features, y)

@@ -72,7 +72,7 @@ class Linearization:
     hvp: Callable[[Tensor], Tensor] | None
     plan: CropPlan | None
     dtypes: list[torch.dtype]
-    hooks: dict[int, list[Any]]
+    hooks: dict[int, dict[int, Any]]
     half: bool
     head: Receiver | None = None
     deltas: dict[int, Any] = field(default_factory=dict)
@@ -145,7 +145,7 @@ class Linearization:
 
     def _run_hooks(self, number: int | None, cotangent: Tensor | None) -> None:
         """Run the hooks that the model has registered on a value."""
-        for hook in self.hooks.get(number, ()):
+        for hook in self.hooks.get(number, {}).values():
             if cotangent is not None and self.plan is not None:
                 cotangent = self.plan.spread(number, self.plan.regions[number], cotangent)
             if cotangent is not None:
@@ -349,7 +349,7 @@ def linearize(
     elif strategy == "local":
         raise _not_local("the target reads the whole of its tensor")
     return Linearization(
-        *(calls, number, seed, hvp, plan, tape.dtypes, tape.hooks, tape.half),
+        *(calls, number, seed, hvp, plan, tape.dtypes, tape.hooks.by_value, tape.half),
         head=receiver,
     )
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjac.engine.call import Call, Kept
+from fastjac.engine.hooks import HOOKED, Hooks
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.base import Receiver
 from fastjac.engine.rules.views import ViewWrite
@@ -35,6 +36,9 @@ from fastjac.fusion.mode import (
 )
 
 _CONVERSIONS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+_FLAGS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
+# Calls that compute nothing; an autograd node is of interest for the hooks that it may get.
+_SPECIAL = {*_CONVERSIONS, *_FLAGS, Tensor.register_hook, Tensor.grad_fn.__get__}
 _CONSTANTS = {
     *(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.grad.__get__, Tensor.new_tensor),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like),
@@ -44,13 +48,8 @@ _CONSTANTS = {
 # What writes no values in place, but another shape.
 _RESHAPES = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
 _RESHAPES |= {"as_strided_", "resize_", "resize_as_"}
-# Autograd functions that give their arguments back: of a module's backward hooks, of
-# DistributedDataParallel that looks for unused parameters, and of fully_shard.
-_IDENTITIES = {
-    "BackwardHookFunctionBackward",
-    "_DDPSinkBackward",
-    "RegisterPostBackwardFunctionBackward",
-}
+# Autograd nodes that give their arguments back; the last is Tensor.as_subclass's.
+_IDENTITIES = {*HOOKED, "AliasBackward0"}
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
@@ -89,9 +88,10 @@ class Tape(Fusion):
         self.shapes: list[torch.Size] = []
         self.dtypes: list[torch.dtype] = []
         self.half = False
-        self.hooks: dict[int, list[Any]] = {}
+        self.hooks = Hooks()
         self._values: dict[int, Value] = {}
-        self._constants: dict[int, Any] = {}
+        # Tensors with a graph that does not lead to x, while they have this version.
+        self._constants: dict[int, tuple[Any, int]] = {}
         with torch.enable_grad():
             self.x = _clone_on_write(x.detach().requires_grad_())
         self._nodes: set[int] = set()  # the autograd nodes of x and of what was recorded
@@ -147,7 +147,7 @@ class Tape(Fusion):
                     varying.append(argument)
                     trains = trains or value.trainable
                 elif argument.requires_grad:
-                    if argument.grad_fn is not None and id(argument) not in self._constants:
+                    if argument.grad_fn is not None and not self._is_constant(argument):
                         self._check_graph(name, argument)
                     trains = trains or self.differentiable
             elif isinstance(argument, NESTED) and argument:
@@ -160,10 +160,10 @@ class Tape(Fusion):
 
     def _behind_identity(self, tensor: Tensor) -> Value | None:
         """What is known of a tensor that an identity of autograd's has given a node of its own."""
-        node, output = tensor.grad_fn, tensor.output_nr
-        if node is None or node.name() not in _IDENTITIES:
-            return None
-        while node is not None and node.name() in _IDENTITIES:
+        node, output, value = tensor.grad_fn, tensor.output_nr, None
+        while value is None:
+            if node is None or node.name() not in _IDENTITIES:
+                return None
             if len(node.next_functions) != len(node._input_metadata):
                 return None  # not all of its arguments are tensors
             node, output = node.next_functions[output]
@@ -200,6 +200,8 @@ class Tape(Fusion):
 
     def _unseen(self, name: Any, tensor: Tensor) -> FastjacError:
         made = tensor.grad_fn.name().removesuffix("0").removesuffix("Backward")
+        if made == "AsStrided":  # what autograd gives a view whose base was overwritten
+            return _overwritten(name, tensor)
         advice = _ADVICE.get(made, _ADVICE["any"])
         return FastjacError(
             f"{_text(name)} reads a tensor {list(tensor.shape)} whose derivative fastjac has not seen: "
@@ -233,14 +235,8 @@ class Tape(Fusion):
             trains = self._scan(function, kwargs.values(), varying) or trains
         if not varying:
             return self._run_constant(function, args, kwargs)
-        if function in _CONVERSIONS:
-            raise FastjacError(
-                f"the model converts a tensor {list(varying[0].shape)} that depends on x to another "
-                "library's array, and its derivative would be lost; expected .detach() before it "
-                "where that is meant"
-            )
-        if function is Tensor.register_hook:
-            return self._register_hook(*args, **kwargs)
+        if function in _SPECIAL:
+            return self._special(function, args, kwargs)
         if is_higher_order(function):
             raise FastjacError(
                 f"the model calls {function_name(function)} on what depends on x, which fastjac does "
@@ -263,16 +259,31 @@ class Tape(Fusion):
             return self.run(function, args, kwargs)
         return self._record(function, args, kwargs, varying, trains)
 
-    def _register_hook(self, tensor: Tensor, hook: Any) -> Any:
-        """Register a tensor's hook; the reverse sweep runs it too, as PyTorch's does that gives J."""
-        owner = type(getattr(hook, "__self__", None)).__module__
-        of_several = getattr(hook, "__module__", None) == "torch.autograd.graph"
-        if of_several or owner.startswith("torch.distributed.fsdp"):
-            # It asks for the ordinary backward; or it prepares parameters for that.
-            return tensor.register_hook(hook)
-        observed = _observed(hook)
-        self.hooks.setdefault(self._values[id(tensor)].number, []).append(observed)
-        return tensor.register_hook(observed)
+    def _special(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call on what depends on x that computes nothing."""
+        if function in _CONVERSIONS:
+            raise FastjacError(
+                f"the model converts a tensor {list(args[0].shape)} that depends on x to another "
+                "library's array, and its derivative would be lost; expected .detach() before it "
+                "where that is meant"
+            )
+        if function in _FLAGS:
+            if not all((*args[1:], *kwargs.values())):
+                raise FastjacError(
+                    f"the model sets requires_grad of a tensor {list(args[0].shape)} that depends on x "
+                    "to False; expected .detach()"
+                )
+            return args[0]  # it requires a gradient
+        if function is Tensor.register_hook:
+            number = self._values[id(args[0])].number
+            return self.hooks.register(args[0], number, *args[1:], **kwargs)
+        node = self.run(function, args, kwargs)
+        self.hooks.nodes.append(node)
+        return node
+
+    def check_nodes(self) -> None:
+        """Raise if the model has registered a hook on an autograd node of a value."""
+        self.hooks.check_nodes(self._nodes)
 
     def _run_constant(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self.run(function, args, kwargs)
@@ -323,7 +334,7 @@ class Tape(Fusion):
         if whole is not None and whole.version != base._version:
             base = None  # to read it again is an error
         elif whole is None and base is not None and base.grad_fn is not None:
-            base = base if id(base) in self._constants else None
+            base = base if self._is_constant(base) else None
         for kind in rules_for(function):
             recorded = kind.record(site, *args, **kwargs)
             if recorded is not NotImplemented:
@@ -515,17 +526,12 @@ def _clone_on_write(leaf: Tensor) -> Tensor:
         return leaf.clone()
 
 
-def _observed(hook: Any) -> Any:
-    """A tensor's hook, which may look at a cotangent, but not replace it."""
-
-    def observe(cotangent: Tensor) -> None:
-        if hook(cotangent) is not None:
-            raise FastjacError(
-                "a hook that the model registers on a tensor replaces its gradient, and so the input "
-                "Jacobian; expected a hook that returns None, or strategy='autograd'"
-            )
-
-    return observe
+def _overwritten(name: Any, tensor: Tensor) -> FastjacError:
+    return FastjacError(
+        f"{_text(name)} reads a tensor {list(tensor.shape)} that was overwritten in place "
+        "where fastjac cannot see it (through a view of it, or in C++); use the operation "
+        "that is not in place, or strategy='autograd'"
+    )
 
 
 def _own_lists(value: Any) -> Any:

@@ -45,7 +45,7 @@ QUERIES = {
     ),
     *(
         getattr(Tensor, name).__get__
-        for name in ("grad_fn", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta")
+        for name in ("is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta")
     ),
     *(getattr(Tensor, name).__get__ for name in ("_version", "itemsize", "nbytes")),
     Tensor._backward_hooks.__set__,  # by C++, after an autograd function that has written in place

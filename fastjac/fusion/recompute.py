@@ -52,7 +52,7 @@ def recompute_convolution(
 @contextmanager
 def recomputing(values: list[tuple[Tensor, Recompute]]) -> Iterator[None]:
     """Within, autograd saves how to recompute these values in the place of them."""
-    if not values:
+    if not values or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         yield
         return
     outer = _active()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, JacobianMatching, LabelLogit, with_jacobian
+from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit, fuse, with_jacobian
 
 TARGETS = {"window": AttentionWindow("pool"), "logit": LabelLogit()}
 EVERY = pytest.mark.parametrize(
@@ -214,3 +214,55 @@ def test_a_hook_on_the_input_sees_the_jacobian():
     out = with_jacobian(model, images(), LabelLogit(), LABELS)
     assert len(model.seen) == 1
     torch.testing.assert_close(model.seen[0], out.jacobian.detach(), rtol=0, atol=0)
+
+
+# Hooks on autograd nodes
+
+
+def of_node(z: Tensor) -> None:
+    z.grad_fn.register_hook(lambda gin, gout: tuple(None if g is None else 2 * g for g in gin))
+
+
+def before_node(z: Tensor) -> None:
+    z.grad_fn.register_prehook(lambda gout: (2 * gout[0],))
+
+
+def of_the_node_behind(z: Tensor) -> None:
+    node = z.sin().grad_fn.next_functions[0][0]
+    node.register_prehook(lambda gout: (2 * gout[0],))
+
+
+def hooked(register, name: str) -> nn.Sequential:
+    model = network()
+    model.get_submodule(name).register_forward_hook(lambda m, args, out: register(out))
+    return model
+
+
+@pytest.mark.parametrize("register", [of_node, before_node, of_the_node_behind])
+@pytest.mark.parametrize("name", ["norm", "body.0"])
+def test_a_hook_on_an_autograd_node_is_an_error(name, register):
+    with pytest.raises(
+        FastjacError, match=r"registers a hook on the autograd node .* depends on x"
+    ):
+        with_jacobian(hooked(register, name), images(), LabelLogit(), LABELS)
+
+
+@pytest.mark.parametrize("register", [of_node, before_node])
+def test_a_hook_on_an_autograd_node_acts_in_a_fused_network(register):
+    found = []
+    for wrap in (lambda model: model, fuse):
+        model = hooked(register, "norm")
+        wrap(model)(images()).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_that_are_removed_and_nodes_without_one():
+    def register(z: Tensor) -> None:
+        z.register_hook(lambda g: 2 * g).remove()
+        z.grad_fn.register_prehook(lambda gout: (2 * gout[0],)).remove()
+        weight = (2 * model.head.weight).grad_fn
+        weight.register_prehook(lambda gout: (2 * gout[0],))  # not of x
+
+    model = hooked(register, "body.0")
+    check_step(model, "logit", "dense")

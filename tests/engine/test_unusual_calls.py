@@ -230,3 +230,129 @@ def test_a_sparse_addend_in_a_fused_model():
     x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     other = torch.eye(4, dtype=torch.float64).expand(2, 3, 4, 4).to_sparse()
     torch.testing.assert_close(fuse(model)(x, other), model(x, other), rtol=1e-12, atol=1e-12)
+
+
+# Subclasses of Tensor
+
+
+class Rounded(Tensor):
+    """A weight that layers read rounded, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (F.linear, torch.conv2d):
+            x, weight, *rest = args
+            return function(x, weight.as_subclass(Tensor).sin(), *rest)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Doubles(Tensor):
+    """Of which additions and rectifiers give twice as much."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * out if function in (Tensor.add, F.relu) else out
+
+
+def rounded() -> nn.Module:
+    model = network()
+    for layer in (model[0], model[5], model[8]):
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Rounded))
+    return model
+
+
+@pytest.mark.parametrize("place", ["first", "middle"])
+@pytest.mark.parametrize("kind", [Subclass, Doubles])
+def test_a_subclass_inside_the_model(kind, place):
+    def make() -> nn.Module:
+        wrap, unwrap = (Apply(lambda z, k=k: z.as_subclass(k)) for k in (kind, Tensor))
+        inner = network(
+            nn.Sequential(Apply(torch.sin), wrap, Apply(lambda z: z.add(z.sin()).relu()))
+        )
+        if place == "first":
+            return nn.Sequential(wrap, *inner, unwrap)
+        return nn.Sequential(*inner, unwrap)
+
+    agrees(make)
+
+
+def test_a_parameter_of_a_subclass_that_redefines_calls():
+    agrees(rounded, "batch")
+    found = []
+    for wrap in (lambda model: model, fuse):
+        torch.manual_seed(0)
+        model = rounded()
+        wrap(model)(images()).square().sum().backward()
+        found.append([p.grad.as_subclass(Tensor) for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+class SparseLayer(nn.Module):
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        dense = torch.eye(4).double() + torch.eye(4).roll(1, 1)
+        self.weight = nn.Parameter(getattr(dense, layout)())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (self.weight @ z.transpose(0, 1).flatten(1)).view(4, *z[:, 0].shape).transpose(0, 1)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_weight_trains(layout):
+    found = []
+    for strategy in ("auto", "autograd"):
+        torch.manual_seed(0)
+        model = network(SparseLayer(layout))
+        options = {"batch_stats": "batch", "strategy": strategy}
+        out = with_jacobian(model, images(), LabelLogit(), LABELS, **options)
+        out.jacobian.square().sum().backward()
+        found.append([p.grad.to_dense() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+# Flags, modes and transforms
+
+
+def test_setting_requires_grad():
+    def set_true(x: Tensor) -> Tensor:
+        x.requires_grad = True
+        return x.requires_grad_()
+
+    model = network()
+    found = [
+        with_jacobian(m, images(), LabelLogit(), LABELS).jacobian.detach()
+        for m in (model, nn.Sequential(Apply(set_true), model))
+    ]
+    assert torch.equal(*found)
+    for off in (lambda z: z.requires_grad_(False), lambda z: setattr(z, "requires_grad", False)):
+        with pytest.raises(FastjacError, match=r"requires_grad .* to False; expected .detach\(\)"):
+            with_jacobian(network(Apply(off)), images(), LabelLogit(), LABELS)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev", "functionalize"])
+def test_inside_of_a_transform_it_is_an_error(transform):
+    model = network()
+
+    def loss(x: Tensor) -> Tensor:
+        return with_jacobian(model, x, LabelLogit(), LABELS).jacobian.sum()
+
+    with pytest.raises(FastjacError, match=r"inside of a torch\.func transform"):
+        getattr(torch.func, transform)(loss)(images())
+
+
+def test_where_saved_tensors_have_no_hooks():
+    model = network()
+    expected = model(images())
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        torch.testing.assert_close(fuse(model)(images()), expected, rtol=1e-9, atol=1e-12)
+        with_jacobian(model, images(), LabelLogit(), LABELS).jacobian.sum().backward()
+
+
+def test_a_run_on_fake_tensors_leaves_none_behind():
+    def run() -> Tensor:
+        return with_jacobian(nn.Linear(4, 3), torch.rand(2, 4), Logits([0, 2])).jacobian
+
+    with FakeTensorMode():
+        run()
+    assert type(run()) is Tensor

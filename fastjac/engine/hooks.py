@@ -1,0 +1,85 @@
+"""The hooks that a model registers on what depends on x."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor
+
+from fastjac.errors import FastjacError
+
+# Autograd functions that give their arguments back: of a module's backward hooks, of
+# DistributedDataParallel that looks for unused parameters, and of fully_shard. Their nodes have hooks.
+HOOKED = {
+    "BackwardHookFunctionBackward",
+    "_DDPSinkBackward",
+    "RegisterPostBackwardFunctionBackward",
+}
+
+
+class Hooks:
+    """Those of tensors run in the reverse sweep, too, as PyTorch runs them in the backward that gives J.
+
+    Those of autograd nodes would not: an error. ``by_value``: hooks by a value's number and their id;
+    ``nodes``: the nodes that the model has read.
+    """
+
+    def __init__(self) -> None:
+        self.by_value: dict[int, OrderedDict[int, Any]] = {}
+        self.nodes: list[Any] = []
+
+    def register(self, tensor: Tensor, number: int, hook: Any) -> Any:
+        """Register a hook on the value ``number``."""
+        owner = type(getattr(hook, "__self__", None)).__module__
+        of_several = getattr(hook, "__module__", None) == "torch.autograd.graph"
+        if of_several or owner.startswith("torch.distributed.fsdp"):
+            # It asks for the ordinary backward; or it prepares parameters for that.
+            return tensor.register_hook(hook)
+        observed = _observed(hook)
+        handle = tensor.register_hook(observed)
+        hooks = self.by_value.setdefault(number, OrderedDict())
+        hooks[handle.id] = observed
+        handle.extra_dict_ref = (weakref.ref(hooks),)  # where its remove() looks, too
+        return handle
+
+    def check_nodes(self, recorded: set[int]) -> None:
+        """Raise if a node that has been read, or one behind it, has hooks and is in ``recorded``."""
+        todo, seen = self.nodes, set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            here = node._sequence_nr() in recorded and node.name() not in HOOKED
+            if here and _has_hooks(node):
+                raise FastjacError(
+                    f"the model registers a hook on the autograd node {node.name()} of what depends on "
+                    "x, which would not see the input Jacobian; expected the tensor's register_hook, or "
+                    "strategy='autograd'"
+                )
+            todo += [following for following, _ in node.next_functions]
+
+
+def _observed(hook: Any) -> Any:
+    """A tensor's hook, which may look at a cotangent, but not replace it."""
+
+    def observe(cotangent: Tensor) -> None:
+        if hook(cotangent) is not None:
+            raise FastjacError(
+                "a hook that the model registers on a tensor replaces its gradient, and so the input "
+                "Jacobian; expected a hook that returns None, or strategy='autograd'"
+            )
+
+    return observe
+
+
+def _has_hooks(node: Any) -> bool:
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *_: None)
+        others = len(handle.hooks_dict_ref()) > 1
+        handle.remove()
+        if others:
+            return True
+    return False
