@@ -402,6 +402,11 @@ def check_input(x: Any, model: nn.Module, name: str) -> None:
         raise FastjacError(
             f"x: expected an ordinary tensor, padded where lengths differ; got {kind}"
         )
+    if torch._C._are_functorch_transforms_active():
+        raise FastjacError(
+            "fastjac runs inside of a torch.func transform (grad, vmap, jvp, ...), which cannot pass "
+            "through it; expected a backward of a loss of its outputs"
+        )
     if x.requires_grad:
         raise FastjacError(
             "x requires grad; fastjac differentiates in the parameters alone: pass x.detach()"

@@ -462,7 +462,9 @@ class Logits(Target):
             raise FastjacError(
                 f"Logits: expected indices from 0 to {output.shape[1] - 1}, got {max(self.indices)}"
             )
-        return output.index_select(1, _index(self.indices, output.device))
+        # Of a subclass, a mode's FakeTensor say, an index is one as well, and not to be kept.
+        index = _index if type(output) is Tensor else _index.__wrapped__
+        return output.index_select(1, index(self.indices, output.device))
 
 
 @dataclass(frozen=True)

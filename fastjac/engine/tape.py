@@ -44,6 +44,7 @@ _CONSTANTS = {
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like),
     *(torch.randn_like, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     *(torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial),
+    Tensor.data.__set__,
 }
 # What writes no values in place, but another shape.
 _RESHAPES = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
@@ -167,21 +168,14 @@ class Tape(Fusion):
             if len(node.next_functions) != len(node._input_metadata):
                 return None  # not all of its arguments are tensors
             node, output = node.next_functions[output]
-        if node is None or hasattr(node, "variable"):
-            return None
-        value = self._outputs.get((node._sequence_nr(), output))
-        if value is None:
-            return None
+            if node is not None and not hasattr(node, "variable"):
+                value = self._outputs.get((node._sequence_nr(), output))
         self._hold(tensor, value._replace(version=tensor._version, node=None))
         return self._values[id(tensor)]
 
     def _check_value(self, name: Any, tensor: Tensor, value: Value) -> None:
         if tensor._version != value.version:
-            raise FastjacError(
-                f"{_text(name)} reads a tensor {list(tensor.shape)} that was overwritten in place "
-                "where fastjac cannot see it (through a view of it, or in C++); use the operation "
-                "that is not in place, or strategy='autograd'"
-            )
+            raise _overwritten(name, tensor)
         if value.node is not None and value.node != _node(tensor):
             raise self._unseen(name, tensor)
 
@@ -206,13 +200,18 @@ class Tape(Fusion):
         return FastjacError(
             f"{_text(name)} reads a tensor {list(tensor.shape)} whose derivative fastjac has not seen: "
             f"{made or 'something'} made it outside of PyTorch's Python functions (a custom "
-            "autograd.Function, TorchScript, another thread, a compiled region or a C++ extension); "
-            f"{advice}"
+            "autograd.Function, torch.func, TorchScript, another thread, a compiled region or a C++ "
+            f"extension); {advice}"
         )
 
     def _note_constant(self, tensor: Tensor) -> None:
         constants, key = self._constants, id(tensor)
-        constants[key] = weakref.ref(tensor, lambda _: constants.pop(key, None))
+        alive = weakref.ref(tensor, lambda _: constants.pop(key, None))
+        constants[key] = alive, tensor._version
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        known = self._constants.get(id(tensor))
+        return known is not None and known[1] == tensor._version
 
     def module_names(self) -> dict[int, str]:
         """The names of the model's modules, by their identity."""
@@ -520,9 +519,13 @@ class _Slot(torch.autograd.Function):
 
 
 def _clone_on_write(leaf: Tensor) -> Tensor:
+    if leaf.layout != torch.strided or leaf.is_meta:
+        kind = "a meta tensor" if leaf.is_meta else "sparse"
+        raise FastjacError(f"x: expected a dense tensor with values, got one that is {kind}")
     try:
         return torch._lazy_clone(leaf)
-    except RuntimeError:  # memory of another allocator: numpy's, or shared with a loader's worker
+    except (RuntimeError, TypeError):
+        # Memory of another allocator (numpy's, or shared with a loader's worker), or a subclass.
         return leaf.clone()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
@@ -51,7 +52,7 @@ QUERIES = {
     Tensor._backward_hooks.__set__,  # by C++, after an autograd function that has written in place
 }
 _ALIASES = {Tensor.data.__get__, Tensor.detach, torch.detach, Tensor.numpy, Tensor.__array__}
-_ALIASES |= {Tensor.__dlpack__}
+_ALIASES |= {Tensor.__dlpack__, Tensor.data.__set__}
 _FUNCTIONS = {type(F.relu), type(torch.relu), type(Tensor.relu), type(Tensor.__add__)}
 _REQUIRES_GRAD = Tensor.requires_grad.__get__
 _SET_UP_HOOK = BackwardHook._apply_on_tensors.__code__
@@ -93,6 +94,13 @@ def writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return True
     position = _INPLACE_POSITION.get(function)
     return position is not None and len(args) > position and args[position] is True
+
+
+@functools.lru_cache(maxsize=64)
+def overrides(types: tuple[type, ...]) -> bool:
+    """Whether one of these subclasses of Tensor redefines what is called on it."""
+    default = Tensor.__torch_function__.__func__
+    return any(getattr(t.__torch_function__, "__func__", None) is not default for t in types)
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
@@ -152,6 +160,8 @@ class Fusion(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in QUERIES:
             return self.query(function, args, kwargs)
+        if types and overrides(types) and torch._C._is_torch_function_enabled():
+            return self._call_override(function, types, args, kwargs)
         if self._pending:
             if torch._C._are_functorch_transforms_active():
                 # A transform may have wrapped a placeholder.
@@ -166,6 +176,20 @@ class Fusion(TorchFunctionMode):
         if function in BATCH_NORMS:
             return self._batch_norm(*functional_batch_norm(function, args, kwargs))
         return self.call(function, args, kwargs)
+
+    def _call_override(
+        self, function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a subclass of Tensor does in the place of a call: its own Python, which the mode sees."""
+        super().__enter__()
+        try:
+            for kind in types:
+                result = kind.__torch_function__(function, types, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        finally:
+            super().__exit__(None, None, None)
+        return function(*args, **kwargs)  # PyTorch's own error
 
     # What a subclass may add to.
 

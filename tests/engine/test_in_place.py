@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from comparison import assert_exact
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit, with_jacobian
+from fastjac import (
+    AttentionWindow,
+    FastjacError,
+    JacobianMatching,
+    LabelLogit,
+    Logits,
+    with_jacobian,
+)
 
 
 def centre_one_channel(z: Tensor) -> Tensor:
@@ -149,3 +156,57 @@ def test_a_write_to_several_tensors_is_an_error():
         JacobianMatching(network(scale_all, False).double(), network(torch.tanh, False).double())(
             x, y
         )
+
+
+@pytest.mark.parametrize("write", [Tensor.mul_, Tensor.div_])
+def test_a_factor_that_the_product_overwrites_is_an_error(write):
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            return write(x, x.detach()).flatten(1)
+
+    with pytest.raises(FastjacError, match="needs for its derivative was overwritten in place"):
+        with_jacobian(Writes(), torch.rand(2, 3, 4), Logits([0]))
+
+
+class WritesToConstant(nn.Module):
+    """A view of a constant, read before and after x was written to the constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = 2 * self.weight
+        view = constant[:2]
+        before = view.sin().sum()
+        constant[0] = x.sum(0)
+        return x * view.sum(0) + before
+
+
+def test_a_view_of_a_constant_that_x_is_written_to_is_an_error():
+    with pytest.raises(FastjacError, match=r"\[2, 4\] that was overwritten in place"):
+        with_jacobian(WritesToConstant(), torch.rand(3, 4), Logits([0]))
+
+
+class SetsData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x).tanh()
+        z.data = z.data.round()
+        return z * z
+
+
+def test_values_that_are_set_keep_the_derivative():
+    found = []
+    for strategy in ("auto", "autograd"):
+        model = SetsData()
+        x = torch.linspace(-1, 1, 12).view(3, 4)
+        out = with_jacobian(model, x, Logits([0, 2]), strategy=strategy)
+        (out.jacobian.square().sum() + out.output.sum()).backward()
+        found.append([out.output.detach(), out.jacobian.detach(), model.layer.weight.grad])
+    torch.testing.assert_close(*found)

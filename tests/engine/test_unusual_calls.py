@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from small_network import LABELS, STATISTICS, Apply, agrees, exact_or_refused, images, network
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastjac import FastjacError, LabelLogit, fuse, with_jacobian
+from fastjac import FastjacError, LabelLogit, Logits, fuse, with_jacobian
 
 # What runs outside of PyTorch's Python functions
 

@@ -391,7 +391,9 @@ def _fresh(tensor: Tensor) -> Tensor:
 
 def _own_memory(tensor: Tensor) -> Tensor:
     """A tensor whose elements lie apart: dual numbers of an expanded one cannot be written."""
-    return tensor.clone(memory_format=torch.contiguous_format) if 0 in tensor.stride() else tensor
+    if tensor.layout != torch.strided or 0 not in tensor.stride():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _detached(outputs: list[Tensor | None], pushed: list[Tensor | None]) -> list[Tensor | None]:

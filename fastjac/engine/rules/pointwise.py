@@ -268,11 +268,9 @@ class Scale(Pointwise):
         receivers = site.receives(factor) if isinstance(factor, Tensor) else ()
         if divides and (not first or receivers):
             return NotImplemented
-        rule = cls((site.number(x),), factor, divides, bool(receivers), x.shape)
-        y = site.run(a, b)
-        if isinstance(factor, Tensor):
-            rule = rule.changed(factor=site.keep(factor))
-        return y, rule, receivers
+        kept = site.keep(factor) if isinstance(factor, Tensor) else factor
+        rule = cls((site.number(x),), kept, divides, bool(receivers), x.shape)
+        return site.run(a, b), rule, receivers
 
     def needs_delta(self) -> bool:
         return self.trains
