@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -507,11 +507,32 @@ def unfused() -> Iterator[None]:
         _thread.fusion = outer
 
 
-def eager_regions() -> AbstractContextManager[Any]:
-    """Run what ``torch.compile`` has wrapped as its own Python, which a mode sees."""
+_lock = threading.Lock()
+_inside = 0
+_stance: Any = None
+
+
+@contextmanager
+def eager_regions() -> Iterator[None]:
+    """Run what ``torch.compile`` has wrapped as its own Python, which a mode sees.
+
+    PyTorch has one stance for all threads: it is put back when the last of them leaves.
+    """
+    global _inside, _stance
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+        yield
+        return
+    with _lock:
+        if not _inside:
+            _stance = torch.compiler.set_stance("force_eager")
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _stance.__exit__(None, None, None)
 
 
 def has_script(model: nn.Module) -> bool:

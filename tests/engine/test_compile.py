@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from agreement import seed_all
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 
 from fastjac import (
     AttentionWindow,
@@ -17,6 +21,7 @@ from fastjac import (
     jacobian_norm_penalty,
     with_jacobian,
 )
+from fastjac.fusion.mode import eager_regions
 
 LABELS = torch.tensor([0, 3, 1])
 TARGETS = {
@@ -159,3 +164,26 @@ def test_a_part_that_was_compiled_before_the_step(backend):
         assert (ours.grad is None) == (theirs.grad is None)
         if ours.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_threads_that_leave_in_another_order_put_the_compiler_back():
+    """The compiler's stance is the process's: the first that enters sets it, the last puts it back."""
+    inside, left = [threading.Event(), threading.Event()], threading.Event()
+
+    def enter_first() -> None:
+        with eager_regions():
+            inside[0].set()
+            inside[1].wait(60)
+        left.set()
+
+    def leave_last() -> None:
+        inside[0].wait(60)
+        with eager_regions():
+            inside[1].set()
+            left.wait(60)
+
+    before = eval_frame._stance
+    with ThreadPoolExecutor(2) as pool:
+        for run in [pool.submit(enter_first), pool.submit(leave_last)]:
+            run.result(60)
+    assert eval_frame._stance == before

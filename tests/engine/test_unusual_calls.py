@@ -358,3 +358,11 @@ def test_a_run_on_fake_tensors_leaves_none_behind():
     with FakeTensorMode():
         run()
     assert type(run()) is Tensor
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_view_of_another_dtype_has_no_derivative(frozen):
+    def bits(z: Tensor) -> Tensor:
+        return z * z.view(torch.float32).isfinite().sum() + z.view(torch.complex128).abs().mean()
+
+    agrees(lambda: network(Apply(bits)).requires_grad_(not frozen))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     *(torch.mean, torch.sum, torch.cumsum, torch.index_select, torch.gather, torch.take_along_dim),
     *(torch.tril, torch.triu, torch.trace, torch.real, torch.imag, torch.view_as_real),
     *(torch.view_as_complex, torch.broadcast_to, torch.conj, torch.resolve_conj, torch.diff),
-    *(Tensor.flatten, Tensor.view, Tensor.reshape, Tensor.transpose, Tensor.t),
+    *(Tensor.flatten, Tensor.reshape, Tensor.transpose, Tensor.t),
     *(Tensor.movedim, Tensor.moveaxis, Tensor.swapaxes, Tensor.swapdims, Tensor.squeeze),
     *(Tensor.unsqueeze, Tensor.unflatten, Tensor.chunk, Tensor.split, Tensor.tensor_split),
     *(Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.expand, Tensor.expand_as, Tensor.repeat),
@@ -92,6 +92,17 @@ class LinearMap(Rule):
             return x.clone(memory_format=torch.contiguous_format)
         empty = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
         return empty.copy_(x)
+
+
+@register_rule(Tensor.view)
+class View(LinearMap):
+    """The same elements in another shape; of another dtype they have no derivative."""
+
+    @classmethod
+    def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
+        if any(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())):
+            return NotImplemented
+        return super().record(site, *args, **kwargs)
 
 
 _TO_LAST, _TO_SECOND = (0, 2, 3, 1), (0, 3, 1, 2)
