@@ -309,7 +309,7 @@ class _Stop:
     ) -> None:
         self.tape, self.features, self.layers = tape, features, layers
 
-    def __call__(self, module: nn.Module, args: Any, value: Any) -> Tensor | None:
+    def __call__(self, module: nn.Module, args: Any, value: Any) -> Any:
         if not self.layers <= self.features.keys():
             return None
         self.tape.recording = False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastjac.engine.rules.base import Receiver, Rule
 from fastjac.errors import FastjacError
@@ -64,3 +66,29 @@ def _fields(rule: Rule) -> set[int]:
     """The identities of what a rule has in its fields, and in their lists."""
     values = list(vars(rule).values())
     return set(map(id, itertools.chain(values, *(v for v in values if type(v) is list))))
+
+
+def calling_module() -> Any:
+    """A weak reference to the module whose forward makes the current call."""
+    frame = sys._getframe(3)
+    for _ in range(8):
+        if frame is None:
+            return None
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                return weakref.ref(owner)
+        frame = frame.f_back
+    return None
+
+
+def own_lists(value: Any) -> Any:
+    """Arguments whose lists are copies: a rule reads them again, and the model may change its own."""
+    if type(value) is tuple:
+        return tuple(map(own_lists, value))
+    if type(value) is list:
+        return [*map(own_lists, value)]
+    if type(value) is dict:
+        return {key: own_lists(item) for key, item in value.items()}
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,12 +11,13 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import CreationMeta, _get_creation_meta
 
-from fastjac.engine.call import Call, Kept
+from fastjac.engine.call import Call, Kept, calling_module, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.base import Receiver
-from fastjac.engine.rules.views import ViewWrite
+from fastjac.engine.rules.views import ViewWrite, view_of
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import (
@@ -143,14 +143,16 @@ class Tape(Fusion):
                 continue
             if isinstance(argument, Tensor):
                 value = self._values.get(id(argument)) or self._behind_identity(argument)
+                if value is None and argument.requires_grad:
+                    if argument.grad_fn is not None and not self._is_constant(argument):
+                        value = self._reread(argument)
+                        if value is None:
+                            self._check_graph(name, argument)
+                    trains = trains or (value is None and self.differentiable)
                 if value is not None:
-                    self._check_value(name, argument, value)
+                    value = self._checked(name, argument, value)
                     varying.append(argument)
                     trains = trains or value.trainable
-                elif argument.requires_grad:
-                    if argument.grad_fn is not None and not self._is_constant(argument):
-                        self._check_graph(name, argument)
-                    trains = trains or self.differentiable
             elif isinstance(argument, NESTED) and argument:
                 if isinstance(argument, dict):
                     argument = argument.values()
@@ -173,11 +175,30 @@ class Tape(Fusion):
         self._hold(tensor, value._replace(version=tensor._version, node=None))
         return self._values[id(tensor)]
 
-    def _check_value(self, name: Any, tensor: Tensor, value: Value) -> None:
+    def _checked(self, name: Any, tensor: Tensor, value: Value) -> Value:
         if tensor._version != value.version:
-            raise _overwritten(name, tensor)
+            known = self._reread(tensor)
+            if known is None:
+                raise _overwritten(name, tensor)
+            return known
         if value.node is not None and value.node != _node(tensor):
             raise self._unseen(name, tensor)
+        return value
+
+    def _reread(self, tensor: Tensor) -> Value | None:
+        """A view of a value that was overwritten since it was made: a view of the value as it is."""
+        base = tensor._base if torch.is_grad_enabled() else None
+        if base is None or _get_creation_meta(tensor) != CreationMeta.DEFAULT:
+            return None  # of several views, or of one made without gradients, PyTorch takes none
+        whole = self._values.get(id(base))
+        if whole is None or whole.version != base._version or whole.node is not None:
+            return None
+        rule = view_of(whole.number, base, tensor)
+        if rule is None:
+            return None
+        number = self._assign(tensor, whole.trainable)
+        self.calls.append(Call(rule, (number,), True, (), "as_strided", None, []))
+        return self._values[id(tensor)]
 
     def _check_graph(self, name: Any, tensor: Tensor) -> None:
         """Raise if the graph of a tensor that no recorded call made leads to what depends on x."""
@@ -325,7 +346,7 @@ class Tape(Fusion):
                 "batch_stats='frozen' cannot hold constant; expected F.batch_norm, or "
                 "batch_stats='batch'"
             )
-        args, kwargs = _own_lists(args), _own_lists(kwargs) if kwargs else kwargs
+        args, kwargs = own_lists(args), own_lists(kwargs) if kwargs else kwargs
         site = Site(self, function, trains)
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
@@ -354,7 +375,7 @@ class Tape(Fusion):
         if not any(n is not None for n in numbers):
             return out
         single = isinstance(result, Tensor)
-        name, module = function_name(function), _calling_module()
+        name, module = function_name(function), calling_module()
         self.calls.append(Call(rule, numbers, single, receivers, name, module, site.kept))
         if base is not None:
             sources = numbers if whole is None else (whole.number, *numbers)
@@ -389,7 +410,7 @@ class Tape(Fusion):
                 return self._affine_apart(*bind_batch_norm(*args, **kwargs))
         y = super()._batch_norm(args, kwargs)
         if self.recording and (pending := self._pending.get(id(y))) is not None:
-            pending.chain.module = _calling_module()
+            pending.chain.module = calling_module()
         return y
 
     def _affine_apart(
@@ -537,17 +558,6 @@ def _overwritten(name: Any, tensor: Tensor) -> FastjacError:
     )
 
 
-def _own_lists(value: Any) -> Any:
-    """Arguments whose lists are copies: a rule reads them again, and the model may change its own."""
-    if type(value) is tuple:
-        return tuple(map(_own_lists, value))
-    if type(value) is list:
-        return [*map(_own_lists, value)]
-    if type(value) is dict:
-        return {key: _own_lists(item) for key, item in value.items()}
-    return value
-
-
 def _has_node(tensor: Tensor) -> bool:
     """Whether a graph leads to it; PyTorch refuses to say of a view that was written to without one."""
     if not torch.is_grad_enabled() and tensor._is_view():
@@ -565,21 +575,6 @@ def _node(tensor: Tensor) -> int:
 
 def _text(function: Any) -> str:
     return function if isinstance(function, str) else function_name(function)
-
-
-def _calling_module() -> Any:
-    """A weak reference to the module whose forward makes the current call."""
-    frame = sys._getframe(3)
-    for _ in range(8):
-        if frame is None:
-            return None
-        code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module):
-                return weakref.ref(owner)
-        frame = frame.f_back
-    return None
 
 
 _ADVICE = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastjac.engine.rules.base import Recorded, Rule, register_rule
+from fastjac.engine.rules.linear_maps import LinearMap
 from fastjac.errors import FastjacError
 from fastjac.fusion.mode import tensors_in
 
@@ -103,3 +104,16 @@ class ViewWrite(Rule):
         base = self._laid_out(tangents[0] if len(tangents) > 1 else zero)
         self._view(base).copy_(tangents[-1])
         return base, ()
+
+
+def view_of(number: int, base: Tensor, view: Tensor) -> Rule | None:
+    """The rule of a view of the value ``number``, read anew; None: of another dtype."""
+    same = base.dtype == view.dtype and base.is_conj() == view.is_conj()
+    if not same or base.is_neg() != view.is_neg():
+        return None
+    geometry = (view.shape, view.stride(), view.storage_offset() - base.storage_offset())
+
+    def read(x: Tensor) -> Tensor:
+        return x.as_strided(*geometry)
+
+    return LinearMap((number,), read, base.shape, base.stride(), base.dtype, base.device)
