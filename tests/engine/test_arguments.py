@@ -123,6 +123,39 @@ def test_a_constant_that_changes_before_the_backward_is_an_error(function):
         out.jacobian.square().sum().backward()
 
 
+class Differences(nn.Module):
+    """Of neighbours, with a border that does not depend on x."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function, self.border = function, nn.Parameter(torch.rand(4, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z.sin(), self.border.expand(len(z), 4, 4, 1)) * z
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z, border: torch.diff(z, prepend=border),
+        lambda z, border: z.diff(1, -1, None, border.detach()),
+        lambda z, border: z.diff(2, 2, z[:, :, :2]),
+    ],
+)
+def test_differences_with_a_border(function):
+    agrees(lambda: network(Differences(function)))
+
+
+@pytest.mark.parametrize("function", [Tensor.view_as, Tensor.expand_as, Tensor.type_as])
+def test_what_gives_a_shape_or_a_dtype_may_be_overwritten(function):
+    def add(z: Tensor) -> Tensor:
+        z = z * 1
+        z += function(2 * z, z)
+        return z * z
+
+    agrees(lambda: network(Apply(add)))
+
+
 def turned(z: Tensor) -> Tensor:
     z = z * 1
     z[0].transpose_(1, 2)

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     *(torch.roll, torch.flip, torch.rot90, torch.tile, torch.repeat_interleave, torch.diagonal),
     *(torch.mean, torch.sum, torch.cumsum, torch.index_select, torch.gather, torch.take_along_dim),
     *(torch.tril, torch.triu, torch.trace, torch.real, torch.imag, torch.view_as_real),
-    *(torch.view_as_complex, torch.broadcast_to, torch.conj, torch.resolve_conj, torch.diff),
+    *(torch.view_as_complex, torch.broadcast_to, torch.conj, torch.resolve_conj),
     *(Tensor.flatten, Tensor.reshape, Tensor.transpose, Tensor.t),
     *(Tensor.movedim, Tensor.moveaxis, Tensor.swapaxes, Tensor.swapdims, Tensor.squeeze),
     *(Tensor.unsqueeze, Tensor.unflatten, Tensor.chunk, Tensor.split, Tensor.tensor_split),
-    *(Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.expand, Tensor.expand_as, Tensor.repeat),
+    *(Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.expand, Tensor.repeat),
     *(Tensor.roll, Tensor.flip, Tensor.rot90, Tensor.tile, Tensor.repeat_interleave),
     *(Tensor.mean, Tensor.sum, Tensor.cumsum, Tensor.index_select, Tensor.gather, Tensor.diagonal),
     *(Tensor.take_along_dim, Tensor.tril, Tensor.triu, Tensor.trace, Tensor.unfold),
-    *(Tensor.__getitem__, Tensor.__iter__, Tensor.view_as, Tensor.reshape_as, Tensor.diff),
-    *(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16),
+    *(Tensor.__getitem__, Tensor.__iter__),
+    *(Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16),
     *(Tensor.double, Tensor.cpu, Tensor.cuda, Tensor.conj, Tensor.broadcast_to),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")),
     *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, F.fold, F.avg_pool1d),
@@ -134,6 +134,37 @@ class Permute(Rule):
         if (self.dims, region.axis) == (_TO_SECOND, 2):
             return [region.moved(1)]
         return super().input_regions(region)
+
+
+@register_rule(Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.type_as)
+class Like(LinearMap):
+    """In another tensor's shape or dtype, of which the values do not count."""
+
+    @classmethod
+    def record(cls, site: Site, input: Tensor, other: Tensor) -> Recorded | Any:
+        if not site.varies(input):
+            return NotImplemented
+        function, like = site.function, other.detach().new_empty(()).expand(other.shape)
+
+        def linear(x: Tensor) -> Tensor:
+            return function(x, like)
+
+        number = site.number(input)
+        rule = cls((number,), linear, input.shape, input.stride(), input.dtype, input.device)
+        return site.run(input, other), rule, ()
+
+
+@register_rule(torch.diff, Tensor.diff)
+class Difference(LinearMap):
+    """torch.diff, but for what is put before or behind, which is no factor."""
+
+    @classmethod
+    def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
+        return (
+            NotImplemented
+            if tensors_in(args[1:], kwargs)
+            else super().record(site, *args, **kwargs)
+        )
 
 
 def _pads_with_zeros(
