@@ -346,6 +346,10 @@ class Tape(Fusion):
                 "batch_stats='frozen' cannot hold constant; expected F.batch_norm, or "
                 "batch_stats='batch'"
             )
+        if kwargs and kwargs.get("out") is not None:
+            raise FastjacError(
+                f"{function_name(function)} with out= is not supported; expected its result"
+            )
         args, kwargs = own_lists(args), own_lists(kwargs) if kwargs else kwargs
         site = Site(self, function, trains)
         in_place = writes_in_place(function, args, kwargs)

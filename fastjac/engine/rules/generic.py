@@ -77,10 +77,6 @@ class Generic(Rule):
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded:
         function = site.function
         in_place = writes_in_place(function, args, kwargs)
-        if kwargs.get("out") is not None:
-            raise FastjacError(
-                f"{function_name(function)} with out= is not supported; expected its result"
-            )
         if in_place and not isinstance(args[0], Tensor):
             raise FastjacError(
                 f"{function_name(function)} writes in place to several tensors; use the operation that "
