@@ -422,6 +422,8 @@ class Scalar(Target):
                 "Scalar: function must be callable as function(output, y); got "
                 f"{type(self.function).__name__}"
             )
+        if self.layer is not None and not isinstance(self.layer, str):
+            raise FastjacError(f"Scalar: layer is a name of named_modules(); got {self.layer!r}")
 
     def scalar(self, output: Tensor, features: Any, y: Any) -> Tensor:
         return self.function(output if self.layer is None else features, y)

@@ -310,6 +310,8 @@ def test_scalar_takes_the_output_or_a_layers_features():
     assert Scalar(function).head(output, None, y) is None
     with pytest.raises(FastjacError, match=r"function must be callable .*; got str"):
         Scalar("z")
+    with pytest.raises(FastjacError, match=r"Scalar: layer is a name of named_modules\(\); got 1"):
+        Scalar(len, layer=1)
 
 
 @pytest.mark.parametrize("indices", [None, (3, 0), [2], range(3), torch.tensor([1, 1])], ids=str)

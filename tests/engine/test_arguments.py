@@ -14,7 +14,7 @@ from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMi
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastjac import FastjacError, LabelLogit, fuse, with_jacobian
+from fastjac import AttentionWindow, FastjacError, LabelLogit, Logits, fuse, with_jacobian
 
 # Lists, which the model changes once the call has run
 
@@ -307,6 +307,18 @@ def test_flop_are_counted():
             out.jacobian.square().sum().backward()
         counts.append(counter.get_total_flops())
     assert 0 < counts[0] <= counts[1]
+
+
+@pytest.mark.parametrize("target", [AttentionWindow("3", window=0.3), Logits([0, 2])], ids=str)
+@pytest.mark.parametrize("norm", [True, False])
+def test_an_empty_batch_of_images(norm, target):
+    model = network().eval()
+    if not norm:
+        model[1] = nn.Identity()
+    out = with_jacobian(model, images()[:0], target)
+    (out.jacobian.sum() + out.output.sum()).backward()
+    assert out.jacobian.shape[0] == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_an_empty_batch_of_vectors():

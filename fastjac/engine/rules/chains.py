@@ -119,7 +119,7 @@ class NormActPool(Rule):
             given=given,
             added=None if self.added is None else (given, self.added[1]),
             shape=torch.Size(region.resized(self.shape)),
-            share=given.numel() / self.given.numel(),
+            share=given.numel() / max(self.given.numel(), 1),
         )
 
 

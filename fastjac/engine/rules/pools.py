@@ -65,7 +65,7 @@ class MaxPool2d(Rule):
 
     def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
         out = torch.empty_like(self.indices, dtype=tangents[0].dtype)
-        flat = (*out.shape[:2], -1)
+        flat = (*out.shape[:2], out.shape[2:].numel())  # -1 would not do for an empty batch
         torch.gather(tangents[0].flatten(2), 2, self.indices.view(flat), out=out.view(flat))
         return out, ()
 
