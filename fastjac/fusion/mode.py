@@ -100,7 +100,7 @@ def writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def overrides(types: tuple[type, ...]) -> bool:
     """Whether one of these subclasses of Tensor redefines what is called on it."""
     default = Tensor.__torch_function__.__func__
-    return any(getattr(t.__torch_function__, "__func__", None) is not default for t in types)
+    return any(getattr(t.__torch_function__, "__func__", default) is not default for t in types)
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
