@@ -155,15 +155,18 @@ def _restore_random_numbers(training: Training, states: dict[str, Any]) -> None:
         torch.manual_seed(training.options.seed + rank + ranks.count() * done)
 
 
-def position(folder: RunFolder) -> str:
-    """What the last checkpoint holds, such as ``epoch 3``; empty if there is none."""
-    if not folder.last.is_file():
-        return ""
-    # Mapped: of the tensors, nothing is read.
-    state = torch.load(folder.last, "cpu", weights_only=True, mmap=True)
-    if (within := state.get("within_epoch")) is not None:
-        return f"step {within['steps']} of epoch {state['epoch'] + 1}"
-    return f"epoch {state['epoch']}"
+def position(folder: RunFolder) -> tuple[Path, str]:
+    """The newest checkpoint that can be read, and what it holds: ``epoch 3``; empty if there is none."""
+    for path in folder.checkpoints():
+        try:
+            # Mapped: of the tensors, nothing is read.
+            state = torch.load(path, "cpu", weights_only=True, mmap=True)
+            if (within := state.get("within_epoch")) is not None:
+                return path, f"step {within['steps']} of epoch {state['epoch'] + 1}"
+            return path, f"epoch {state['epoch']}"
+        except Exception:  # damaged bytes may raise anything, and an error is being told already
+            continue
+    return folder.last, ""
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,30 +77,42 @@ def _make(path: Path) -> bool:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
-    os.write(file, json.dumps(about).encode())
-    os.close(file)
+    try:
+        os.write(file, json.dumps(about).encode())
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(file)
     return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a claim says; None if it is gone, or about to be written."""
+    """What a claim says; None if it is gone, or about to be written, or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        about = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    kinds = {"host": str, "pid": int, "time": int | float}
+    whole = isinstance(about, dict) and all(isinstance(about.get(k), kinds[k]) for k in kinds)
+    return about if whole else None
 
 
 def _is_stale(path: Path) -> bool:
     about = _read(path)
-    if about is None or about["host"] != socket.gethostname():
+    if about is None:  # without a word for so long: its process was killed, or its disk full
+        with suppress(FileNotFoundError):
+            return time.time() - path.stat().st_mtime > LONG
+        return False
+    if about["host"] != socket.gethostname():
         return False
     try:
         os.kill(about["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:  # another user's
         return False
-    return _start_of(about["pid"]) != about["started"]
+    return _start_of(about["pid"]) != about.get("started")
 
 
 def _start_of(pid: int) -> str | None:
@@ -117,7 +129,8 @@ def _remove_if_stale(path: Path) -> bool:
         return not path.exists()
     import fcntl
 
-    with (Path(tempfile.gettempdir()) / "fastjac-claims.lock").open("a") as lock:
+    lock_file = f"fastjac-claims-{os.getuid()}.lock"  # one of another user's could not be opened
+    with (Path(tempfile.gettempdir()) / lock_file).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_stale(path):  # still: another may have taken it over meanwhile
             path.unlink(missing_ok=True)

@@ -73,7 +73,7 @@ def read_json(path: Path) -> Any:
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Replace ``path`` by a table of ``rows``; the columns are all their keys."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with replacing(path) as draft, draft.open("w", newline="") as file:
+    with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -174,18 +174,11 @@ class Training:
         )
 
     def _run(self, bar: bool) -> dict[str, Any]:
-        options, folder = self.options, self.folder
+        options = self.options
         if options.torchcompile:
             blank = torch.zeros(2, self.data.channels, self.data.size, self.data.size)
             compile_networks(self.objective.networks, blank.to(self.device))
-        folder.open(asdict(options))
-        if self.subset is not None:
-            folder.save_subset(self.subset)
-        if options.resume:
-            folder.promote(self.source)
-            folder.write_metrics(self.history)
-        else:
-            self._save()
+        self._open_folder()
         with self._bar(bar) as progress, self._events() as events:
             while self.epoch < options.epochs:
                 row = self._epoch(progress)
@@ -194,12 +187,25 @@ class Training:
                         events.add_scalar(name, value, row["epoch"])
         return self._finish()
 
+    def _open_folder(self) -> None:
+        """Make the folder; bring its files to where the run is."""
+        options, folder = self.options, self.folder
+        folder.open(asdict(options) | {"epochs": max(options.epochs, self.epoch)})
+        if self.subset is not None:
+            folder.save_subset(self.subset)
+        if options.resume:
+            folder.promote(self.source)
+            folder.write_metrics(self.history)
+        else:
+            self._save()
+
     def _nothing_left(self) -> dict[str, Any]:
         """End a run that was stopped at or after the last epoch now wanted; train nothing."""
         notice(
-            f"nothing to train: {self.folder.last} holds epoch {self.epoch}, --epochs is "
+            f"nothing to train: {self.source} holds epoch {self.epoch}, --epochs is "
             f"{self.options.epochs}"
         )
+        self._open_folder()
         if "test_accuracy" not in (row := self.history[-1]):
             best = self._test(row)
             self._save(best)
@@ -326,8 +332,8 @@ class Training:
 
     def _held(self, more: str = "") -> str:
         """What is saved, and ``more`` about it."""
-        held = position(self.folder)
-        return f"{self.folder.last} holds {held}{more}" if held else "nothing is saved"
+        path, held = position(self.folder)
+        return f"{path} holds {held}{more}" if held else "nothing is saved"
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):

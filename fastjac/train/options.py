@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from fastjac.errors import FastjacError, unknown
 
@@ -443,6 +444,8 @@ class TableOptions(_Table, StudentOptions):
         for key in values:
             if key not in known:
                 raise unknown("option", _dashed(key), map(_dashed, known), f"row {name!r}")
+        if len(values) < len(given):
+            raise FastjacError(f"row {name!r}: an option stands there twice, with - and with _")
         row = _images_of({term: self.ce if term == "ce" else 0.0 for term in TERMS} | values)
         own = {n: getattr(self, n) for n in names(StudentOptions)}
         try:
@@ -520,9 +523,12 @@ _MOST_FLOAT = 3.4e38  # of float32
 
 
 def _check_values(options: Any) -> None:
-    """Raise for texts that are empty or not UTF-8, and for numbers that are infinite or too large."""
+    """Raise for what is absent, empty texts or not UTF-8, and numbers that are infinite or too large."""
+    hints = get_type_hints(type(options))
     for name in names(type(options)):
         given, most = getattr(options, name), _MOST.get(name, 2**63 - 1)
+        if given is None and NoneType not in get_args(hints[name]):
+            raise FastjacError(f"{flag(name)}: expected a value, got null")
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, str) and not value:
                 raise FastjacError(f"{flag(name)}: expected a text, got an empty one")

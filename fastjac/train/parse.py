@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from fastjac.errors import FastjacError, unknown
-from fastjac.train.options import TOPICS, flag, names
+from fastjac.train.options import TOPICS, StudentOptions, flag, names
 from fastjac.train.recipes import SECTIONS, read_recipe
 
 Options = TypeVar("Options")
@@ -38,20 +38,45 @@ def parse(
         recipe = chosen.get("config")
         if recipe is not None:
             section = command if command in SECTIONS else "table"
-            given = read_recipe(recipe, section)
-            for name, kind in get_type_hints(cls).items():
-                if get_origin(kind) is list and not isinstance(given.get(name, []), list):
-                    raise FastjacError(
-                        f"recipe key {flag(name)[2:]!r} in {recipe}: expected a list, "
-                        f"got {given[name]}"
-                    )
-            values = parser.parse_object(given)
-            parser.set_defaults(values.as_dict())
+            values = _typed(parser, cls, read_recipe(recipe, section), f"in {recipe}")
+            if rows := values.get("rows"):
+                values["rows"] = {str(name): _typed_row(name, row) for name, row in rows.items()}
+            parser.set_defaults(values)
             parser.set_defaults({"config": recipe})
             chosen = parser.parse_args(list(argv))
     except ArgumentError as error:
         raise FastjacError(_one_line(error)) from error
     return cls(**{**chosen.as_dict(), **(overrides or {})})
+
+
+def _typed(parser: ArgumentParser, cls: type, given: dict[str, Any], where: str) -> dict[str, Any]:
+    """The options of ``cls``, with those that are ``given`` by a file; raises for a wrong type."""
+    for name, kind in get_type_hints(cls).items():
+        expected = None
+        if get_origin(kind) is list and not isinstance(given.get(name, []), list):
+            expected = "a list"
+        if kind in (bool, bool | None) and str(given.get(name)).lower() not in _YES_OR_NO:
+            expected = "true or false"
+        if expected is not None:
+            raise FastjacError(
+                f"recipe key {flag(name)[2:]!r} {where}: expected {expected}, got {given[name]}"
+            )
+    return parser.parse_object(given).as_dict()
+
+
+def _typed_row(name: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """The options of a table's row, by their types; what is no option stays, to be found later."""
+    parser, known = _parser("student", StudentOptions), names(StudentOptions)
+    given = {field: row[key] for key in row if (field := str(key).replace("-", "_")) in known}
+    try:
+        typed = _typed(parser, StudentOptions, given, f"in row {name!r}")
+    except ArgumentError as error:
+        raise FastjacError(f"row {name!r}: {_one_line(error)}") from error
+    return {key: typed.get(str(key).replace("-", "_"), value) for key, value in row.items()}
+
+
+# What jsonargparse takes for a bool; of another it does not say which option it is of.
+_YES_OR_NO = ("true", "yes", "false", "no", "none")
 
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):

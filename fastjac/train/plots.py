@@ -24,6 +24,8 @@ from fastjac.train.tables import Cell, columns
 
 COLUMNS = 10  # test images in jacobians.png
 LABELS = {"ce": "cross-entropy", "jacobians": "Jacobians", "jacobian-norm": "Jacobian norm"}
+# Names of rows and classes are shown as they are, with their $.
+_STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "fastjac"}
 
 
 def label(method: str) -> str:
@@ -31,6 +33,7 @@ def label(method: str) -> str:
     return " + ".join(LABELS.get(term, term) for term in method.split("+"))
 
 
+@rc_context(_STYLE)
 def draw_table(table: Sequence[dict[str, Any]], path: Path) -> str:
     """Accuracy over what is across, a line per method, one standard deviation as error bar."""
     methods = list(dict.fromkeys(row["method"] for row in table))
@@ -39,20 +42,21 @@ def draw_table(table: Sequence[dict[str, Any]], path: Path) -> str:
     height = max(4.2, 0.26 * len(methods) + 1)
     figure = Figure(figsize=(8.4, height), layout="constrained")
     axes = figure.subplots()
+    bars = []
     for i, method in enumerate(methods):
         rows = [row for row in table if row["method"] == method]
         shift = 0.02 * (i - (len(methods) - 1) / 2)  # so that the error bars stand side by side
-        axes.errorbar(
+        bar = axes.errorbar(
             [places[row[key]] + shift for row in rows],
             [row["mean"] for row in rows],
             [row["std"] or 0 for row in rows],
-            label=label(method),
             marker="os^Dvp"[i % 6],
             linestyle=("-", "--", ":")[i // 10 % 3],
             markersize=5,
             linewidth=1.5,
             capsize=3,
         )
+        bars.append(bar)
     axes.set_xticks(range(len(values)), [str(value) for value in values])
     axes.set_xlabel(f"training {name}" if key == "samples_per_class" else name)
     axes.set_ylabel("test accuracy, %")
@@ -63,10 +67,12 @@ def draw_table(table: Sequence[dict[str, Any]], path: Path) -> str:
     )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(bars, [label(method) for method in methods], frameon=False, fontsize=8, **place)
     return _save(figure, path)
 
 
+@rc_context(_STYLE)
 def draw_jacobians(options: TableOptions, cells: Sequence[Cell], path: Path) -> list[str]:
     """Test images, and the input Jacobian of the teacher and of two students.
 
@@ -190,6 +196,6 @@ def _one_per_class(data: ImageData) -> tuple[Tensor, Tensor]:
 def _save(figure: Figure, path: Path) -> str:
     vector = path.suffix == ".svg"
     options = {"transparent": True, "metadata": {"Date": None}} if vector else {"dpi": 160}
-    with replacing(path) as draft, rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastjac"}):
+    with replacing(path) as draft:
         figure.savefig(draft, format=path.suffix[1:], **options)
     return path.name

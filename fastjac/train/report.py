@@ -136,7 +136,7 @@ def _list(runs: Sequence[Row]) -> str:
 
 def _figure(caption: str, path: Path) -> str:
     if path.suffix == ".svg":
-        drawing = path.read_text()
+        drawing = path.read_text("utf-8")
         picture = drawing[drawing.index("<svg") :].replace("#000000", "currentColor")
     else:
         code = base64.b64encode(path.read_bytes()).decode()

@@ -22,7 +22,7 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from fastjac.data import ImageData, NoisyImages
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, first_line, read_text
 from fastjac.progress import progress_bar
 from fastjac.train.build import build_data, load_trained, pick_device
 from fastjac.train.claims import claim, claim_in_turn, wait_for
@@ -176,6 +176,7 @@ def _check_methods(cells: Sequence[Cell]) -> None:
 def _cells(options: TableOptions, path: Path) -> list[Cell]:
     """Every student."""
     own = {name: getattr(options, name) for name in names(StudentOptions)}
+    _check_names(list(options.contenders()))
     cells = []
     for seed in options.seeds:
         for count in options.samples:
@@ -198,6 +199,21 @@ def _cells(options: TableOptions, path: Path) -> list[Cell]:
     return cells
 
 
+def _check_names(rows: Sequence[str]) -> None:
+    """Raise for rows whose students would have one folder, or one that no file system takes."""
+    folders: dict[str, str] = {}
+    for row in rows:
+        if len(_as_name(row)) > 200:
+            raise FastjacError(f"--rows: expected names of at most 200 characters, got {row!r}")
+        if row.encode("utf-8", "replace").decode() != row:
+            raise FastjacError(f"--rows: expected names in UTF-8, got {row!a}")
+        if (other := folders.setdefault(_as_name(row), row)) != row:
+            raise FastjacError(
+                f"--rows: {other!r} and {row!r} would have one folder, {_as_name(row)}; expected names "
+                "that differ in their letters, digits or .+=_-"
+            )
+
+
 def _as_name(row: str) -> str:
     """A row's name as that of a folder."""
     return re.sub(r"[^A-Za-z0-9.+=_-]+", "-", row).strip("-") or "row"
@@ -208,7 +224,7 @@ def _finished(run: StudentOptions | TeacherOptions) -> bool:
     folder = RunFolder(run.output, str(run.experiment))
     if not folder.finished():
         return False
-    before = yaml.safe_load((folder.path / "args.yaml").read_text())
+    before = _args(folder.path)
     now = asdict(run)
     different = changed(before, now)
     if before.get("epochs") != now["epochs"] and not different:
@@ -219,6 +235,33 @@ def _finished(run: StudentOptions | TeacherOptions) -> bool:
             "--experiment names another table"
         )
     return True
+
+
+def _args(folder: Path) -> dict[str, Any]:
+    """The options that a finished run was made with."""
+    path = folder / "args.yaml"
+    advice = f"delete {folder / 'config.json'} to have both made anew"
+    try:
+        found = yaml.safe_load(read_text(path))
+    except (FastjacError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FastjacError(
+            f"{path} is damaged or missing: {first_line(error)}; {advice}"
+        ) from error
+    if not isinstance(found, dict):
+        raise FastjacError(f"{path} is damaged: expected the run's options, by name; {advice}")
+    return found
+
+
+def _seconds(folder: Path) -> float:
+    """The time that the epochs of a finished run took."""
+    path = folder / "metrics.jsonl"
+    try:
+        return sum(float(json.loads(line)["seconds"]) for line in read_text(path).splitlines())
+    except (KeyError, TypeError, ValueError, RecursionError) as error:  # or a FastjacError
+        raise FastjacError(
+            f"{path} is damaged or missing: {first_line(error)}; delete {folder / 'config.json'} to "
+            "have both made anew"
+        ) from error
 
 
 def _resumed(run: Any) -> Any:
@@ -326,9 +369,7 @@ def _results(cell: Cell, noises: Sequence[float], device: torch.device) -> list[
     """The rows of one student: on the test images, and under each noise."""
     folder = RunFolder(cell.run.output, str(cell.run.experiment)).path
     accuracy = _accuracy(folder)
-    seconds = sum(
-        json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()
-    )
+    seconds = _seconds(folder)
     about = {
         "method": cell.row,
         "samples_per_class": cell.run.samples_per_class or "all",
@@ -363,6 +404,8 @@ def _under_noise(
     """The accuracy under each noise; kept in the student's folder."""
     path = folder / "noise.json"
     known = read_json(path) if path.is_file() else {}
+    if not isinstance(known, dict) or not all(isinstance(v, float) for v in known.values()):
+        raise FastjacError(f"{path} does not hold accuracies; delete it to have it made anew")
     if todo := [noise for noise in noises if str(noise) not in known]:
         trained, data = load_trained(folder), _data_of(run)
         for noise in todo:

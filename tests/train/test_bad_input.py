@@ -254,6 +254,12 @@ def test_jacobians_with_attention_need_one_target(refused, small, teacher):
         ("from: 2024-13-01", "{} is not YAML: month must be in 1..12"),
         (2000 * "[", "{} is not YAML: "),
         ("decay-milestones: 3", "recipe key 'decay-milestones' in {}: expected a list, got 3"),
+        ("amp: 1", "recipe key 'amp' in {}: expected true or false, got 1"),
+        ("lr: 1\nlr: 2", "{} is not YAML: the key 'lr' stands there twice"),
+        ("batch-size: 1\nbatch_size: 2", "{}: the key 'batch_size' stands there twice, with - and"),
+        ("lr: null", "--lr: expected a value, got null"),
+        ("model: null", "--model: expected a value, got null"),
+        ("rows: &a {a: *a}", "{} is not YAML: Circular reference detected"),
     ],
 )
 def test_recipes(refused, tmp_path, text, message):

@@ -14,7 +14,7 @@ import torch
 
 from fastjac.errors import TrainingFailed, notice
 from fastjac.models.weights import read_checkpoint
-from fastjac.train.files import RunFolder, replacing, write_text
+from fastjac.train.files import CannotWrite, RunFolder, replacing, write_text
 
 
 @pytest.fixture
@@ -128,6 +128,25 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog, share):
     assert caplog.messages[0].startswith(f"fastjac: {folder / 'last.pt'} is ")
     assert caplog.messages[0].endswith("; last-1.pt, the one before it, is used")
     assert epochs(RunFolder(tmp_path / "runs", "x"))["last.pt"] == 3
+
+
+def test_what_is_held_is_what_can_be_read(trainer, small, run, tmp_path, monkeypatch):
+    """Where a run that goes on from an older checkpoint ends at once."""
+    run("x", "--epochs", 2)
+    folder = tmp_path / "runs" / "x"
+    for content in (b"", b"PK\3\4", (folder / "last.pt").read_bytes()[:200], None):
+        if content is None:
+            torch.save([1], folder / "last.pt")
+        else:
+            (folder / "last.pt").write_bytes(content)
+
+        def full(*args):
+            raise CannotWrite("no space")
+
+        monkeypatch.setattr(RunFolder, "open", full)
+        words = ["teacher", *small, "--epochs", 3, "--experiment", "x", "--resume"]
+        said = f"fastjac: no space; {folder / 'last-1.pt'} holds epoch 1\n"
+        assert trainer(*words) == (1, "", said)
 
 
 def test_a_flipped_bit_is_found(run, tmp_path, caplog):

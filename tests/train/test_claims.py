@@ -68,6 +68,32 @@ def test_a_claim_that_another_host_has_or_that_is_being_written_stands(tmp_path,
     assert path.exists()
 
 
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"host": 3}', b"\xff", 2000 * b"["])
+def test_a_claim_that_says_nothing_is_taken_over_in_the_end(tmp_path, text):
+    """As of a process that was killed, or whose disk was full, before it wrote who it is."""
+    path = tmp_path / "a.claim"
+    path.write_bytes(text)
+    with claim(tmp_path / "a") as mine:
+        assert not mine
+    os.utime(path, (0, time.time() - claims.LONG - 1))
+    with claim(tmp_path / "a") as mine:
+        assert mine
+    assert not path.exists()
+
+
+def test_a_claim_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    def full(file, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(claims.os, "write", full)
+    with (
+        pytest.raises(FastjacError, match=r"a\.claim cannot be made: No space left on device"),
+        claim(tmp_path / "a"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_waited_for_is_said(tmp_path, caplog, monkeypatch):
     path = killed_holder(tmp_path / "a")
     about = json.loads(path.read_text()) | {"host": "elsewhere", "pid": 7, "time": time.time() - 99}

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from fastjac.train.build import load_trained
@@ -253,6 +254,8 @@ def test_resumed_where_no_epoch_is_left(trainer, small, tmp_path, caplog, epochs
         for _ in range(3):
             stopped._epoch(bar)
     before = torch.load(folder / "last.pt", weights_only=True)
+    (folder / "args.yaml").write_bytes(b"a: [\xff")  # and what was damaged is made anew
+    (folder / "metrics.jsonl").unlink()
     status, out, err = trainer(*words, "--epochs", epochs, "--resume")
     assert (status, err) == (0, "")
     assert (
@@ -264,7 +267,8 @@ def test_resumed_where_no_epoch_is_left(trainer, small, tmp_path, caplog, epochs
     for name, value in trained.model.state_dict().items():
         assert torch.equal(value, before["model"][name])
     assert ["test_accuracy" in line for line in lines(folder)] == [False, False, True]
-    assert (folder / "args.yaml").read_text() == "epochs: 9\n"
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert (args["epochs"], args["plan"]) == (3, "4 M 8 M")
     after = torch.load(folder / "last.pt", weights_only=True)
     assert after["best"] == lines(folder)[-1]["test_accuracy"]
     assert (folder / "best.pt").is_file()

@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ import yaml
 from fastjac.data import NoisyImages, load_data
 from fastjac.errors import FastjacError
 from fastjac.train.build import load_trained
+from fastjac.train.files import write_csv
 from fastjac.train.loop import evaluate
 from fastjac.train.options import TableOptions
+from fastjac.train.parse import parse
+from fastjac.train.plots import draw_table
+from fastjac.train.report import write_report
 from fastjac.train.tables import as_text
 
 ROWS = {
@@ -143,6 +148,50 @@ def test_refused(case):
         TableOptions(methods=[], rows=rows)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{lr: abc}", "row 'a': Parser key \"lr\": Expected a float. Got value: abc"),
+        ("{opt: adm}", "Expected a Literal['adam', 'adamw', 'sgd']. Got value: adm"),
+        ("{model: 3}", 'Parser key "model": Expected a str. Got value: 3'),
+        ("{augment: 1}", "recipe key 'augment' in row 'a': expected true or false, got 1"),
+        ("{levels: 2}", "recipe key 'levels' in row 'a': expected a list, got 2"),
+        ("{lr: null}", "row 'a': --lr: expected a value, got null"),
+        ("{batch-size: 2, batch_size: 4}", "row 'a': an option stands there twice, with - and"),
+        ("3", 'Parser key "rows": Expected a dict. Got value: 3'),
+    ],
+)
+def test_types_in_a_recipe(tmp_path, row, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"methods: [ce]\nrows: {{a: {row}}}\n")
+    with pytest.raises(FastjacError) as error:
+        parse("table", TableOptions, ["--config", str(path)])
+    assert message in str(error.value)
+
+
+def test_values_of_a_row_are_read_as_those_of_a_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("methods: [ce]\nrows: {1: {lr: 1e-3, augment: 'no', batch-size: '8'}}\n")
+    options = parse("table", TableOptions, ["--config", str(path)])
+    assert options.rows == {"1": {"lr": 1e-3, "augment": False, "batch-size": 8}}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a b", "a-b"], "'a b' and 'a-b' would have one folder, a-b; expected names that differ"),
+        ([300 * "x"], "--rows: expected names of at most 200 characters, got 'xxx"),
+    ],
+)
+def test_rows_that_no_folder_can_tell_apart(trainer, small, tmp_path, names, message):
+    """Else the second would be shown with the first one's students."""
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"rows": {name: {} for name in names}, "methods": []}))
+    status, out, err = trainer("table", *small, "--config", path)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
 def test_a_name_twice():
     with pytest.raises(FastjacError, match="'ce' stands there twice"):
         TableOptions(methods=["ce"], rows={"ce": {}})
@@ -157,3 +206,29 @@ def test_text_with_a_cell_that_is_not_there():
     lines = as_text(table).splitlines()
     assert lines[0].split()[-2:] == ["1", "all"]
     assert lines[2].split() == ["b", "91.0"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", [r"$\frac$", "a$b$c", "_x", "été"])
+def test_a_row_s_name_is_drawn_as_it_is(tmp_path, name):
+    rows = [{"method": name, "samples_per_class": 1, "mean": 50.0, "std": "", "n": 1}]
+    assert draw_table(rows, tmp_path / "t.svg") == "t.svg"
+    assert name in (tmp_path / "t.svg").read_text("utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_the_files_of_a_table_are_in_utf_8(tmp_path, monkeypatch):
+    """In any locale: else the first name that it lacks would end the table when all are trained."""
+    opened = Path.open
+
+    def in_ascii(self, mode="r", buffering=-1, encoding=None, errors=None, newline=None):
+        coding = None if "b" in mode else encoding or "ascii"
+        return opened(self, mode, buffering, coding, errors, newline)
+
+    monkeypatch.setattr(Path, "open", in_ascii)
+    rows = [{"method": "漢", "samples_per_class": 1, "mean": 50.0, "std": "", "n": 1}]
+    write_csv(tmp_path / "t.csv", rows)
+    draw_table(rows, tmp_path / "t.svg")
+    write_report(tmp_path / "t.html", "", "", rows, [], {}, "", {"": tmp_path / "t.svg"})
+    for name in ("t.csv", "t.svg", "t.html"):
+        assert "漢" in (tmp_path / name).read_text("utf-8")

@@ -4,18 +4,22 @@ import csv
 import os
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+from fastjac.errors import FastjacError
 from fastjac.models import feature_levels
+from fastjac.train import table
 from fastjac.train.commands import prepare
+from fastjac.train.files import RunFolder, write_text
 from fastjac.train.options import StudentOptions, TableOptions, TeacherOptions
 from fastjac.train.parse import parse
 from fastjac.train.recipes import known
-from fastjac.train.tables import as_text, summarize
+from fastjac.train.tables import Cell, as_text, summarize
 
 METHODS = ["ce", "ce+activations", "ce+jacobians"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -187,16 +191,71 @@ def test_a_failing_student_stops_the_table(trainer, recipe, teacher, tmp_path):
     assert not (tmp_path / "runs" / "t" / "table.csv").exists()
 
 
+@pytest.fixture
+def finished(tmp_path):
+    """A student that is done, as its folder says, and its cell of a table."""
+    run = StudentOptions(output=str(tmp_path), experiment="a")
+    folder = RunFolder(run.output, "a")
+    folder.open(asdict(run))
+    folder.write_metrics([{"epoch": 1, "seconds": 1.5}])
+    write_text(folder.path / "config.json", '{"accuracy": 0.5}')
+    write_text(folder.path / "noise.json", '{"0.0": 0.5, "0.5": 0.25}')
+    return Cell("row", run), folder.path
+
+
+def test_results_of_a_finished_student(finished):
+    cell, _ = finished
+    assert table._finished(cell.run)
+    cpu = torch.device("cpu")
+    (row,) = table._results(cell, [], cpu)
+    assert (row["accuracy"], row["seconds"]) == (50, 1.5)
+    assert [r["accuracy"] for r in table._results(cell, [0.0, 0.5], cpu)] == [50, 25]
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "advice"),
+    [
+        (
+            "args.yaml",
+            [None, b"", b"- 1", b"3", b"a: [", b"\xff", b"a: 2024-13-01"],
+            "delete {}/config.json to have both made anew",
+        ),
+        (
+            "metrics.jsonl",
+            [None, b"\n", b"[]", b"3", b"{", b'{"seconds": "x"}', b'{"seconds": null}', b"\xff"],
+            "delete {}/config.json to have both made anew",
+        ),
+        (
+            "noise.json",
+            [b"[]", b"3", b'{"0.5": "x"}', b'{"0.5": null}', b"{", b"", b"\xff"],
+            "{}/noise.json",
+        ),
+        ("config.json", [b"[]", b"{}", b'{"accuracy": "x"}', b"{", b"\xff"], "{}/config.json"),
+    ],
+)
+def test_a_damaged_file_of_a_finished_student(finished, name, contents, advice):
+    """One line that names the file, and what makes it anew."""
+    cell, folder = finished
+    for content in contents:
+        (folder / name).unlink(missing_ok=True)
+        if content is not None:
+            (folder / name).write_bytes(content)
+        with pytest.raises(FastjacError) as error:
+            table._finished(cell.run) and table._results(cell, [0.5], torch.device("cpu"))
+        assert str(folder / name) in str(error.value), content
+        assert advice.format(folder) in str(error.value), content
+
+
 def test_summary():
     data = [("b", 1, 50.0), ("a", 1, 10.0), ("b", 1, 70.0), ("a", 1, 13.0), ("b", 2, 90.0)]
     keys = ("method", "samples_per_class", "accuracy")
-    table = summarize([dict(zip(keys, row, strict=True)) for row in data])
-    assert table == [
+    means = summarize([dict(zip(keys, row, strict=True)) for row in data])
+    assert means == [
         {"method": "b", "samples_per_class": 1, "mean": 60.0, "std": 14.1421, "n": 2},
         {"method": "b", "samples_per_class": 2, "mean": 90.0, "std": "", "n": 1},
         {"method": "a", "samples_per_class": 1, "mean": 11.5, "std": 2.1213, "n": 2},
     ]
-    assert as_text(table[:2]).splitlines()[1].split() == ["b", "60.0", "±", "14.1", "90.0"]
+    assert as_text(means[:2]).splitlines()[1].split() == ["b", "60.0", "±", "14.1", "90.0"]
 
 
 def test_recipes_say_what_the_paper_says():

@@ -6,6 +6,7 @@ A key is an option of a command. A mapping under a command's name (``teacher:``,
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,19 @@ SECTIONS: dict[str, type] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, where a key that stands twice in a mapping is an error, as the standard has it."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                problem = f"the key {key[1]!r} stands there twice"
+                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
+
+
 def known() -> list[str]:
     """The names of the recipes that come with the package."""
     found = (Path(entry.name) for entry in files(__name__).iterdir())
@@ -34,7 +48,7 @@ def read_recipe(name: str, command: str) -> dict[str, Any]:
     Raises for an unknown recipe or key, with the nearest right names.
     """
     if name in known():
-        text = files(__name__).joinpath(f"{name}.yaml").read_text()
+        text = files(__name__).joinpath(f"{name}.yaml").read_text("utf-8")
     elif is_file(name):
         text = read_text(name)
     elif Path(name).suffix in (".yaml", ".yml"):
@@ -42,7 +56,8 @@ def read_recipe(name: str, command: str) -> dict[str, Any]:
     else:
         raise unknown("recipe", name, known())
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
+        json.dumps(content, skipkeys=True, default=str)  # raises for an alias of what it is in
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date in month 13; [[[[...
         raise FastjacError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -68,3 +83,5 @@ def _check_keys(values: dict[str, Any], right: list[str], where: str) -> None:
     for key in values:
         if key.replace("-", "_") not in right:
             raise unknown("recipe key", key, [n.replace("_", "-") for n in right], where)
+        if "_" in key and key.replace("_", "-") in values:
+            raise FastjacError(f"{where}: the key {key!r} stands there twice, with - and with _")
