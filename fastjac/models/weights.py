@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,8 +82,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     An object of any other class is replaced by an empty one.
     """
     path = Path(path)
-    _first_bytes(path)
-    content = _load(path)
+    content = _load(path, _first_bytes(path))
     if not isinstance(content, dict):
         raise FastjacError(f"{path}: expected a state dict, got {type(content).__name__}")
     return content
@@ -104,7 +104,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise FastjacError(f"{path} is not a safetensors file: {error}") from error
-    content = _load_numpy(path) if path.suffix == ".npz" else _load(path)
+    content = _load_numpy(path) if path.suffix == ".npz" else _load(path, start)
     weights = _state_dict(content, path)
     if not weights:
         got = type(content).__name__
@@ -166,6 +166,8 @@ def _check_values(weights: dict[str, Tensor], source: str | Path) -> None:
     for name, value in weights.items():
         if value.layout is not torch.strided:
             kind = str(value.layout).removeprefix("torch.")
+        elif value.is_nested:
+            kind = "nested"
         elif value.is_quantized:
             kind = "quantised"
         elif value.is_meta:
@@ -213,12 +215,16 @@ def _first_bytes(path: Path) -> bytes:
         raise FastjacError(f"{path} is not a weights file: it is empty; {expected}")
     if start.startswith(b"version https://git-lfs"):
         raise FastjacError(f"{path} is a Git LFS pointer; 'git lfs pull' fetches the weights")
-    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if start[8:9] == b"{":  # of safetensors, after a number that may look like any of these
+        return start
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise FastjacError(f"{path} is compressed; {expected}: unpack it")
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise FastjacError(f"{path} is a web page; {expected}: download the file itself")
     return start
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, start: bytes) -> Any:
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a file from before PyTorch 1.6, which cannot be searched, or a damaged one
@@ -231,13 +237,19 @@ def _load(path: Path) -> Any:
                 f"{path} is a TorchScript archive, which is code; expected a state dict: "
                 "torch.save(torch.jit.load(...).state_dict(), ...) makes one"
             ) from error
-        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        if reason.startswith("Unsupported operand"):
-            reason = "it is not in the format of torch.save"
+        of_torch = start.startswith(b"\x80\x02") or b"/data.pkl" in start  # or from before 1.6
+        reason = _reason(error) if of_torch else "it is not in the format of torch.save"
         raise FastjacError(
             f"{path} is not a readable PyTorch file of plain tensors: {reason}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in PyTorch's words, less its advice to run the code in the file."""
+    if code := re.search(r"unsupported GLOBAL (\S+) whose module", str(error)):
+        return f"it would run {code[1]}"
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0].partition(". In PyTorch 2.6")[0]
 
 
 def _unpickle(path: Path, unknown: list[str]) -> Any:
@@ -264,11 +276,9 @@ def _unpickle(path: Path, unknown: list[str]) -> Any:
 
 
 def _load_numpy(path: Path) -> dict[str, Tensor]:
-    import zipfile
-
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            return {name: torch.from_numpy(_native(array)) for name, array in arrays.items()}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise FastjacError(f"{path} is not a readable .npz file of arrays: {error}") from error
 
@@ -302,11 +312,17 @@ def _state_dict(content: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
     return tensors or next(iter(inside.values()), {})
 
 
+def _native(values: Any) -> numpy.ndarray:
+    """``values`` in this machine's order of bytes."""
+    array = numpy.asarray(values)
+    return array.astype(array.dtype.newbyteorder("="))
+
+
 def _as_tensor(item: tuple[Any, Any]) -> tuple[Any, Tensor | None]:
     """A name and its tensor, also of an array of numbers; None for all else."""
     name, value = item
     if isinstance(value, numpy.ndarray) and value.dtype.char in "?bhilqBefdFD":
-        value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        value = torch.from_numpy(_native(value))
     return name, value if isinstance(name, str) and isinstance(value, Tensor) else None
 
 

@@ -534,6 +534,8 @@ def _check_values(options: Any) -> None:
                 raise FastjacError(f"{flag(name)}: expected a text, got an empty one")
             if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
                 raise FastjacError(f"{flag(name)}: expected text in UTF-8, got {value!a}")
+            if isinstance(value, str) and "\0" in value:
+                raise FastjacError(f"{flag(name)}: expected text without null bytes, got {value!a}")
             if isinstance(value, float) and not abs(value) <= _MOST_FLOAT:
                 raise FastjacError(
                     f"{flag(name)}: expected a finite number, up to {_MOST_FLOAT}; got {value}"

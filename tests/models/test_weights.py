@@ -4,6 +4,9 @@ import argparse
 import collections
 import copy
 import datetime
+import gzip
+import json
+import os
 import pathlib
 import pickle
 import zipfile
@@ -96,6 +99,41 @@ def test_a_file_that_would_run_code_is_not_run(tmp_path):
     with pytest.raises(FastjacError, match="plain tensors"):
         read_weights(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_that_would_run_code_is_not_advised_to(tmp_path):
+    """PyTorch's own words name weights_only=False."""
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save(Bomb(), tmp_path / "w.pth")
+    with pytest.raises(FastjacError, match=r"plain tensors: it would run posix\.system$"):
+        read_weights(tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"hello\nworld", b"Rar!\x1a\x07", bytes(999), "zip"])
+def test_what_torch_did_not_write(tmp_path, content):
+    """PyTorch's own words are "101", "pop from empty list", and the like."""
+    path = tmp_path / "w.pth"
+    if content == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("w.pth", b"weights")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(FastjacError, match=r"tensors: it is not in the format of torch\.save$"):
+        read_weights(path)
+
+
+def test_a_header_whose_length_reads_as_another_format(tmp_path):
+    """A length of 60 is the byte "<", with which web pages begin."""
+    path = tmp_path / "w.safetensors"
+    for length in (60, 0x8B1F):
+        header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}})
+        path.write_bytes(length.to_bytes(8, "little") + header.ljust(length).encode() + b"\7")
+        assert read_weights(path)["a"].tolist() == [7]
 
 
 SPEC = ModelSpec("torchvision/resnet18", num_classes=3)
@@ -284,6 +322,9 @@ def test_another_head(name, caplog):
     [
         (b"<!DOCTYPE html><html><body>404</body></html>", "is a web page; expected weights"),
         (b"\n<html>", "is a web page; expected weights"),
+        (b"\xef\xbb\xbf<!-- a --><html>", "is a web page; expected weights"),
+        (b"<Error><Code>NoSuchKey</Code></Error>", "is a web page; expected weights"),
+        (gzip.compress(b"weights"), r"is compressed; expected weights .*: unpack it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a Git LFS pointer; 'git"),
         (b"", "is not a weights file: it is empty"),
         (b"PK\x03\x04 and no more", "is not a "),
@@ -302,6 +343,8 @@ def test_what_is_taken_for_weights(tmp_path, content, message, suffix):
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_what_holds_no_state_dict(tmp_path, donor):
     path = tmp_path / "w.pt"
+    numpy.savez(tmp_path / "w.npz", a=numpy.ones(2, ">f4"))  # of another machine
+    assert read_weights(tmp_path / "w.npz")["a"].tolist() == [1, 1]
     adam = torch.optim.Adam(donor.parameters()).state_dict()
     for content, message in (
         (list(donor.parameters()), "expected a state dict, .*; got list"),
@@ -370,6 +413,7 @@ def test_auxiliary_heads_are_left_out(caplog):
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -377,6 +421,7 @@ def test_auxiliary_heads_are_left_out(caplog):
         (lambda v: v.to(torch.int8), "fc.weight is int8, expected floating point; dequantise it"),
         (lambda v: v > 0, "fc.weight is bool, expected floating point"),
         (lambda v: v.to_sparse(), "fc.weight is sparse_coo; expected a plain tensor"),
+        (lambda v: torch.nested.nested_tensor([v]), "fc.weight is nested; expected a plain"),
         (lambda v: v.to("meta"), "fc.weight is on the meta device; expected a plain tensor"),
         (lambda v: v.to(torch.complex64), "fc.weight is complex64; expected a plain tensor"),
         (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "fc.weight is quantised; ex"),
