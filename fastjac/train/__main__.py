@@ -1,14 +1,17 @@
 """``python -m fastjac.train [demo|teacher|student|table|evaluate] [options]``.
 
-Exit status: 0; 1 if the training failed; 2 for bad input; 130 if interrupted. Each of the last
-three comes with one line on the standard error. Any other exception is a bug, and is shown whole.
+Exit status: 0; 1 if the training failed, or the system (a file, a device, memory); 2 for bad input;
+130 if interrupted. Each of the last three comes with one line on the standard error. Any other
+exception is a bug, and is shown whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
@@ -55,6 +58,7 @@ def run(argv: Sequence[str]) -> str:
     from fastjac.train.parse import parse
 
     command, rest = ("demo", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    ranks.check_environment()
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
     options_class, function = COMMANDS[command]
@@ -86,15 +90,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(error, 1)
     except FastjacError as error:
         return _say(error, 2)
-    except (MemoryError, RuntimeError) as error:
-        from fastjac.train.step import is_out_of_memory  # with PyTorch, which is there by now
-
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError, EOFError) as error:
+        if not (said := _of_the_system(error)):
             raise
-        return _say(RuntimeError(f"out of memory: {first_line(error)}"), 1)
+        return _say(RuntimeError(said), 1)
     except KeyboardInterrupt as stop:
         return _say(stop, 130)
     return _tell(line + "\n") if ranks.is_first() else 0
+
+
+def _of_the_system(error: Exception) -> str:
+    """What went wrong with memory, a process or a file; empty of an error that is a bug."""
+    from fastjac.train.batches import LOST_LOADER, lost_loader  # with PyTorch, mostly there by now
+    from fastjac.train.step import is_out_of_memory
+
+    if lost_loader(error):
+        return f"{LOST_LOADER}: {first_line(error)}"
+    if isinstance(error, OSError):
+        return first_line(error)
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
+        return f"out of memory: {first_line(error)}"
+    return ""
 
 
 def _open_closed() -> None:
@@ -125,16 +141,30 @@ def _tell(text: str) -> int:
 def _say(error: BaseException, status: int) -> int:
     if not ranks.fails_first():
         return status
+    text = str(error).strip() or "interrupted"
     # A loader's worker process sends its error after a traceback: the last line is the news.
-    lines = str(error).strip().splitlines() or ["interrupted"]
+    if "DataLoader worker process" in text:
+        text = text.splitlines()[-1].removeprefix("fastjac.errors.FastjacError: ")
     with contextlib.suppress(OSError):  # the status says it too
-        print(
-            f"fastjac: {lines[-1].removeprefix('fastjac.errors.FastjacError: ')}", file=sys.stderr
-        )
+        print("fastjac: " + "\\n".join(text.splitlines()), file=sys.stderr)
     return status
 
 
+_presses = itertools.count(1)
+
+
+def _on_ctrl_c(*_: object) -> None:
+    """The first ends the run in order, the second comes while it does, the third ends the process."""
+    press = next(_presses)
+    if press == 1:
+        raise KeyboardInterrupt
+    if press > 2:
+        os._exit(130)
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, _on_ctrl_c)
     status = main()
     if ranks.launched():  # the process group's threads may abort the interpreter's end
         sys.stdout.flush()

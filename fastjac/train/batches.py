@@ -13,11 +13,20 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastjac.data import epoch_batches
 from fastjac.errors import FastjacError
-from fastjac.train import ranks
+from fastjac.train import interrupts, ranks
 from fastjac.train.options import RunOptions
 from fastjac.train.randomness import seeding
 
 Batch = tuple[Tensor, Tensor]
+
+
+LOST_LOADER = "a process that loads images has ended; fewer --workers take less memory"
+
+
+def lost_loader(error: BaseException) -> bool:
+    """Whether ``error`` says that one of ``--workers`` was killed, or is out of shared memory."""
+    gone = isinstance(error, ConnectionError | EOFError)  # while a batch came from it
+    return gone or "DataLoader worker (pid" in str(error) or "shared memory" in str(error)
 
 
 class SeededImages(Dataset):
@@ -108,13 +117,13 @@ class Batches:
             pin_memory=self.pin,
             generator=torch.Generator(),  # else it draws from the network's
         )
-        read = self._checked(loader)
+        read = self._checked(interrupts.read(loader))
         return (list(islice(read, count)) for count in counts[first:])
 
-    def _checked(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+    def _checked(self, read: Iterable[Batch]) -> Iterator[Batch]:
         options = self.options
         soft = options.mixup or options.cutmix or options.label_smoothing
-        for x, y in loader:
+        for x, y in read:
             if soft and (y < 0).any():
                 raise FastjacError(
                     "--mixup, --cutmix and --label-smoothing need a label for every image; got "

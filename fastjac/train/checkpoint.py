@@ -157,7 +157,8 @@ def _restore_random_numbers(training: Training, states: dict[str, Any]) -> None:
 
 def position(folder: RunFolder) -> tuple[Path, str]:
     """The newest checkpoint that can be read, and what it holds: ``epoch 3``; empty if there is none."""
-    for path in folder.checkpoints():
+    # Each is tried twice: the handler of a signal may raise, that of a loader's death.
+    for path in (path for path in folder.checkpoints() for _ in range(2)):
         try:
             # Mapped: of the tensors, nothing is read.
             state = torch.load(path, "cpu", weights_only=True, mmap=True)

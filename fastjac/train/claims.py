@@ -63,7 +63,7 @@ def wait_for(folder: Path) -> None:
 
 
 def _path(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.claim")
+    return folder.parent / f"{folder.name}.claim"  # of "." and "/" too, which have no name
 
 
 def _make(path: Path) -> bool:

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm import tqdm
 
 from fastjac.data import ImageData, class_balanced
-from fastjac.errors import FastjacError, TrainingFailed, notice
+from fastjac.errors import FastjacError, TrainingFailed, first_line, notice
 from fastjac.models import ModelSpec
 from fastjac.progress import progress_bar
-from fastjac.train import ranks
+from fastjac.train import interrupts, ranks
 from fastjac.train.auxiliary import AuxiliaryHeads
-from fastjac.train.batches import Batch, Batches
+from fastjac.train.batches import LOST_LOADER, Batch, Batches, lost_loader
 from fastjac.train.build import (
     build_average,
     build_optimizer,
@@ -60,7 +60,7 @@ def evaluate(
         ranks.share_buffers(model)
         part = Subset(images, range(ranks.rank(), len(images), ranks.count()))
     with torch.no_grad():
-        for x, y in DataLoader(part, batch_size, num_workers=workers):
+        for x, y in interrupts.read(DataLoader(part, batch_size, num_workers=workers)):
             x, y = x.to(device), y.to(device)
             logits = model(x)
             accuracy.update(logits, y)
@@ -151,11 +151,15 @@ class Training:
             return self._nothing_left() if self.epoch >= options.epochs else self._run(bar)
         except (CannotWrite, OutOfMemory) as error:
             raise TrainingFailed(f"{error}; {self._held()}") from error
-        except (RuntimeError, ranks.Ended) as error:
-            if not ranks.lost_another(error):
-                raise
+        except (RuntimeError, OSError, EOFError, ranks.Ended) as error:
             held = self._held(f" of {options.epochs}, --resume goes on from there")
-            raise TrainingFailed(f"{ranks.LOST}; {held}") from error
+            if ranks.lost_another(error):
+                raise TrainingFailed(f"{ranks.LOST}; {held}") from error
+            if options.workers and lost_loader(error):
+                raise TrainingFailed(f"{LOST_LOADER}: {first_line(error)}; {held}") from error
+            if isinstance(error, OSError):
+                raise TrainingFailed(f"{first_line(error)}; {held}") from error
+            raise
         except KeyboardInterrupt as stop:
             held = self._held(f" of {options.epochs}, --resume goes on from there")
             raise KeyboardInterrupt(f"interrupted; {held}") from stop

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from fastjac.errors import FastjacError, TrainingFailed
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 LOST = "another process of the run has ended"
 
 _store: Any = None
+_SECONDS_TO_SAY = 30  # for which a process that goes wrong looks for the others
 
 
 class Ended(KeyboardInterrupt):
@@ -33,7 +35,29 @@ class Ended(KeyboardInterrupt):
 
 def launched() -> bool:
     """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    number, processes = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return _is_number(number) and _is_number(processes) and int(number) < int(processes) > 1
+
+
+def check_environment() -> None:
+    """Raise where whoever started this process set what ``torchrun`` sets, to what it would not."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return
+    given = {name: os.environ[name] for name in _NUMBERS if name in os.environ}
+    right = all(map(_is_number, given.values()))
+    if not right or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        found = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise FastjacError(
+            f"the environment has {found}; expected a RANK below WORLD_SIZE, as torchrun sets them, or "
+            "neither"
+        )
+
+
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def count() -> int:
@@ -186,7 +210,7 @@ def fails_first() -> bool:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # not while it says so
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        return _connect().add(f"failed in attempt {attempt}", 1) == 1
+        return _connect(_SECONDS_TO_SAY).add(f"failed in attempt {attempt}", 1) == 1
     except (FastjacError, RuntimeError):  # without the others there is nobody to be silent for
         return True
 
@@ -199,14 +223,15 @@ def _joined() -> bool:
     return dist.is_initialized()
 
 
-def _connect() -> Any:
+def _connect(seconds: int = 1800) -> Any:
+    """The store that the processes share, once they meet within that time."""
     global _store
     if _store is None:
         import torch.distributed as dist
 
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            store, _, _ = next(dist.rendezvous("env://"))
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         except (RuntimeError, ValueError) as error:
             raise FastjacError(
                 f"the processes cannot meet at {where}: {_first_line(error)}"

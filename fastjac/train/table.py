@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
@@ -22,8 +24,9 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from fastjac.data import ImageData, NoisyImages
-from fastjac.errors import FastjacError, first_line, read_text
+from fastjac.errors import FastjacError, TrainingFailed, first_line, read_text
 from fastjac.progress import progress_bar
+from fastjac.train import interrupts
 from fastjac.train.build import build_data, load_trained, pick_device
 from fastjac.train.claims import claim, claim_in_turn, wait_for
 from fastjac.train.commands import prepare
@@ -304,8 +307,6 @@ def _data(values: tuple[Any, ...], unlabelled: str | None) -> ImageData:
 
 def _enter_worker(threads: int) -> None:
     """Leave Ctrl-C to the parent, and do not outlive it."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, lost when the worker is ended
     torch.set_num_threads(threads)
@@ -346,10 +347,9 @@ def _train_all(
         ):
             left = [cell.run for cell in cells]
             while left:
-                futures, left = (
-                    {pool.submit(_train_one, run, False, noises): run for run in left},
-                    [],
-                )
+                with interrupts.put_off():
+                    futures = {pool.submit(_train_one, run, False, noises): run for run in left}
+                left = []
                 for done in as_completed(futures):
                     run, accuracy = futures[done], done.result()
                     if accuracy is None:
@@ -359,6 +359,11 @@ def _train_all(
                     bar.set_postfix_str(f"{run.experiment}: {100 * accuracy:.1f}%")
                 if left:
                     wait_for(Path(left[0].output) / str(left[0].experiment))
+    except BrokenProcessPool as error:
+        raise TrainingFailed(
+            "a process that trains students was killed, maybe for want of memory (fewer --jobs take "
+            f"less); what is finished is kept in {path}, the same command goes on from there"
+        ) from error
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
             f"interrupted; what is finished is kept in {path}, the same command goes on from there"

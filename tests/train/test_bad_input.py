@@ -175,6 +175,7 @@ def images(tmp_path):
         (["teacher", "--img-size", "4", "--model", "vgg4"], "need at least 8 x 8"),
         (["teacher", "--model", "torchvision/resnet18"], "takes 3 channels, the images have 1"),
         (["teacher", "--weights", "no.pth"], "no.pth: no such file; expected weights"),
+        (["teacher", "--weights", "a\nb"], "a\\nb: no such file; expected weights"),
         (["teacher", "--ignore-head"], "--ignore-head goes with --weights"),
         (["teacher", "--samples-per-class", "500"], "asked for 500, class '0' has 128 training"),
         (
@@ -469,6 +470,36 @@ def test_exit_status_of_the_process():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "fastjac: unknown dataset 'digit'; nearest: 'digits', 'mit67'\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), "[Errno 13] Permission denied: 'a/b'"),
+        (OSError(24, "Too many open files"), "[Errno 24] Too many open files"),
+        (MemoryError(), "out of memory: MemoryError"),
+    ],
+)
+def test_what_the_system_says_is_one_line(trainer, small, monkeypatch, error, said):
+    def broken(*args):
+        raise error
+
+    monkeypatch.setattr("fastjac.train.batches.epoch_batches", broken)
+    assert trainer("teacher", *small) == (1, "", f"fastjac: {said}\n")
+
+
+def test_an_error_of_the_system_within_a_run(trainer, small, tmp_path, monkeypatch):
+    def broken(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("fastjac.train.loop.evaluate", broken)
+    last = tmp_path / "runs" / "x" / "last.pt"
+    said = (
+        f"fastjac: [Errno 5] Input/output error; {last} holds epoch 0 of 2, --resume goes on from"
+    )
+    status, out, err = trainer("teacher", *small, "--experiment", "x")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(said)
 
 
 def test_a_bug_keeps_its_traceback(trainer, small, monkeypatch):

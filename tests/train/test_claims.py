@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -108,6 +109,13 @@ def test_what_is_waited_for_is_said(tmp_path, caplog, monkeypatch):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert "waiting for a, which process 7 on elsewhere has had since 20" in caplog.text
     assert f"if that is gone, remove {path}" in caplog.text
+
+
+def test_a_folder_without_a_name(tmp_path, monkeypatch):
+    """As with --output . --experiment . of a table."""
+    monkeypatch.chdir(tmp_path)
+    with claim(Path()) as mine, claim(Path()) as second:
+        assert (mine, second) == (True, False)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -1,9 +1,12 @@
 """Real processes, really killed: what is left is whole, and resuming gives the same weights."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import threading
 import time
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from fastjac.train import interrupts
 from fastjac.train.build import load_trained
 from fastjac.train.commands import prepare
 from fastjac.train.options import TeacherOptions
@@ -275,3 +279,43 @@ def test_resumed_where_no_epoch_is_left(trainer, small, tmp_path, caplog, epochs
     assert trainer(*words, "--epochs", epochs, "--resume")[:2] == (0, out)
     assert trainer(*words, "--epochs", 4, "--resume")[0] == 0
     assert len(lines(folder)) == 4
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+def test_ctrl_c_while_processes_start():
+    """It comes when they have, and never to them, whatever else runs in this process."""
+    elsewhere = threading.Thread(target=time.sleep, args=(0.5,))  # a thread that may take it
+    elsewhere.start()
+    found = []
+
+    def begin():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        command = ["cat", "/proc/self/status"]
+        found.append(subprocess.run(command, capture_output=True, text=True).stdout)
+
+    with pytest.raises(KeyboardInterrupt), interrupts.put_off():
+        begin()
+    elsewhere.join()
+    blocked = int(found[0].partition("SigBlk:")[2].split()[0], 16)
+    assert blocked & 1 << signal.SIGINT - 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_loader_that_is_killed(trainer, small, photographs, tmp_path, monkeypatch):
+    """As by a system that is out of memory: one line that says so, and what is saved."""
+    test = os.getpid()
+
+    def end(self, keys):
+        assert os.getpid() != test
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("fastjac.train.batches.SeededImages.__getitems__", end)
+    words = ["teacher", *small, *photographs, "--batch-size", 2]
+    status, out, err = trainer(*words, "--workers", 1, "--experiment", "x")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    said = "fastjac: a process that loads images has ended; fewer --workers take less memory: "
+    assert err.startswith(said)
+    last = tmp_path / "runs" / "x" / "last.pt"
+    assert err.endswith(f"; {last} holds epoch 0 of 2, --resume goes on from there\n")

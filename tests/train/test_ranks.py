@@ -232,6 +232,17 @@ def test_a_port_in_use(first_of_two, trainer, small):
     )
 
 
+@pytest.mark.parametrize(
+    ("count", "rank"), [("abc", "0"), ("", "0"), ("2", ""), ("2", "x"), ("2", "2"), ("-3", "0")]
+)
+def test_an_environment_that_torchrun_does_not_make(monkeypatch, trainer, small, count, rank):
+    monkeypatch.setenv("WORLD_SIZE", count)
+    monkeypatch.setenv("RANK", rank)
+    status, out, err = trainer("teacher", *small)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"the environment has WORLD_SIZE='{count}', RANK='{rank}'; expected a RANK below" in err
+
+
 @pytest.mark.parametrize("command", ["table", "demo"])
 def test_a_table_is_not_for_ranks(first_of_two, trainer, command):
     status, _, err = trainer(command)

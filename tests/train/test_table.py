@@ -1,9 +1,11 @@
 """The table and the demo: what is trained, what is not trained twice, what is written."""
 
+import contextlib
 import csv
 import os
 import signal
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, TrainingFailed
 from fastjac.models import feature_levels
 from fastjac.train import table
 from fastjac.train.commands import prepare
@@ -244,6 +246,17 @@ def test_a_damaged_file_of_a_finished_student(finished, name, contents, advice):
             table._finished(cell.run) and table._results(cell, [0.5], torch.device("cpu"))
         assert str(folder / name) in str(error.value), content
         assert advice.format(folder) in str(error.value), content
+
+
+def test_a_worker_that_is_killed(tmp_path, monkeypatch):
+    class Pool:
+        def submit(self, *args):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(table, "_workers", lambda jobs: contextlib.nullcontext(Pool()))
+    cell = Cell("row", StudentOptions(output=str(tmp_path), experiment="a"))
+    with pytest.raises(TrainingFailed, match="process that trains students was killed, maybe for"):
+        table._train_all([cell], 1, [], "t", tmp_path)
 
 
 def test_summary():
