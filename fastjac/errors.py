@@ -5,10 +5,11 @@ It needs no PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
@@ -70,6 +71,15 @@ def read_text(path: str | Path) -> str:
             f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}; "
             "save it as UTF-8"
         ) from error
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Tell what cannot be read in the block as the user's files, by name."""
+    try:
+        yield
+    except OSError as error:
+        raise FastjacError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from fastjac.data.image_files import (
     no_image,
     without_damaged,
 )
-from fastjac.errors import FastjacError, first_line, notice, read_text, unknown
+from fastjac.errors import FastjacError, first_line, notice, read_text, reading, unknown
 from fastjac.models.create import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -101,15 +101,16 @@ def load_data(
     if root is None and name != "digits":
         raise FastjacError(f"{name}: the folder of its files is missing (--data-dir)")
     moves: Augmentation = "crop" if augment else "flip" if flip else "none"
-    if name == "digits":
-        data = _digits(16 if size is None else size)
-    elif name == "fashion-mnist":
-        data = _fashion_mnist(Path(root), 32 if size is None else size, moves, download)
-    elif name == "cifar100":
-        data = _cifar100(Path(root), 32 if size is None else size, moves, download)
-    else:
-        build = _mit67 if name == "mit67" else _folder
-        data = build(Path(root), 224 if size is None else size, moves, skip_damaged)
+    with reading():
+        if name == "digits":
+            data = _digits(16 if size is None else size)
+        elif name == "fashion-mnist":
+            data = _fashion_mnist(Path(root), 32 if size is None else size, moves, download)
+        elif name == "cifar100":
+            data = _cifar100(Path(root), 32 if size is None else size, moves, download)
+        else:
+            build = _mit67 if name == "mit67" else _folder
+            data = build(Path(root), 224 if size is None else size, moves, skip_damaged)
     if channels not in (None, data.channels):
         data = _repeat_channels(data, channels)
     if validation is None:

@@ -1,6 +1,7 @@
 """MIT Indoor 67 by its lists, and folders of images, from small trees in their formats."""
 
 import struct
+from pathlib import Path
 
 import numpy
 import pytest
@@ -276,9 +277,20 @@ def test_a_folder_that_cannot_be_read(folder, monkeypatch):
         load_data("folder", folder, size=21)
 
 
+@pytest.mark.parametrize("name", ["folder", "mit67", "fashion-mnist", "cifar100"])
+def test_what_the_system_does_not_let_one_read(tmp_path, monkeypatch, name):
+    def refuse(self, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(FastjacError, match=rf"{tmp_path}/.* cannot be read: Permission denied$"):
+        load_data(name, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
+        (Image.new("L", (1, 1500)), "it has 1 x 1500 pixels; expected sides of a ratio up to 1000"),
         (Image.fromarray((RAMP * 300).astype("float32")), r"mode F\) are from 0.0 to 300.0, ex"),
         (Image.fromarray(numpy.full((9, 9), numpy.nan, "float32")), "are from nan to nan, exp"),
         (Image.fromarray((RAMP * 99999).astype("int32")), "from 0 to 99999, expected 0 to 65535"),
