@@ -61,9 +61,12 @@ def _is(kind: Callable[[Path], bool], path: str | Path) -> bool:
 
 
 def read_text(path: str | Path) -> str:
-    """The text in a file that the user gave; raises if it cannot be read, or is not UTF-8."""
+    """The text in a file that the user gave; raises if it cannot be read, or is not UTF-8.
+
+    Without the mark at its start (U+FEFF) that some editors put there.
+    """
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")
     except OSError as error:
         raise FastjacError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

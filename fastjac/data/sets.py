@@ -480,6 +480,10 @@ def _image_folder(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
     loose = sorted(path for path in root.iterdir() if not path.is_dir())
     found.hidden += [path for path in sorted(root.iterdir()) if is_hidden(path.name)]
     loose = [path for path in loose if not is_hidden(path.name)]
+    if gone := [path for path in loose if not path.exists() and not path.suffix]:
+        raise FastjacError(
+            f"folder: {gone[0]} is a link to what is not there; expected a class's folder"
+        )
     found.others += [path for path in loose if path.suffix.lower() not in EXTENSIONS]
     found.tell(root)
     if images := [path for path in loose if path.suffix.lower() in EXTENSIONS]:

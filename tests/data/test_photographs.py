@@ -107,6 +107,8 @@ def test_mit67_bad_lists(mit67):
     fails(r"TrainImages.txt, line 8: names .*Images/bar/9.jpg, which is missing", "mit67", mit67)
     train.write_text("0.jpg\n" + good)
     fails("TrainImages.txt, line 1: expected class/file.jpg, got '0.jpg'", "mit67", mit67)
+    train.write_text("\ufeff" + good, "utf-8")  # as some editors do
+    assert len(load_data("mit67", mit67, size=21).classes) == 3
     train.write_text("\n")
     fails("TrainImages.txt is empty", "mit67", mit67)
     train.write_text("bar/0.jpg\nkitchen/0.jpg\n")
@@ -264,6 +266,15 @@ def test_links(folder, tmp_path, caplog):
         item = [path.name for path, _ in data.train.samples].index(name)
         with pytest.raises(FastjacError, match=rf"{name} is not a readable image: .*{message}"):
             _ = data.train[item]
+
+
+def test_a_class_that_is_a_link_to_nothing(folder):
+    """As where a disk is not mounted: the run would be one of fewer classes."""
+    (folder / "train" / ".#lock").symlink_to("nobody@nowhere")  # an editor's
+    load_data("folder", folder)
+    (folder / "train" / "bar").rename(folder / "bar")
+    (folder / "train" / "bar").symlink_to(folder / "nowhere")
+    fails(r"train/bar is a link to what is not there; expected a class's folder", "folder", folder)
 
 
 def test_a_folder_that_cannot_be_read(folder, monkeypatch):
