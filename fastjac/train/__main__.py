@@ -8,11 +8,11 @@ exception is a bug, and is shown whole.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pkgutil import resolve_name
 
@@ -150,16 +150,16 @@ def _say(error: BaseException, status: int) -> int:
     return status
 
 
-_presses = itertools.count(1)
+_pressed: list[float] = []
 
 
 def _on_ctrl_c(*_: object) -> None:
-    """The first ends the run in order, the second comes while it does, the third ends the process."""
-    press = next(_presses)
-    if press == 1:
-        raise KeyboardInterrupt
-    if press > 2:
+    """The first ends the run in order, one right after it is the same, the third ends the process."""
+    _pressed.append(time.monotonic())
+    if len(_pressed) > 2:
         os._exit(130)
+    if len(_pressed) == 1 or _pressed[1] - _pressed[0] > 2:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ class Training:
         """
         options, folder = self.options, self.folder
         folder.check()
+        if options.tensorboard:
+            _summary_writer()  # before anything is written
         if options.resume:
             restore(self)
         elif folder.checkpoints():
@@ -364,9 +366,13 @@ class Training:
         if not (self.options.tensorboard and ranks.is_first()):
             yield None
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise FastjacError("--tensorboard needs the package tensorboard") from error
-        with SummaryWriter(self.folder.path) as writer:
+        with _summary_writer()(self.folder.path) as writer:
             yield writer
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise FastjacError("--tensorboard needs the package tensorboard") from error
+    return SummaryWriter

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -125,6 +126,8 @@ def _join(device: torch.device) -> None:
     if not is_first():
         logging.getLogger("fastjac").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _end)
+    told = sys.unraisablehook  # of what is raised while an object is deleted, too
+    sys.unraisablehook = lambda it: None if isinstance(it.exc_value, Ended) else told(it)
 
 
 def agree(about: dict[str, Any]) -> None:

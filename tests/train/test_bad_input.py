@@ -456,6 +456,12 @@ def test_a_loss_that_is_not_finite(trainer, small, tmp_path):
     assert not (folder / "config.json").exists()
 
 
+def test_tensorboard_that_is_not_there(refused, small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = "--tensorboard needs the package tensorboard"
+    assert refused("teacher", *small, "--tensorboard") == message
+
+
 def command(*words):
     return subprocess.run(
         [sys.executable, "-m", "fastjac.train", *words],

@@ -190,6 +190,8 @@ def test_ctrl_c_within_an_epoch(start, trainer, small, tmp_path):
     process = start(*words, "--experiment", "x")
     wait_for(process, lambda: (folder / "last-1.pt").is_file())
     process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)  # impatient: it is told all the same
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     within = torch.load(folder / "last.pt", weights_only=True)["within_epoch"]
