@@ -16,8 +16,8 @@ from fastjac.models import load_weights
 from fastjac.models.weights import read_checkpoint
 from fastjac.train import ranks
 from fastjac.train.build import describe
+from fastjac.train.changes import changed
 from fastjac.train.files import RunFolder
-from fastjac.train.options import changed
 from fastjac.train.randomness import get_states, set_states
 from fastjac.train.step import is_out_of_memory
 
@@ -129,12 +129,18 @@ def _load_parts(training: Training, path: Path, state: dict[str, Any]) -> None:
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """As ``load_state_dict``, which does not look at what the first step will look for."""
-    expected = [set(group) for group in optimizer.param_groups]
+    """As ``load_state_dict``, which does not look at what the first step will look for.
+
+    Of the settings, the learning rate is the file's; all others follow from the run's options.
+    """
+    own = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for names, group in zip(expected, optimizer.param_groups, strict=True):
-        if missing := sorted(names - set(group)):
+    for settings, group in zip(own, optimizer.param_groups, strict=True):
+        if missing := sorted(set(settings) - set(group)):
             raise KeyError(missing[0])
+        if not isinstance(group["lr"], (*_NUMBER, torch.Tensor)):
+            raise TypeError(f"the learning rate is {group['lr']!r}")
+        group |= {k: v for k, v in settings.items() if k not in ("lr", "params")}
     names = {name for values in optimizer.state.values() for name in values}
     for parameter, values in optimizer.state.items():
         if missing := sorted(names - set(values)):
@@ -143,6 +149,8 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
             absent = value is None and isinstance(optimizer, torch.optim.SGD)  # without momentum
             if not absent and getattr(value, "shape", None) not in ((), parameter.shape):
                 raise ValueError(f"{name} of the optimizer is no tensor of the parameter's shape")
+            if name == "step" and not (value.numel() == 1 and value.item() >= 0):
+                raise ValueError("step of the optimizer is no count")
 
 
 def _restore_random_numbers(training: Training, states: dict[str, Any]) -> None:
@@ -185,6 +193,8 @@ def _read(path: Path) -> dict[str, Any]:
     )
     rates = state["scheduler"]["base_lrs"]
     _check_kinds(path, dict(enumerate(rates)), {0: (*_NUMBER, torch.Tensor)})
+    if len(rates) > 1 or min(state["epoch"], state["scheduler"]["last_epoch"]) < 0:
+        raise _Damaged(f"{path} is damaged: its counts of epochs or rates are impossible")
     if (within := state.get("within_epoch")) is not None:
         _check_kinds(path, within, {"steps": int, "lr": _NUMBER, "seconds": _NUMBER, "tally": dict})
         _check_kinds(path, within["tally"], {"images": int, "sums": dict})

@@ -105,7 +105,7 @@ class RunFolder:
         """Raise if a folder lies where a file of the run goes."""
         texts = ("args.yaml", "subset.json", "metrics.jsonl", "summary.csv")
         names = (*texts, "last.pt", "best.pt", "model.safetensors", "config.json")
-        for path in (self.path / name for name in names):
+        for path in (*(self.path / name for name in names), *self.path.glob("last-*.pt")):
             for place in (path, _draft(path)):
                 if is_dir(place):
                     raise FastjacError(f"{place} is a folder; expected a file or nothing")

@@ -27,11 +27,12 @@ from fastjac.train.build import (
     lr_factor,
     pick_device,
 )
+from fastjac.train.changes import ELSEWHERE
 from fastjac.train.checkpoint import capture, position, restore
 from fastjac.train.compilation import compile_networks
 from fastjac.train.files import CannotWrite, RunFolder, SeenFolder
 from fastjac.train.objective import Objective
-from fastjac.train.options import ELSEWHERE, RunOptions
+from fastjac.train.options import RunOptions
 from fastjac.train.step import OutOfMemory, Step, warn_of_batch_norm
 from fastjac.train.tally import Tally
 

@@ -15,6 +15,7 @@ from fastjac.errors import FastjacError, unknown
 # The terms of the loss, by the options that weigh them; and those that need a teacher.
 TAUGHT = ("activations", "attention", "jacobians", "noisy_activations", "kd", "dkd", "rkd", "hints")
 TERMS = ("ce", *TAUGHT, "jacobian_norm")
+LIBRARIES = ("torchvision/", "timm/")  # before the names of their networks
 # As in fastjac.data and fastjac.models, which import PyTorch.
 DATASETS = ("digits", "fashion-mnist", "cifar100", "mit67", "folder")
 MODELS = ("vgg4", "vgg9", "vgg")
@@ -500,18 +501,6 @@ class EvaluateOptions:
             check_dataset(self.dataset)
 
 
-# These may differ between a run and its resumption: they say where and how, not what.
-ELSEWHERE = {
-    "config", "data_dir", "download", "device", "workers", "threads", "output", "experiment",
-    "resume", "tensorboard", "jobs", "ignore_head", "skip_damaged", "title", "teacher_cache",
-    "checkpoint_steps", "keep_checkpoints", "micro_batch",
-}  # fmt: skip
-
-
-# Of these, whether they are given says what, and the place says where.
-_FOLDERS = {"unlabelled"}
-
-
 # In the order of the help.
 TOPICS = (DataOptions, _Network, _Optimisation, _Terms, _JacobianTerm, _Table, _Machine, _Output)
 
@@ -565,23 +554,6 @@ def check_dataset(name: str) -> None:
 def flag(name: str) -> str:
     """The flag of a field."""
     return "--" + _dashed(name)
-
-
-def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The options that would make another run of it, as ``--lr (was 0.1, now 0.2)``.
-
-    An option that is newer than the run ``before`` was at its default then.
-    """
-    defaults = {f.name: f.default for f in fields(StudentOptions) if f.default is not MISSING}
-    before = {name: value for name, value in defaults.items() if name in now} | before
-    free = ELSEWHERE | ({"epochs"} if now.get("sched") != "cosine" else set())
-    return [
-        f"{flag(k)} (was {before.get(k)}, now {now.get(k)})"
-        for k in {**now, **before}
-        if k not in free
-        and before.get(k) != now.get(k)
-        and not (k in _FOLDERS and before.get(k) and now.get(k))
-    ]
 
 
 def _dashed(name: str) -> str:

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 from fastjac.errors import FastjacError, existing_file, is_dir, is_file
-from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
+from fastjac.train.options import LIBRARIES, EvaluateOptions, RunOptions, StudentOptions
 
 
 def is_library_name(model: str) -> bool:
     """Whether ``model`` names a network of torchvision or timm."""
-    return model.startswith(("torchvision/", "timm/"))
+    return model.startswith(LIBRARIES)
 
 
 def find_trained(source: str | Path) -> Path:

@@ -28,6 +28,7 @@ from fastjac.errors import FastjacError, TrainingFailed, first_line, read_text
 from fastjac.progress import progress_bar
 from fastjac.train import interrupts
 from fastjac.train.build import build_data, load_trained, pick_device
+from fastjac.train.changes import changed
 from fastjac.train.claims import claim, claim_in_turn, wait_for
 from fastjac.train.commands import prepare
 from fastjac.train.files import RunFolder, read_json, write_csv, write_text
@@ -40,7 +41,6 @@ from fastjac.train.options import (
     StudentOptions,
     TableOptions,
     TeacherOptions,
-    changed,
     names,
 )
 from fastjac.train.parse import parse

@@ -71,6 +71,9 @@ class Tally:
         self.sums = {name: torch.zeros((), device=self.device) for name in state["sums"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        values = [*state["sums"].values(), state["correct"], state["labelled"]]
+        if any(value.shape != () for value in values):
+            raise ValueError("a sum of the epoch's metrics is no single number")
         self.images = state["images"]
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.correct = state["correct"].to(self.device)

@@ -14,7 +14,9 @@ import torch
 
 from fastjac.errors import TrainingFailed, notice
 from fastjac.models.weights import read_checkpoint
+from fastjac.train.checkpoint import _load_optimizer
 from fastjac.train.files import CannotWrite, RunFolder, replacing, write_text
+from fastjac.train.tally import Tally
 
 
 @pytest.fixture
@@ -179,6 +181,7 @@ def with_value(key, value):
         *(((), with_value(k, "x"), "is of the type str") for k in ("optimizer", "epoch", "best")),
         *(((), with_value(k, "x"), "is of the type str") for k in ("history", "rng", "heads")),
         *(((), with_value(k, "x"), "is of the type str") for k in ("micro_batch", "within_epoch")),
+        (("scheduler",), with_value("base_lrs", [1, 2]), "its counts of epochs or rates are imp"),
         ((), with_value("epoch", 1), "its history is not of the epochs 1 to 1"),
         ((), with_value("within_epoch", {"steps": 2}), "it has no 'lr'"),
         (("about",), without("spec"), "it has no 'spec'"),
@@ -223,6 +226,37 @@ def test_an_edited_checkpoint_is_passed_over(
     assert [path.name for path in alone.iterdir()] == ["last.pt"]
 
 
+def test_the_state_of_an_optimizer():
+    """Its settings are the run's, whatever the file says; what no step can take is an error."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    adam = torch.optim.Adam([weight], 0.1, betas=(0.8, 0.9))
+    weight.grad = torch.ones(2)
+    adam.step()
+    state = adam.state_dict()
+    state["param_groups"][0] |= {"betas": 3, "eps": None, "maximize": True, "lr": 0.05}
+    _load_optimizer(adam, state)
+    (group,) = adam.param_groups
+    assert [group[k] for k in ("betas", "eps", "maximize", "lr")] == [(0.8, 0.9), 1e-8, False, 0.05]
+    for key, value, part, message in (
+        ("lr", "x", state["param_groups"][0], "the learning rate is 'x'"),
+        ("step", torch.tensor(-5.0), state["state"][0], "step of the optimizer is no count"),
+    ):
+        before = part[key]
+        part[key] = value
+        with pytest.raises((TypeError, ValueError), match=message):
+            _load_optimizer(adam, state)
+        part[key] = before
+
+
+def test_sums_of_an_epoch_that_are_no_numbers():
+    tally = Tally(torch.device("cpu"))
+    state = tally.state_dict() | {"sums": {"loss": torch.tensor(1.0)}}
+    tally.load_state_dict(state)
+    for part in ({"correct": torch.ones(2)}, {"sums": {"loss": torch.ones(1)}}):
+        with pytest.raises(ValueError, match="a sum of the epoch's metrics is no single number"):
+            tally.load_state_dict(state | part)
+
+
 def test_memory_that_runs_out_is_no_damage(trainer, small, run, tmp_path, monkeypatch):
     """The newest checkpoint stays: an older one would take its place."""
     run("x", "--epochs", 2)
@@ -238,7 +272,7 @@ def test_memory_that_runs_out_is_no_damage(trainer, small, run, tmp_path, monkey
     assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", ".last.pt.tmp"])
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", ".last.pt.tmp", "last-1.pt"])
 def test_a_folder_in_the_place_of_a_file(trainer, small, tmp_path, name):
     place = tmp_path / "runs" / "x" / name
     place.mkdir(parents=True)

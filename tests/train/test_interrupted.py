@@ -8,16 +8,19 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+from fastjac.errors import notice
 from fastjac.train import interrupts
 from fastjac.train.build import load_trained
+from fastjac.train.changes import changed
 from fastjac.train.commands import prepare
-from fastjac.train.options import TeacherOptions
+from fastjac.train.options import StudentOptions, TeacherOptions
 from fastjac.train.parse import parse
 
 
@@ -241,6 +244,28 @@ def test_resume_refuses_what_is_not_the_same_run(trainer, small, tmp_path):
         assert message in err
         assert err.count("\n") == 1
     assert (folder / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("runs/t", "runs/t", True),
+        ("runs/t", "/elsewhere/runs/t", True),
+        ("/a/runs/t/model.safetensors", "b/t/model.safetensors", True),
+        ("runs/t", "runs/u", False),
+        ("runs/t", "other/t", False),
+        ("runs/t", None, False),
+        ("torchvision/resnet18", "/a/torchvision/resnet18", False),
+    ],
+)
+def test_a_teacher_that_has_moved(monkeypatch, tmp_path, caplog, before, now, same):
+    """With the folder that it is in: by its name and that folder's; another is another run."""
+    notice.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    found = changed(*(asdict(StudentOptions(kd=1, teacher=teacher)) for teacher in (before, now)))
+    assert found == ([] if same else [f"--teacher (was {before}, now {now})"])
+    said = [f"fastjac: --teacher {now} is taken for {before}, which the run began with"]
+    assert caplog.messages == (said if same and before != now else [])
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
