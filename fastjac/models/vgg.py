@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -61,7 +62,7 @@ class VGG(nn.Sequential):
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
             if value < 1:
                 raise FastjacError(f"{name}: expected at least 1, got {value}")
-        if not width > 0:
+        if not 0 < width < math.inf:
             raise FastjacError(f"width: expected a factor above 0, got {width}")
         mean = [0.0] * in_channels if mean is None else mean
         std = [1.0] * in_channels if std is None else std

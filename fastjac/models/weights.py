@@ -249,7 +249,8 @@ def _reason(error: Exception) -> str:
     if code := re.search(r"unsupported GLOBAL (\S+) whose module", str(error)):
         return f"it would run {code[1]}"
     text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-    return (text.strip() or type(error).__name__).splitlines()[0].partition(". In PyTorch 2.6")[0]
+    first = (text.strip() or type(error).__name__).splitlines()[0]
+    return re.split(r"\. (?:In PyTorch 2\.6|This is an internal miniz error)", first)[0]
 
 
 def _unpickle(path: Path, unknown: list[str]) -> Any:

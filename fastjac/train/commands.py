@@ -9,6 +9,7 @@ import torch
 
 from fastjac.data import ImageData
 from fastjac.errors import FastjacError
+from fastjac.models import check_image_size
 from fastjac.train import ranks
 from fastjac.train.build import build_data, build_model, load_trained, pick_device
 from fastjac.train.loop import Training, evaluate
@@ -62,6 +63,7 @@ def score(options: EvaluateOptions) -> str:
         "download": options.download,
         "skip_damaged": options.skip_damaged,
         "img_size": trained.size,
+        "channels": 3 if trained.spec.in_channels == 3 else None,  # greyscale may be repeated
     }
     data = build_data(RunOptions(**settings))
     if list(data.classes) != list(trained.classes):
@@ -69,6 +71,7 @@ def score(options: EvaluateOptions) -> str:
             f"{trained.source} knows {len(trained.classes)} classes, {data.name} has "
             f"{len(data.classes)}, or others"
         )
+    check_image_size(trained.model, data.channels, data.size)
     with ranks.together(device):
         ranks.agree({"images": len(data.test), "classes": list(data.classes)})
         result = evaluate(

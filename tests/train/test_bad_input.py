@@ -352,6 +352,7 @@ def edited(teacher, tmp_path):
         ({"in_channels": [1]}, "in_channels is [1], not a number from 1 on"),
         ({"model": 3}, "model is 3, not a name"),
         ({"width": "1"}, "width is '1', not a number"),
+        ({"width": float("inf")}, "width: expected a factor above 0, got inf"),
         ({"width": 1e30}, "does not say what network it is of: "),
         ({"plan": 3}, "plan is 3, not a text or nothing"),
         ({"plan": ""}, "plan '' has no convolution"),
@@ -372,6 +373,13 @@ def test_a_description_that_was_edited(refused, edited, changes, message):
     assert said.startswith(str(folder / "config.json"))
     assert message in said
     assert refused("student", "--teacher", folder, "--kd", 1) == said
+
+
+def test_evaluate_on_images_that_do_not_fit(refused, edited, images):
+    assert "need at least 8 x 8" in refused("evaluate", edited(size=7))
+    folder = edited(classes=["a", "b"])
+    words = ["evaluate", folder, "--dataset", "folder", "--data-dir", images]
+    assert refused(*words) == "3 x 16 x 16 images: this VGG takes 1 channels"
 
 
 def test_evaluate_on_other_classes(refused, teacher, images):
