@@ -58,7 +58,7 @@ class TeacherCache:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             self._file = self._open()
-        except (OSError, sqlite3.OperationalError) as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             raise FastjacError(
                 f"--teacher-cache: {self.path} cannot be written: {error}; expected a folder that "
                 "can be, or --teacher-cache off"
@@ -128,9 +128,10 @@ class TeacherCache:
                 found = self._file.execute(
                     "SELECT checksum, value FROM teacher WHERE image = ?", (key,)
                 ).fetchone()
-                whole = found is not None and _checksum(key, found[1]) == found[0]
+                row = None if found is None else found[1]
+                whole = isinstance(row, bytes) and _checksum(key, row) == found[0]
                 damaged += found is not None and not whole
-                rows.append(found[1] if whole else None)
+                rows.append(row if whole else None)
         except sqlite3.OperationalError as error:
             raise FastjacError(f"--teacher-cache: {self.path} cannot be read: {error}") from error
         except sqlite3.DatabaseError as error:
@@ -150,7 +151,7 @@ class TeacherCache:
                 [(key, _checksum(key, row), row) for key, row in rows.items()],
             )
             self._file.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise FastjacError(
                 f"--teacher-cache: {self.path} cannot be written: {error}; expected space and a "
                 "folder that can be written, or --teacher-cache off"

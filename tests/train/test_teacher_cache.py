@@ -168,6 +168,30 @@ def test_damage_is_found(tmp_path, caplog):
             assert torch.allclose(one, other)
 
 
+@pytest.mark.parametrize("value", ["NULL", "'text'", "3"])
+def test_rows_that_were_edited(tmp_path, value):
+    x, y, _ = images()
+    cache = TeacherCache(tmp_path, "k", Counted())
+    before = cache(x[:3], y[:3])
+    with sqlite3.connect(tmp_path / "k.sqlite") as file:
+        file.execute(f"UPDATE teacher SET value = {value}")
+    again = Counted()
+    for one, other in zip(TeacherCache(tmp_path, "k", again)(x[:3], y[:3]), before, strict=True):
+        assert torch.equal(one, other)
+    assert again.images == 3
+
+
+def test_rows_that_cannot_be_written(tmp_path):
+    x, y, _ = images()
+    cache = TeacherCache(tmp_path, "k", Counted())
+    with sqlite3.connect(tmp_path / "k.sqlite") as file:
+        file.execute(
+            "CREATE TRIGGER no BEFORE INSERT ON teacher BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+    with pytest.raises(FastjacError, match=r"k.sqlite cannot be written: no; expected space"):
+        cache(x[:3], y[:3])
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
