@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(error, 1)
     except FastjacError as error:
         return _say(error, 2)
-    except (MemoryError, RuntimeError, OSError, EOFError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not (said := _of_the_system(error)):
             raise
         return _say(RuntimeError(said), 1)
@@ -104,10 +104,10 @@ def _of_the_system(error: Exception) -> str:
     from fastjac.train.batches import LOST_LOADER, lost_loader  # with PyTorch, mostly there by now
     from fastjac.train.step import is_out_of_memory
 
-    if lost_loader(error):
-        return f"{LOST_LOADER}: {first_line(error)}"
     if isinstance(error, OSError):
         return first_line(error)
+    if lost_loader(error):
+        return f"{LOST_LOADER}: {first_line(error)}"
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         return f"out of memory: {first_line(error)}"
     return ""
