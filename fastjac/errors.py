@@ -82,6 +82,8 @@ def reading() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is None:
+            raise
         raise FastjacError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 

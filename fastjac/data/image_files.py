@@ -136,9 +136,7 @@ def _read_image(path: Path) -> Image.Image:
 
 def _as_rgb(image: Image.Image, tags: Mapping[int, Any], path: Path) -> Image.Image:
     """``image`` in 8 bits; where Pillow would clip (16 bits, floats), by the range of its type."""
-    if max(image.size) > _LONGEST * min(
-        image.size
-    ):  # resized by its short side, it fills the memory
+    if max(image.size) > _LONGEST * min(image.size):  # resized by its short side: out of memory
         raise ValueError(
             f"it has {image.width} x {image.height} pixels; expected sides of a ratio up to {_LONGEST}"
         )

@@ -15,8 +15,6 @@ ELSEWHERE = {
     "resume", "tensorboard", "jobs", "ignore_head", "skip_damaged", "title", "teacher_cache",
     "checkpoint_steps", "keep_checkpoints", "micro_batch",
 }  # fmt: skip
-
-
 # Of these, whether they are given says what, and the place says where.
 _FOLDERS = {"unlabelled"}
 # These may have moved, with the folder that they are in.
@@ -42,9 +40,11 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _moved(name: str, before: Any, now: Any) -> bool:
-    """Whether two paths end in the same two names; says that they are taken for the same, if so."""
+    """Whether the path ``before`` is gone, and ``now`` ends in the same two names; says so."""
     if not (isinstance(before, str) and isinstance(now, str)):
         return False
+    if os.path.exists(before):  # what the run began with is still there: this is another
+        return os.path.realpath(before) == os.path.realpath(now)
     ends = [os.path.abspath(path).split(os.sep)[-2:] for path in (before, now)]
     if ends[0] != ends[1] or before.startswith(LIBRARIES) or now.startswith(LIBRARIES):
         return False

@@ -262,10 +262,14 @@ def test_a_teacher_that_has_moved(monkeypatch, tmp_path, caplog, before, now, sa
     """With the folder that it is in: by its name and that folder's; another is another run."""
     notice.cache_clear()
     monkeypatch.chdir(tmp_path)
-    found = changed(*(asdict(StudentOptions(kd=1, teacher=teacher)) for teacher in (before, now)))
-    assert found == ([] if same else [f"--teacher (was {before}, now {now})"])
+    runs = [asdict(StudentOptions(kd=1, teacher=teacher)) for teacher in (before, now)]
+    found, other = changed(*runs), [f"--teacher (was {before}, now {now})"]
+    assert found == ([] if same else other)
     said = [f"fastjac: --teacher {now} is taken for {before}, which the run began with"]
     assert caplog.messages == (said if same and before != now else [])
+    if not os.path.isabs(before):
+        os.makedirs(before)  # it has not moved
+        assert changed(*runs) == ([] if before == now else other)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
