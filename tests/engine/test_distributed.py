@@ -157,6 +157,7 @@ def work(rank: int, ranks: int, folder: Path) -> None:
         results["plain"] = plain(*(t.split((8, 0))[rank] for t in batch()))
         results["checkpointed"] = refusal(checkpointed, x)
         results["twice"] = refusal(differentiated_twice, x)
+        results["groups"] = refusal(of_two_groups, x)
         for name, (target, kept) in SHARDED.items():
             results[name] = sharded(target, kept, x, y)
     torch.save(results, folder / f"{rank}.pt")
@@ -238,6 +239,12 @@ def differentiated_twice(x: Tensor) -> None:
     with synchronised_batch_norms():
         y = student(x)
     torch.autograd.grad(y.square().sum(), student.conv.weight, create_graph=True)
+
+
+def of_two_groups(x: Tensor) -> None:
+    norms = nn.SyncBatchNorm(4), nn.SyncBatchNorm(4, process_group=dist.new_group([0, 1]))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *norms, nn.AdaptiveAvgPool2d(1), nn.Flatten()).half()
+    with_jacobian(model, x.half(), Logits([0])).jacobian.sum().backward()
 
 
 def run_ranks(ranks: int, folder: Path) -> list[dict]:
@@ -351,6 +358,11 @@ def test_a_second_derivative_is_an_error(two):
             "SyncBatchNorm differentiates once; got a backward with create_graph=True"
             in (found["twice"])
         )
+
+
+def test_half_precision_over_two_groups_is_an_error(two):
+    for found in two:
+        assert "float16 with SyncBatchNorms of different process groups" in found["groups"]
 
 
 if __name__ == "__main__":
