@@ -500,3 +500,8 @@ def test_an_image_without_a_label_takes_the_teachers_class():
         for target, labels in ((LabelLogit(unlabelled="teacher"), y), (LabelLogit(), filled))
     ]
     assert losses[0] == losses[1] > 0
+
+
+def test_what_stands_for_a_missing_label_is_one_of_two():
+    with pytest.raises(FastjacError, match="unlabelled is 'error' or 'teacher'; got 'student'"):
+        LabelLogit(unlabelled="student")

@@ -202,6 +202,13 @@ def test_what_no_mode_sees_is_an_error(name, first, frozen):
 
 
 @pytest.mark.parametrize("name", HIDDEN)
+def test_so_it_is_behind_a_pool_of_x(name):
+    student = nn.Sequential(nn.MaxPool2d(1), Apply(HIDDEN[name]), network())
+    with pytest.raises(FastjacError, match="derivative fastjac has not seen"):
+        gradients(student, "auto")
+
+
+@pytest.mark.parametrize("name", HIDDEN)
 def test_behind_the_window_and_in_the_teacher_it_is_as_it_is(name):
     x, y = batch()
     hidden = network(Apply(HIDDEN[name]))
