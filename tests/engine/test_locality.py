@@ -88,6 +88,7 @@ LOCAL = {
     "pools, default strides": lambda z: F.avg_pool2d(z, 2) + F.max_pool2d(z, 2),
     "pools, no strides": lambda z: F.avg_pool2d(z, 2, []) * F.max_pool2d(z, 2, []),
     "product": lambda z: z * z.sin(),
+    "type as it was": lambda z: z.to(z.dtype) * 2,
     "running": lambda z: F.relu(norm(z, False)),
     # Outside of the map u is 0, which would be the largest value of a window there.
     "normalised, pooled": lambda z: F.max_pool2d(F.relu(norm(z - 5)), 3, 2, 1),
@@ -130,6 +131,16 @@ def test_batch_statistics_under_a_checkpoint_have_no_crops():
         FastjacError, match=r"BatchNorm in train mode under torch\.utils\.checkpoint"
     ):
         with_jacobian(model, images(), AttentionWindow("layer", window=0.2), strategy="local")
+
+
+def test_an_input_whose_channels_are_last_has_no_crops():
+    class Last(Between):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.permute(0, 3, 1, 2))
+
+    model, x = Last(torch.sin).double(), images().permute(0, 2, 3, 1)
+    with pytest.raises(FastjacError, match=r"global: the input is no image \[B, C, H, W\]"):
+        with_jacobian(model, x, AttentionWindow("layer", window=0.2), strategy="local")
 
 
 @pytest.mark.parametrize("name", LOCAL)
