@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from small_network import LABELS, STATISTICS, Apply, agrees, exact_or_refused, images, network
 from torch import Tensor, nn
 from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
+from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -251,6 +252,28 @@ def test_what_a_function_reads_out_of_sight_is_an_error(name):
     with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
     with pytest.raises(FastjacError, match=message):
         with_jacobian(model, images(), LabelLogit(), LABELS)
+
+
+class Once(torch.autograd.Function):
+    """Without a second derivative, in reverse or forward."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("function", [Once.apply, lambda z: Once.apply(z) + z**3])
+def test_a_backward_that_is_differentiated_once_alone_is_an_error(function):
+    model = network(Apply(own_function(function)))
+    out = with_jacobian(model, images(), LabelLogit(), LABELS)
+    with pytest.raises(FastjacError, match=r"no second derivative .*once_differentiable"):
+        out.jacobian.square().sum().backward()
 
 
 def euclidean(a: Tensor, b: Tensor) -> Tensor:

@@ -219,6 +219,7 @@ class Generic(Rule):
         product = sum(_inner(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None)
         if not (isinstance(product, Tensor) and product.requires_grad):  # flat: floor, sign
             return _detached(outputs, pushed), [None] * len(leaves)
+        _check_twice_differentiable(product)
         found = torch.autograd.grad(product, [*deltas, *leaves], allow_unused=True)
         for place, tangent in zip(places, found, strict=False):
             pushed[place] = tangent
@@ -398,6 +399,22 @@ def _detached(outputs: list[Tensor | None], pushed: list[Tensor | None]) -> list
         None if y is None else torch.zeros_like(y).detach() if t is None else t.detach()
         for y, t in zip(outputs, pushed, strict=True)
     ]
+
+
+def _check_twice_differentiable(pulled: Tensor) -> None:
+    """Raise if a backward in the graph of ``pulled`` is ``once_differentiable``.
+
+    PyTorch has its error raised by a node that leads to no input, and so is not run.
+    """
+    todo, seen = [pulled.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a backward in it is once_differentiable")
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
 
 
 def _gradients(
