@@ -47,7 +47,7 @@ def fuse(model: nn.Module) -> FusedModel:
     ``retain_grad()``, or it is no part of the graph. Differentiable once. Deterministic where the rest
     of the network is. Under ``torch.compile``, under ``torch.utils.checkpoint``, with TorchScript parts
     and on a device without native operators, the model runs as it is. Another thread, a TorchScript
-    function or a C++ extension that reads a BatchNorm's output without a PyTorch function sees a NaN
+    function, ``Tensor.as_subclass`` or a C++ extension that reads a BatchNorm's output sees a NaN
     placeholder. :meth:`FusedModel.unfuse` gives the model back.
 
     >>> import torch
