@@ -127,12 +127,12 @@ def minutes(setup: ModuleType, env: dict[str, str]) -> tuple[str, float]:
     except setup.Unavailable as reason:
         return f"nothing, {reason}: PyTorch's own operators run, slower", 0.1
     only = setup.instruction_set(cpp_extension.get_cxx_compiler())
-    parts, took = [f"CPU operators ({only or 'all instruction sets'})"], 3.5 if only else 6.0
+    parts, took = [f"CPU operators ({only or 'all instruction sets'})"], 2.0 if only else 4.2
     try:
         setup.cuda_toolkit(cpp_extension)
         listed = setup.cuda_architectures(Path(cpp_extension.CUDA_HOME, "bin", "nvcc"))
         parts.append(f"CUDA operators ({listed})")
-        took += 1.3 * len(listed.split(";"))
+        took += 0.8 * len(listed.split(";"))
     except setup.Unavailable as reason:
         parts.append(f"no CUDA operators ({reason})")
     jobs = env["MAX_JOBS"]
