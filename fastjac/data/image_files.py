@@ -136,9 +136,11 @@ def _read_image(path: Path) -> Image.Image:
 
 def _as_rgb(image: Image.Image, tags: Mapping[int, Any], path: Path) -> Image.Image:
     """``image`` in 8 bits; where Pillow would clip (16 bits, floats), by the range of its type."""
-    if max(image.size) > _LONGEST * min(image.size):  # resized by its short side: out of memory
+    # Resized by its short side, a long strip would fill the memory.
+    if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         raise ValueError(
-            f"it has {image.width} x {image.height} pixels; expected sides of a ratio up to {_LONGEST}"
+            f"it has {image.width} x {image.height} pixels; expected an aspect ratio of at most "
+            f"{_MAX_ASPECT_RATIO}"
         )
     signed = 2 in _numbers(tags, _SAMPLE_FORMAT)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -164,7 +166,7 @@ def _as_rgb(image: Image.Image, tags: Mapping[int, Any], path: Path) -> Image.Im
     return image.convert("RGB")
 
 
-_LONGEST = 1000
+_MAX_ASPECT_RATIO = 1000
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 

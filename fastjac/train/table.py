@@ -391,9 +391,8 @@ def _results(cell: Cell, noises: Sequence[float], device: torch.device) -> list[
 def _accuracy(folder: Path) -> float:
     """That of a finished run."""
     about = read_json(folder / "config.json")
-    if not isinstance(about, dict) or not isinstance(
-        accuracy := about.get("accuracy"), int | float
-    ):
+    accuracy = about.get("accuracy") if isinstance(about, dict) else None
+    if not isinstance(accuracy, int | float):
         raise FastjacError(
             f"{folder / 'config.json'} has no accuracy; delete it to have it made anew"
         )

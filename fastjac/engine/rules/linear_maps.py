@@ -160,11 +160,9 @@ class Difference(LinearMap):
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
-        return (
-            NotImplemented
-            if tensors_in(args[1:], kwargs)
-            else super().record(site, *args, **kwargs)
-        )
+        if tensors_in(args[1:], kwargs):
+            return NotImplemented
+        return super().record(site, *args, **kwargs)
 
 
 def _pads_with_zeros(
