@@ -301,7 +301,10 @@ def test_what_the_system_does_not_let_one_read(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.new("L", (1, 1500)), "it has 1 x 1500 pixels; expected an aspect ratio of at most 1000"),
+        (
+            Image.new("L", (1, 1500)),
+            "it has 1 x 1500 pixels; expected an aspect ratio of at most 1000",
+        ),
         (Image.fromarray((RAMP * 300).astype("float32")), r"mode F\) are from 0.0 to 300.0, ex"),
         (Image.fromarray(numpy.full((9, 9), numpy.nan, "float32")), "are from nan to nan, exp"),
         (Image.fromarray((RAMP * 99999).astype("int32")), "from 0 to 99999, expected 0 to 65535"),
