@@ -1,4 +1,7 @@
-"""Every source compiles against the headers of the oldest PyTorch that is supported, and of ours."""
+"""Every source compiles against the headers of the oldest PyTorch that is supported.
+
+That it does against those of the PyTorch that is installed is what `make wheel` shows.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from types import ModuleType
 from typing import NoReturn
 
 import pytest
-import torch
 
 # One process downloads the oldest headers.
 pytestmark = [pytest.mark.check, pytest.mark.xdist_group("headers")]
@@ -123,16 +125,6 @@ def test_every_source_compiles_on_the_oldest_pytorch(setup, oldest_headers):
     sources = [ROOT / name for name in setup.sources(".", "cpu", "cuda")]
     assert set(sources) == {p for s in ("*.cpp", "*.cu") for p in (ROOT / "csrc").rglob(s)}
     failed = failures(setup, oldest_headers, sources)
-    assert not failed, "\n".join(failed.values())
-
-
-def test_every_source_of_pytorchs_compiles_on_this_one(setup):
-    """Of the others, no header is PyTorch's: they compile as they do above."""
-    check_toolkit(setup)
-    sources = [ROOT / name for name in setup.sources(".", "cpu", "cuda")]
-    bound = [s for s in sources if "#include <torch/" in s.read_text()]
-    assert {s.suffix for s in bound} == {".cpp", ".cu"}
-    failed = failures(setup, Path(torch.__file__).parent / "include", bound)
     assert not failed, "\n".join(failed.values())
 
 

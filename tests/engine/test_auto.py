@@ -23,14 +23,16 @@ class SweptMaps(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def swept(target, strategy: str, batch_stats: str = "frozen") -> list[tuple[int, ...]]:
+def swept(
+    target, strategy: str, batch_stats: str = "frozen", size: tuple[int, int] = (20, 20)
+) -> list[tuple[int, ...]]:
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()),
         *(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)),
     )
-    x, y = torch.rand(2, 3, 20, 20), torch.tensor([0, 1])
+    x, y = torch.rand(2, 3, *size), torch.tensor([0, 1])
     with SweptMaps() as maps:
         with_jacobian(model, x, target, y, strategy=strategy, batch_stats=batch_stats)
     assert len(maps.sizes) == 2
@@ -58,3 +60,9 @@ def test_all_else_is_swept_on_whole_maps(target, batch_stats):
     assert swept(target, "auto", batch_stats) == [(20, 20), (20, 20)]
     if target.features_alone and batch_stats == "frozen":
         assert swept(target, "local") != [(20, 20), (20, 20)]
+
+
+def test_a_window_that_sees_one_half_is_swept_on_whole_maps():
+    target = AttentionWindow("4", window=0.8)  # 16 x 16, which sees 20 x 20
+    assert swept(target, "auto", size=(20, 40)) == [(20, 40), (20, 40)]
+    assert swept(target, "auto", size=(20, 41)) == [(16, 16), (18, 18)]

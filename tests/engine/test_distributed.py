@@ -26,9 +26,14 @@ WINDOW, LOGIT = AttentionWindow("pool"), LabelLogit()
 EVEN = {2: (4, 4), 4: (2, 2, 2, 2)}
 UNEVEN = {2: (5, 3), 4: (3, 1, 1, 3)}
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="PyTorch was built without gloo"
-)
+# One process of the tests starts the ranks.
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()),
+        reason="PyTorch was built without gloo",
+    ),
+]
 
 
 @dataclass(frozen=True)

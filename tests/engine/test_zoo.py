@@ -26,8 +26,6 @@ SAMPLE = [
     "timm/mobilenetv4_conv_small_035",
     "timm/mobilevit_xxs",
     "timm/mvitv2_tiny",
-    "timm/sequencer2d_s",
-    "timm/swin_tiny_patch4_window7_224",
     "timm/xcit_nano_12_p8_224",
     "torchvision/googlenet",  # its output is a tuple with two auxiliary heads
     "torchvision/mobilenet_v3_small",  # hard-sigmoid, hard-swish, dropout

@@ -150,7 +150,7 @@ def test_resumed_from_any_step(trainer, small, photographs, tmp_path, data, flag
         assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.check)])
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.check)])
 @pytest.mark.parametrize(
     ("data", "flags"),
     [
