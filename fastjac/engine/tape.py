@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._autograd import CreationMeta, _get_creation_meta
 
-from fastjac.engine.call import Call, Kept, calling_module, own_lists
+from fastjac.engine.call import Call, calling_module, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks
 from fastjac.engine.rules import fused_rule, rules_for
-from fastjac.engine.rules.base import Receiver
+from fastjac.engine.rules.custom_functions import custom_output
 from fastjac.engine.rules.views import ViewWrite, view_of
+from fastjac.engine.site import Site
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import (
@@ -29,7 +29,6 @@ from fastjac.fusion.mode import (
     in_backward_hook,
     in_checkpoint,
     is_higher_order,
-    operation_name,
     takes_native_statistics,
     tensors_in,
     writes_in_place,
@@ -46,9 +45,6 @@ _CONSTANTS = {
     *(torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial),
     Tensor.data.__set__,
 }
-# What writes no values in place, but another shape.
-_RESHAPES = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
-_RESHAPES |= {"as_strided_", "resize_", "resize_as_"}
 # Autograd nodes that give their arguments back; the last is Tensor.as_subclass's.
 _IDENTITIES = {*HOOKED, "AliasBackward0"}
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
@@ -96,18 +92,33 @@ class Tape(Fusion):
         with torch.enable_grad():
             self.x = _clone_on_write(x.detach().requires_grad_())
         self._nodes: set[int] = set()  # the autograd nodes of x and of what was recorded
-        self._outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
+        self.outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
+        # The last nodes before calls without gradients in a checkpoint: those of custom functions.
+        self.checkpointed: set[int] = set()
         self._assign(self.x, False)
 
     # Values.
 
     def _assign(self, tensor: Tensor, trainable: bool) -> int:
-        number = len(self.shapes)
-        self.shapes.append(tensor.shape)
-        self.dtypes.append(tensor.dtype)
-        self.half = self.half or tensor.dtype == torch.float16
+        number = self._number(tensor.shape, tensor.dtype)
         self._hold(tensor, Value(number, tensor._version, trainable, None, None))
         return number
+
+    def _number(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        self.shapes.append(shape)
+        self.dtypes.append(dtype)
+        self.half = self.half or dtype == torch.float16
+        return len(self.shapes) - 1
+
+    def assign_outputs(
+        self, node: Any, made: list[tuple[torch.Size, torch.dtype]], trainable: bool
+    ) -> tuple[int, ...]:
+        """Numbers for what an autograd node has made, which no call of the model has read yet."""
+        numbers, place = tuple(self._number(*each) for each in made), node._sequence_nr()
+        self._nodes.add(place)
+        for i, number in enumerate(numbers):
+            self.outputs[place, i] = Value(number, 0, trainable, None, None)
+        return numbers
 
     def _hold(self, tensor: Tensor, value: Value) -> None:
         values, key = self._values, id(tensor)
@@ -115,7 +126,7 @@ class Tape(Fusion):
         values[key] = Value(*value[:-1], alive)
         node = _node(tensor)
         self._nodes.add(node)
-        self._outputs[node, tensor.output_nr] = value
+        self.outputs[node, tensor.output_nr] = value
 
     def value(self, tensor: Any) -> Value | None:
         """What is known of a tensor; None: it does not depend on x."""
@@ -145,7 +156,7 @@ class Tape(Fusion):
                 value = self._values.get(id(argument)) or self._behind_identity(argument)
                 if value is None and argument.requires_grad:
                     if argument.grad_fn is not None and not self._is_constant(argument):
-                        value = self._reread(argument)
+                        value = self._reread(argument) or self._of_custom_function(argument)
                         if value is None:
                             self._check_graph(name, argument)
                     trains = trains or (value is None and self.differentiable)
@@ -163,17 +174,33 @@ class Tape(Fusion):
 
     def _behind_identity(self, tensor: Tensor) -> Value | None:
         """What is known of a tensor that an identity of autograd's has given a node of its own."""
-        node, output, value = tensor.grad_fn, tensor.output_nr, None
-        while value is None:
-            if node is None or node.name() not in _IDENTITIES:
-                return None
-            if len(node.next_functions) != len(node._input_metadata):
-                return None  # not all of its arguments are tensors
-            node, output = node.next_functions[output]
-            if node is not None and not hasattr(node, "variable"):
-                value = self._outputs.get((node._sequence_nr(), output))
+        node, output = tensor.grad_fn, tensor.output_nr
+        if node is None or node.name() not in _IDENTITIES:
+            return None
+        return self._held(tensor, self.value_behind(node, output))
+
+    def _of_custom_function(self, tensor: Tensor) -> Value | None:
+        """What is known of a tensor that a custom autograd function made."""
+        return self._held(tensor, custom_output(self, tensor.grad_fn, tensor.output_nr))
+
+    def _held(self, tensor: Tensor, value: Value | None) -> Value | None:
+        if value is None:
+            return None
         self._hold(tensor, value._replace(version=tensor._version, node=None))
         return self._values[id(tensor)]
+
+    def value_behind(self, node: Any, output: int) -> Value | None:
+        """What is known of an output of an autograd node: a call's, or what an identity gives back."""
+        value = None
+        while node is not None and not hasattr(node, "variable"):
+            value = self.outputs.get((node._sequence_nr(), output))
+            value = value or custom_output(self, node, output)
+            if value is not None or node.name() not in _IDENTITIES:
+                break
+            if len(node.next_functions) != len(node._input_metadata):
+                break  # not all of its arguments are tensors
+            node, output = node.next_functions[output]
+        return value
 
     def _checked(self, name: Any, tensor: Tensor, value: Value) -> Value:
         if tensor._version != value.version:
@@ -202,16 +229,22 @@ class Tape(Fusion):
 
     def _check_graph(self, name: Any, tensor: Tensor) -> None:
         """Raise if the graph of a tensor that no recorded call made leads to what depends on x."""
-        todo, seen = [tensor.grad_fn], set()
+        if self.leads_to_values(tensor.grad_fn):
+            raise self._unseen(name, tensor)
+        self._note_constant(tensor)
+
+    def leads_to_values(self, node: Any) -> bool:
+        """Whether the graph behind an autograd node, itself included, has the node of a value."""
+        todo, seen = [node], set()
         while todo:
             node = todo.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
             if node._sequence_nr() in self._nodes:
-                raise self._unseen(name, tensor)
+                return True
             todo += [following for following, _ in node.next_functions]
-        self._note_constant(tensor)
+        return False
 
     def _unseen(self, name: Any, tensor: Tensor) -> FastjacError:
         made = tensor.grad_fn.name().removesuffix("0").removesuffix("Backward")
@@ -320,6 +353,8 @@ class Tape(Fusion):
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], varying: list[Tensor]
     ) -> Any:
         """As autograd has it: the result is a constant, and what is written to keeps its derivative."""
+        if in_checkpoint():
+            self.checkpointed.add(torch._C._autograd._get_sequence_nr() - 1)
         out = self.run(function, args, kwargs)
         for tensor in tensors_in(out):
             if tensor.grad_fn is not None and id(tensor) not in self._values:
@@ -450,97 +485,6 @@ class Tape(Fusion):
         number = self._assign(value, trains)
         call = Call(rule, (number,), True, receivers, "batch_norm", chain.module, site.kept)
         self.calls.append(call)
-
-
-@dataclass(slots=True)
-class Site:
-    """A call as its rule sees it while it is recorded."""
-
-    tape: Tape
-    function: Any
-    trains: bool
-    kept: Kept = field(default_factory=list)
-
-    @property
-    def batch_stats(self) -> str:
-        return self.tape.batch_stats
-
-    def number(self, tensor: Any) -> int | None:
-        """The number of a value; None for what does not depend on x."""
-        value = self.tape.value(tensor)
-        return None if value is None else value.number
-
-    def varies(self, *tensors: Any) -> bool:
-        """Whether one of these depends on x."""
-        return any(self.tape.value(t) is not None for t in tensors)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The call's result. Its graph ends where a trainable tensor joins what depends on x alone."""
-        if self.trains and not in_checkpoint():
-            in_place = writes_in_place(self.function, args, kwargs)
-            rest = tuple(map(self.joined, args[in_place:]))
-            args = args[:in_place] + rest
-            kwargs = {name: self.joined(value) for name, value in kwargs.items()}
-        return self.tape.run(self.function, args, kwargs)
-
-    def joined(self, argument: Any) -> Any:
-        """An argument without the graph of what depends on x alone, if something trainable joins in."""
-        if not self.trains or type(argument) in LEAVES:
-            return argument
-        if isinstance(argument, Tensor):
-            value = self.tape.value(argument)
-            return argument.detach() if value is not None and not value.trainable else argument
-        if type(argument) in (tuple, list) and any(isinstance(a, Tensor) for a in argument):
-            return type(argument)(map(self.joined, argument))
-        return argument
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """``tensor`` without its graph, noting its version: a later change is an error."""
-        alias = tensor.detach()
-        self.kept.append((alias, alias._version))
-        return alias
-
-    def before_writing(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a call is to overwrite, and where a gradient of its old value goes; None: nowhere.
-
-        It is ``tensor``, or a copy of a view, whose result is then to be copied back.
-        """
-        if not self.tape.trains(tensor):
-            return tensor, None
-        if in_checkpoint():
-            raise FastjacError(
-                f"{function_name(self.function)} writes in place under torch.utils.checkpoint to a "
-                f"tensor {list(tensor.shape)}; use the operation that is not in place"
-            )
-        if tensor._is_view() and operation_name(self.function) in _RESHAPES:
-            raise FastjacError(
-                f"{function_name(self.function)} changes the shape of a view {list(tensor.shape)} in "
-                "place; use the operation that is not in place"
-            )
-        return _Slot.apply(tensor.clone() if tensor._is_view() else tensor)
-
-    def receives(self, tensor: Any, source: int | None = None) -> tuple[Receiver, ...]:
-        """Where a gradient of ``tensor`` goes, if it is trainable.
-
-        ``source``: which of the rule's sources it is; None for a parameter.
-        """
-        return (Receiver(tensor, source),) if self.tape.trains(tensor) else ()
-
-
-class _Slot(torch.autograd.Function):
-    """A tensor as it is, and a slot whose gradient is added to its cotangent at this place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.mark_dirty(x)
-        ctx.set_materialize_grads(False)
-        return x, x.new_zeros(()).expand(x.shape).data
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor | None, slot: Tensor | None) -> Tensor | None:
-        if cotangent is None or slot is None:
-            return slot if cotangent is None else cotangent
-        return cotangent + slot
 
 
 def _clone_on_write(leaf: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fastjac.engine.receptive_field import KernelGeometry, Region
 from fastjac.errors import FastjacError
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 
 class NotLocalError(Exception):

@@ -18,7 +18,7 @@ from fastjac.fusion.chains import Chain, as_map
 from fastjac.ops.norm_act_pool import backward, pushforward
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 _POOLS = {
     "none": None,

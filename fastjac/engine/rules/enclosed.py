@@ -16,7 +16,7 @@ from fastjac.errors import FastjacError
 from fastjac.fusion.mode import function_name, tensors_in
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 
 def enclosed(

@@ -37,7 +37,7 @@ from fastjac.errors import FastjacError
 from fastjac.fusion.mode import function_name, tensors_in, writes_in_place
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 # The attention functions, and the position of their dropout.
 _ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
@@ -49,7 +49,7 @@ _STATEFUL = ("native_batch_norm", "fused_moving_avg_obs")
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """The place of a differentiated tensor among a call's arguments."""
 
     index: int
@@ -85,7 +85,7 @@ class Generic(Rule):
         found = {id(t): t for t in tensors_in(args, kwargs) if _is_leaf(site, t)}
         ordered = sorted(found.values(), key=lambda t: site.number(t) is None)
         numbers = [site.number(t) for t in ordered]
-        place = {id(t): _Leaf(i) for i, t in enumerate(ordered)}
+        place = {id(t): Leaf(i) for i, t in enumerate(ordered)}
         constants = [(t, t._version) for t in tensors_in(args, kwargs) if id(t) not in place]
         stateful = any(name in function_name(function) for name in _STATEFUL)
         before = {id(t): t.detach().clone() for t, _ in constants} if stateful else {}
@@ -117,7 +117,7 @@ class Generic(Rule):
                 place[id(tensor)] = site.keep(tensor)
             elif tensor is not written:  # running statistics: a sweep must not update them again
                 place[id(tensor)] = tensor.detach().clone()
-        template = _map_tensors(lambda t: place.get(id(t), t), (args, kwargs))
+        template = map_tensors(lambda t: place.get(id(t), t), (args, kwargs))
         sources = tuple(n for n in numbers if n is not None)
         rule = cls(
             *(sources, function, template, leaves, list(map(bool, receivers))),
@@ -131,7 +131,7 @@ class Generic(Rule):
     def _again(self, leaves: list[Tensor]) -> list[Tensor | None]:
         """Run the call on other leaves; its outputs, None where one carries no derivative."""
         constant = torch.clone if self.stateful else lambda t: t
-        args, kwargs = _map_tensors(constant, self.template, leaves)
+        args, kwargs = map_tensors(constant, self.template, leaves)
         if self.in_place:
             args = (args[0].clone(), *args[1:])
         with self.context():
@@ -144,14 +144,14 @@ class Generic(Rule):
 
     def vjp(self, delta: Any) -> list[Tensor]:
         count = len(self.sources)
-        with torch.enable_grad(), self._named("a derivative"):
-            sources = [_fresh(t) for t in self.leaves[:count]]
+        with torch.enable_grad(), named_errors(self.function, "derivative"):
+            sources = [fresh(t) for t in self.leaves[:count]]
             outputs = self._again(sources + self.leaves[count:])
             return _gradients(outputs, self._deltas(delta), sources, zeros=True)
 
     def jvp(self, tangents: Any, delta: Any) -> tuple[Any, list[Tensor | None]]:
-        with torch.enable_grad(), self._named("a second derivative"):
-            leaves = [_fresh(t) for t in self.leaves]
+        with torch.enable_grad(), named_errors(self.function, "second derivative"):
+            leaves = [fresh(t) for t in self.leaves]
             first, second = self._orders()
             if delta is None:  # the tangent alone
                 first, second = self._forward_over_reverse, self._reverse_over_reverse
@@ -161,7 +161,7 @@ class Generic(Rule):
                 missing = isinstance(error, NotImplementedError) or "not implemented" in str(error)
                 if not missing:
                     raise
-                pushed, gradients = second([_fresh(t) for t in leaves], tangents, delta)
+                pushed, gradients = second([fresh(t) for t in leaves], tangents, delta)
         wanted = [g for g, received in zip(gradients, self.receives, strict=True) if received]
         return pushed[0] if self.single else pushed, wanted
 
@@ -206,7 +206,7 @@ class Generic(Rule):
         absent = torch.ones_like if delta is None else torch.zeros_like
         given = [None] * len(outputs) if delta is None else self._deltas(delta)
         pairs = [
-            (i, y, _fresh(absent(y) if d is None else d.to(y.dtype)))
+            (i, y, fresh(absent(y) if d is None else d.to(y.dtype)))
             for i, (y, d) in enumerate(zip(outputs, given, strict=True))
             if y is not None and y.requires_grad
         ]
@@ -216,28 +216,14 @@ class Generic(Rule):
         places, ys, deltas = zip(*pairs, strict=True)
         sources = leaves[: len(self.sources)]
         pulled = torch.autograd.grad(ys, sources, deltas, create_graph=True, allow_unused=True)
-        product = sum(_inner(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None)
+        product = sum(inner(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None)
         if not (isinstance(product, Tensor) and product.requires_grad):  # flat: floor, sign
             return _detached(outputs, pushed), [None] * len(leaves)
-        _check_twice_differentiable(product)
+        check_twice_differentiable(product)
         found = torch.autograd.grad(product, [*deltas, *leaves], allow_unused=True)
         for place, tangent in zip(places, found, strict=False):
             pushed[place] = tangent
         return _detached(outputs, pushed), list(found[len(deltas) :])
-
-    @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            if isinstance(error, FastjacError) or "out of memory" in str(error):
-                raise
-            reason = str(error).split("\n")[0].split(". ")[0]
-            raise FastjacError(
-                f"{function_name(self.function)} has no {what.removeprefix('a ')} in PyTorch that "
-                f"fastjac can take ({reason}); give it a rule with fastjac.register_rule, or use "
-                "operations that have one"
-            ) from error
 
 
 class ForwardOverReverse(Generic):
@@ -360,29 +346,45 @@ def _is_leaf(site: Site, tensor: Tensor) -> bool:
     return site.varies(tensor) or bool(site.receives(tensor))
 
 
-def _map_tensors(
+def map_tensors(
     function: Callable[[Tensor], Any], value: Any, leaves: list[Tensor] | None = None
 ) -> Any:
-    """``function`` of every tensor in nested arguments; :class:`_Leaf` s replaced by ``leaves``."""
+    """``function`` of every tensor in nested arguments; :class:`Leaf` s replaced by ``leaves``."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, _Leaf):
+    if isinstance(value, Leaf):
         return value if leaves is None else leaves[value.index]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(function, v, leaves) for v in value))
+        return type(value)(*(map_tensors(function, v, leaves) for v in value))
     if isinstance(value, tuple | list):
-        return type(value)(_map_tensors(function, v, leaves) for v in value)
+        return type(value)(map_tensors(function, v, leaves) for v in value)
     if isinstance(value, dict):
-        return {k: _map_tensors(function, v, leaves) for k, v in value.items()}
+        return {k: map_tensors(function, v, leaves) for k, v in value.items()}
     return value
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+@contextmanager
+def named_errors(function: Any, what: str) -> Iterator[None]:
+    """Tell what PyTorch's errors say of a derivative that a function does not have."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        if isinstance(error, FastjacError) or "out of memory" in str(error):
+            raise
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise FastjacError(
+            f"{function_name(function)} has no {what} in PyTorch that "
+            f"fastjac can take ({reason}); give it a rule with fastjac.register_rule, or use "
+            "operations that have one"
+        ) from error
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
     """The real inner product, which complex numbers have as pairs of real ones."""
     return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()
 
 
-def _fresh(tensor: Tensor) -> Tensor:
+def fresh(tensor: Tensor) -> Tensor:
     return _own_memory(tensor).detach().requires_grad_()
 
 
@@ -401,7 +403,7 @@ def _detached(outputs: list[Tensor | None], pushed: list[Tensor | None]) -> list
     ]
 
 
-def _check_twice_differentiable(pulled: Tensor) -> None:
+def check_twice_differentiable(pulled: Tensor) -> None:
     """Raise if a backward in the graph of ``pulled`` is ``once_differentiable``.
 
     PyTorch has its error raised by a node that leads to no input, and so is not run.

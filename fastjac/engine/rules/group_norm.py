@@ -14,7 +14,7 @@ from fastjac.engine.rules.generic import ReverseOverForward
 from fastjac.engine.rules.pools import layout
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 aten = torch.ops.aten
 

@@ -25,7 +25,7 @@ from fastjac.fusion.mode import in_checkpoint
 from fastjac.ops.winograd import convolution, convolution_input, convolution_weight
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 aten = torch.ops.aten
 

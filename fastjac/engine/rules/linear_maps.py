@@ -15,7 +15,7 @@ from fastjac.engine.rules.base import Recorded, Rule, register_rule
 from fastjac.fusion.mode import tensors_in
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 
 @register_rule(

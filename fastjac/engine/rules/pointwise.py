@@ -23,7 +23,7 @@ from fastjac.engine.rules.base import (
 from fastjac.fusion.mode import in_checkpoint, writes_in_place
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 aten = torch.ops.aten
 

@@ -21,7 +21,7 @@ from fastjac.engine.rules.base import (
 from fastjac.fusion.mode import in_checkpoint
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 aten = torch.ops.aten
 

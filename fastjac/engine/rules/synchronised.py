@@ -25,7 +25,7 @@ from fastjac.errors import FastjacError
 from fastjac.fusion.mode import active_fusion, in_checkpoint
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from fastjac.errors import FastjacError
 from fastjac.fusion.mode import tensors_in
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Site
+    from fastjac.engine.site import Site
 
 
 @register_rule(Tensor.__setitem__)
