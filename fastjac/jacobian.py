@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +176,18 @@ def input_jacobian(
         return with_jacobian(model, x, target, y, output=output, **options).jacobian
 
 
+@contextmanager
+def errors_of_script() -> Iterator[None]:
+    """TorchScript tells an error that is raised in what it calls as text, in an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.search(r"FastjacError: (.+)", str(error))
+        if told is None:
+            raise
+        raise FastjacError(told[1]) from error
+
+
 class Forward:
     """One recorded forward of a model, from which Jacobians are taken."""
 
@@ -202,7 +215,7 @@ class Forward:
                 for layer in hook.layers:
                     handle = find_layer(model, layer).register_forward_hook(hook)
                     stack.callback(handle.remove)
-            with self.tape:
+            with self.tape, errors_of_script():
                 self.result = model(self.tape.x, *args, **dict(kwargs or {}))
         self.features: list[Any] = [features.get(layer or "") for layer in layers]
         self._select = selector(output, model)

@@ -16,6 +16,7 @@ from fastjac.engine.call import Call, calling_module, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import custom_output
+from fastjac.engine.rules.linear_maps import LIKE
 from fastjac.engine.rules.views import ViewWrite, view_of
 from fastjac.engine.site import Site
 from fastjac.errors import FastjacError
@@ -283,8 +284,9 @@ class Tape(Fusion):
         if function is Tensor.view_as and in_backward_hook():
             return self.run(function, args, kwargs)  # autograd is about to give it the hook's node
         varying: list[Tensor] = []
-        trains = self._scan(function, args, varying)
-        if kwargs:
+        like = function in LIKE  # of others they read the shape or type alone
+        trains = self._scan(function, args[:1] if like else args, varying)
+        if kwargs and not like:
             trains = self._scan(function, kwargs.values(), varying) or trains
         if not varying:
             return self._run_constant(function, args, kwargs)
@@ -526,7 +528,8 @@ def _text(function: Any) -> str:
 
 
 _ADVICE = {
-    "any": "expected PyTorch operations there, or strategy='autograd'",
+    "any": "expected PyTorch operations there (for TorchScript, PYTORCH_JIT=0 in the environment), or "
+    "strategy='autograd'",
     "SyncBatchNorm": "expected torch.nn.SyncBatchNorm's own forward, or the module in eval mode",
     "CheckpointFunction": "expected torch.utils.checkpoint with use_reentrant=False",
     "Gather": "expected the module inside a DataParallel: model.module",

@@ -149,6 +149,20 @@ class Lazy(Function):
         return g * b if a.requires_grad else None, gb
 
 
+class WritesGradient(Function):
+    """A ReLU whose backward writes to the gradient that it is given."""
+
+    @staticmethod
+    def forward(ctx, i):
+        ctx.save_for_backward(i)
+        return i.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, g):
+        g[ctx.saved_tensors[0] < 0] = 0
+        return g
+
+
 class Flat(Function):
     """Has no gradient."""
 
@@ -197,6 +211,7 @@ FUNCTIONS = {
     "broadcasts": lambda x, w: Mean.apply(x * w),
     "draws": lambda x, w: Drop.apply(x),
     "asks its arguments": lambda x, w: torch.add(*Lazy.apply(x, w)),
+    "writes to a gradient": lambda x, w: 2 * WritesGradient.apply(x - 0.5) + x,
     "is flat": lambda x, w: Flat.apply(x.unbind(1)[1])[:, None] + x,
     "complex": lambda x, w: Complex.apply(x).abs(),
     "read twice": lambda x, w: (y := Swish.apply(x)) * y + y.detach(),

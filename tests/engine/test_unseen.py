@@ -74,6 +74,27 @@ def test_a_function_that_has_a_replacement_is_an_error_that_names_it(how):
     assert_exact(*pair(nn.Tanh(), Unseen(SyncBatchNorm, how)), *batch(), LabelLogit())
 
 
+@torch.jit.ignore
+def in_python(z):
+    return z.sin() * z
+
+
+@torch.jit.script
+def calls_python(z):
+    return in_python(z.cos())
+
+
+class Scripted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return calls_python(x)
+
+
+def test_what_a_script_calls_raises_the_same_error():
+    student = network(Scripted(), 0)
+    with pytest.raises(FastjacError, match=r"^sin reads a tensor .*Cos made it .*PYTORCH_JIT=0"):
+        JacobianMatching(student, network(nn.Tanh(), 7), LabelLogit())(*batch())
+
+
 class WritesThroughView(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_network import STATISTICS, Apply, assert_fused_alike, exact_or_refused, network
+from small_network import STATISTICS, Apply, agrees, assert_fused_alike, exact_or_refused, network
 from torch import Tensor, nn
 
 # In-place writes
@@ -174,3 +174,65 @@ def test_writes_are_exact_or_refused(function, place, batch_stats):
 @pytest.mark.parametrize("function", WRITES)
 def test_writes_in_a_fused_network(function):
     assert_fused_alike(function)
+
+
+# Overwritten after a call whose derivative does not read it
+
+INDEX, MASK = torch.tensor([0, 2]), torch.arange(4)[:, None, None] % 2 == 0
+
+
+def difference_of_complex(a: Tensor, b: Tensor) -> Tensor:
+    """With momentum, as a phase is reconstructed."""
+    c, d = torch.complex(a, b), torch.complex(b, a.square())
+    y = c - d.mul_(0.5) + 1j
+    c.zero_()
+    return y + c
+
+
+AFFINE = {
+    "where": lambda a, b: torch.where(MASK, a, b),
+    "where a number": lambda a, b: a.where(MASK, 0.5) + b,
+    "masked_fill": lambda a, b: a.masked_fill(MASK, -1.5) + b,
+    "masked_fill_ a copy": lambda a, b: torch.masked_fill(a, MASK, b.mean()),
+    "stack": lambda a, b: torch.stack([a, b]).sum(0),
+    "hstack": lambda a, b: torch.hstack([a, b])[:, 1:5],
+    "scatter": lambda a, b: a.scatter(0, torch.zeros(1, 4, 4, 4).long(), b[:1]),
+    "scatter_add": lambda a, b: a.scatter_add(0, torch.ones(3, 4, 4, 4).long(), b),
+    "index_put": lambda a, b: a.index_put((INDEX,), b[:2]),
+    "masked_scatter": lambda a, b: a.masked_scatter(MASK.expand_as(a), b),
+    "slice_scatter": lambda a, b: a.slice_scatter(b[:, :2], 1, 1, 3),
+    "pad": lambda a, b: torch.nn.functional.pad(a, (1, 0), value=2.0)[..., :-1] + b,
+    "diff": lambda a, b: torch.diff(a, dim=1, prepend=b[:, :1]),
+    "complex": lambda a, b: difference_of_complex(a * 1, b * 1).abs(),
+    "matmul": lambda a, b: a @ torch.ones(a.shape[-1], 1).double() + b,
+    "einsum": lambda a, b: torch.einsum("bchw,cd->bdhw", a, torch.rand(4, 4).double()) + b,
+    "meshgrid": lambda a, b: torch.meshgrid(a[:, 0, 0, 0], b[0, :, 0, 0], indexing="ij")[0].sum(),
+}
+
+
+def shape_or_type_of(z: Tensor) -> Tensor:
+    """A constant that is moved to where x is, as position embeddings are, before x is overwritten."""
+    table = torch.linspace(-1, 1, z[0].numel()).view(z.shape[1:])
+    moved = table.to(z) + torch.ones(1).type_as(z)
+    wide = torch.ones(1, dtype=z.dtype).expand_as(z)
+    y = z.to(z) * 1
+    z += moved * wide
+    return z + y.sin()
+
+
+@STATISTICS
+@pytest.mark.parametrize("name", AFFINE)
+def test_what_its_derivative_does_not_read_may_be_overwritten(name, batch_stats):
+    def function(z: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        a, b = z.sin() * 1, z.cos() * 1
+        y = AFFINE[name](a, b) * 1
+        a[:], b[:] = 0.5, 0.25
+        return z + y.sin() + a * b
+
+    agrees(lambda: network(Apply(function)), batch_stats)
+
+
+@STATISTICS
+def test_whose_shape_or_type_was_read_may_be_overwritten(batch_stats):
+    agrees(lambda: network(Apply(shape_or_type_of)), batch_stats)

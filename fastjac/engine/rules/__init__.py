@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastjac.engine.rules import (  # noqa: F401  they register
+    affine_maps,
     group_norm,
     layers,
     linear_maps,

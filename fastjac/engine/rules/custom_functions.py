@@ -187,6 +187,7 @@ class CustomFunction(Rule):
         own = self.function.vjp is not Function.vjp
         backward = self.function.vjp if own else self.function.backward
         boxed = getattr(self.function, "boxed_grads_call", False)
+        deltas = [d.clone() for d in deltas]  # a backward may write to them
         found = backward(context, deltas) if boxed else backward(context, *deltas)
         found = found if isinstance(found, tuple | list) else (found,)
         # As autograd has them: a gradient that broadcasts is summed, and has its tensor's type.

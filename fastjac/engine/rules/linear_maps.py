@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     *(Tensor.mean, Tensor.sum, Tensor.cumsum, Tensor.index_select, Tensor.gather, Tensor.diagonal),
     *(Tensor.take_along_dim, Tensor.tril, Tensor.triu, Tensor.trace, Tensor.unfold),
     *(Tensor.__getitem__, Tensor.__iter__),
-    *(Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16),
+    *(Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16),
     *(Tensor.double, Tensor.cpu, Tensor.cuda, Tensor.conj, Tensor.broadcast_to),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")),
     *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, F.fold, F.avg_pool1d),
@@ -136,22 +136,32 @@ class Permute(Rule):
         return super().input_regions(region)
 
 
-@register_rule(Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.type_as)
+LIKE = (Tensor.to, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.type_as)
+"""Methods that take another tensor's shape or type, whose values do not count."""
+
+
+@register_rule(*LIKE)
 class Like(LinearMap):
-    """In another tensor's shape or dtype, of which the values do not count."""
+    """In another tensor's shape or type, or in a type that is given."""
 
     @classmethod
-    def record(cls, site: Site, input: Tensor, other: Tensor) -> Recorded | Any:
-        if not site.varies(input):
-            return NotImplemented
-        function, like = site.function, other.detach().new_empty(()).expand(other.shape)
+    def record(cls, site: Site, input: Tensor, *args: Any, **kwargs: Any) -> Recorded:
+        function, number = site.function, site.number(input)
+        y = site.run(input, *args, **kwargs)
+        args = tuple(map(_without_values, args))
+        kwargs = {name: _without_values(value) for name, value in kwargs.items()}
 
         def linear(x: Tensor) -> Tensor:
-            return function(x, like)
+            return function(x, *args, **kwargs)
 
-        number = site.number(input)
-        rule = cls((number,), linear, input.shape, input.stride(), input.dtype, input.device)
-        return site.run(input, other), rule, ()
+        return y, cls((number,), linear, input.shape, input.stride(), input.dtype, input.device), ()
+
+
+def _without_values(value: Any) -> Any:
+    """A tensor's shape and type, in no memory."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().new_empty(()).expand(value.shape)
 
 
 @register_rule(torch.diff, Tensor.diff)
