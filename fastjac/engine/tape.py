@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._autograd import CreationMeta, _get_creation_meta
+from torch.autograd.function import BackwardCFunction
 
 from fastjac.engine.call import Call, calling_module, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks
@@ -251,7 +252,9 @@ class Tape(Fusion):
         made = tensor.grad_fn.name().removesuffix("0").removesuffix("Backward")
         if made == "AsStrided":  # what autograd gives a view whose base was overwritten
             return _overwritten(name, tensor)
-        advice = _ADVICE.get(made, _ADVICE["any"])
+        custom = isinstance(tensor.grad_fn, BackwardCFunction)
+        kept_back = custom and (in_checkpoint() or _node(tensor) in self.checkpointed)
+        advice = _ADVICE.get(made, _ADVICE["checkpointed" if kept_back else "any"])
         return FastjacError(
             f"{_text(name)} reads a tensor {list(tensor.shape)} whose derivative fastjac has not seen: "
             f"{made or 'something'} made it outside of PyTorch's Python functions (a custom "
@@ -530,6 +533,7 @@ def _text(function: Any) -> str:
 _ADVICE = {
     "any": "expected PyTorch operations there (for TorchScript, PYTORCH_JIT=0 in the environment), or "
     "strategy='autograd'",
+    "checkpointed": "expected a custom function to stand outside of torch.utils.checkpoint",
     "SyncBatchNorm": "expected torch.nn.SyncBatchNorm's own forward, or the module in eval mode",
     "CheckpointFunction": "expected torch.utils.checkpoint with use_reentrant=False",
     "Gather": "expected the module inside a DataParallel: model.module",
