@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastjac.engine.rules.base import Recorded, register_alternatives, register_rule
 from fastjac.engine.rules.generic import Generic, fresh, named_errors
@@ -35,7 +35,11 @@ class AffineMap(Generic):
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
-        if writes_in_place(site.function, args, kwargs):
+        plain = all(
+            type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
+            for t in tensors_in(args, kwargs)
+        )
+        if not plain or writes_in_place(site.function, args, kwargs):
             return NotImplemented
         y, rule, _ = super().record(site, *args, **kwargs)
         held = set(map(id, rule.leaves))

@@ -135,11 +135,11 @@ class CustomFunction(Rule):
     given: list[tuple[torch.Size, torch.dtype]]
 
     def needs_delta(self) -> bool:
-        return any(self.receives)
+        return True  # a backward that clips, say, is not linear in it
 
     def vjp(self, delta: Any) -> list[Tensor]:
         # They require gradients, as a backward may ask of them.
-        leaves, deltas = [fresh(t) for t in self.leaves], self._deltas(delta, torch.zeros)
+        leaves, deltas = [fresh(t) for t in self.leaves], self._deltas(delta)
         watch = _Watch(self.function, leaves)
         with torch.no_grad(), named_errors(self.function, "first derivative"), watch:
             pulled = self._pulled(leaves, deltas)
@@ -149,9 +149,8 @@ class CustomFunction(Rule):
         ]
 
     def jvp(self, tangents: Sequence[Tensor], delta: Any) -> tuple[Any, list[Tensor | None]]:
-        # Without a cotangent any serves: a backward is linear in it.
-        given = self._deltas(delta, torch.ones if delta is None else torch.zeros)
-        leaves, deltas = [fresh(t) for t in self.leaves], [fresh(d) for d in given]
+        leaves = [fresh(t) for t in self.leaves]
+        deltas = [fresh(d) for d in self._deltas(delta)]
         found: Sequence[Tensor | None] = [None] * (len(deltas) + len(leaves))
         with torch.enable_grad(), named_errors(self.function, "second derivative"):
             pulled = zip(self._pulled(leaves, deltas), tangents, strict=True)
@@ -167,13 +166,11 @@ class CustomFunction(Rule):
         kept = [gradient for gradient, received in gradients if received]
         return (pushed[0] if len(pushed) == 1 else pushed), kept
 
-    def _deltas(self, delta: Any, absent: Any) -> list[Tensor]:
+    def _deltas(self, delta: Any) -> list[Tensor]:
         """The cotangents of all outputs."""
-        given = (
-            [delta] if len(self.made) == 1 else [None] * len(self.made) if delta is None else delta
-        )
+        given = [delta] if len(self.made) == 1 else delta
         return [
-            absent(shape, dtype=dtype, device=device) if d is None else d.to(dtype)
+            torch.zeros(shape, dtype=dtype, device=device) if d is None else d.to(dtype)
             for d, (shape, dtype, device) in zip(given, self.made, strict=True)
         ]
 
