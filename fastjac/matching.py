@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,7 +324,7 @@ class JacobianMatching(nn.Module):
         """By the engine where the teacher's forward can be recorded, else by plain autograd."""
         targets = tuple(target.for_teacher() for target in targets)
         strategy = "dense" if self.strategy == "dense" else "auto"
-        with torch.no_grad():
+        with torch.no_grad(), _errors_of_frozen_teacher():
             if self.strategy != "autograd" and not self._teacher_by_autograd:
                 try:
                     run = Forward(
@@ -382,6 +382,20 @@ def _aligned(
             js = engine.input_jacobian(rows, stacked, whole=False).values
             return widen(js, ours, hull), widen(teacher.values, theirs, hull)
     return engine.input_jacobian(rows, stacked).values, teacher.whole()
+
+
+@contextlib.contextmanager
+def _errors_of_frozen_teacher() -> Iterator[None]:
+    """Say what PyTorch means where a teacher takes gradients in its own parameters, as MAML does."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise FastjacError(
+            "the teacher takes a gradient in its own parameters, which JacobianMatching freezes; "
+            "expected input_jacobian of the teacher, and jacobian_match_loss"
+        ) from error
 
 
 def _placed(targets: tuple[Target, ...], features: Sequence[Any]) -> tuple[Target, ...]:

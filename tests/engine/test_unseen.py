@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from comparison import assert_exact
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit
+from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit, input_jacobian
 
 
 class SyncBatchNorm(torch.autograd.Function):
@@ -133,3 +133,28 @@ def test_a_custom_function_of_a_parameter_is_exact(function):
     student, teacher = network(OfWeights(function), 0), network(nn.Tanh(), 7)
     for target in (LabelLogit(), AttentionWindow("stem", window=0.4)):
         assert_exact(student, teacher, *batch(), target)
+
+
+class Adapts(nn.Module):
+    """Takes a step of its own on what does not depend on x, as MAML's inner loop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            loss = self.weight.sin().square().sum()
+            (step,) = torch.autograd.grad(loss, self.weight, create_graph=True)
+        return (x * (self.weight - 0.1 * step)).sin()
+
+
+def test_a_student_may_adapt_and_a_frozen_teacher_may_not():
+    (x, y), teacher = batch(), network(Adapts(), 7)
+    assert_exact(network(Adapts(), 0), network(nn.Tanh(), 7), x, y, LabelLogit())
+    jacobian = input_jacobian(teacher, x, LabelLogit(), y)  # as the error says
+    assert jacobian.abs().max() > 0
+    for strategy in ("auto", "autograd"):
+        matcher = JacobianMatching(network(nn.Tanh(), 0), teacher, LabelLogit(), strategy=strategy)
+        with pytest.raises(FastjacError, match=r"its own parameters, .* expected input_jacobian"):
+            matcher(x, y)
