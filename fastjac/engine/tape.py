@@ -136,7 +136,6 @@ class Tape(Fusion):
 
     def number_of(self, tensor: Tensor, name: str) -> int | None:
         """The number of a value that ``name`` reads; None where it does not depend on x."""
-        self.compute(tensor)
         found: list[Tensor] = []
         self._scan(name, (tensor,), found)
         return self._values[id(tensor)].number if found else None

@@ -397,7 +397,17 @@ MIDDLES = {
         )
     ),
     "state in a hook": lambda: with_hook(nn.Conv2d(4, 4, 1)),
+    "coins": lambda: Apply(lambda z: torch.bernoulli(z.sigmoid()) * z.tanh()),
+    "written without a gradient": lambda: Apply(clipped_without_gradient),
 }
+
+
+def clipped_without_gradient(z: Tensor) -> Tensor:
+    y = z.sin()
+    clipped = y * 2
+    with torch.no_grad():
+        clipped.clamp_(-1, 1)
+    return clipped.square() * y
 
 
 class Checkpointed(nn.Module):

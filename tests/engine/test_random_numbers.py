@@ -166,6 +166,16 @@ def test_replays_writes_and_results():
     assert torch.equal(replayed, noise)
 
 
+def test_replays_what_an_operator_writes_to_its_out():
+    given, again = torch.zeros(3), torch.zeros(3)
+    with RecordDraws() as recorder:
+        torch.randn(3, out=given)
+    with ReplayDraws(recorder.draws):
+        torch.randn(3, out=again)
+    assert given.any()
+    assert torch.equal(given, again)
+
+
 def test_another_sequence_is_an_error():
     with RecordDraws() as recorder:
         torch.rand(3)
