@@ -1,6 +1,7 @@
 """What a fused network saves for its backward, and what it recomputes instead."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastjac import AttentionWindow, JacobianMatching, fuse
+from fastjac import AttentionWindow, FastjacError, JacobianMatching, fuse
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 C = 4
@@ -65,6 +66,21 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) * self.b(x) + x
+
+
+@pytest.mark.parametrize("what", ["a parameter", "an output"])
+def test_what_is_saved_beside_a_recomputed_map_must_not_be_overwritten(what):
+    """Autograd looks at no version of what is saved by hooks."""
+    model, outputs = unpooled(), []
+    model[3] = nn.Tanh() if what == "an output" else model[3]
+    model[3].register_forward_hook(lambda module, args, y: outputs.append(y))
+    loss = fuse(model)(images()).square().sum()
+    changed = outputs[0] if what == "an output" else model[3].a.weight
+    with torch.no_grad():
+        changed.mul_(2)
+    shape = re.escape(str(list(changed.shape)))
+    with pytest.raises(FastjacError, match=rf"{shape} that the backward needs was overwritten"):
+        loss.backward()
 
 
 def test_an_activation_is_not_kept_but_recomputed():

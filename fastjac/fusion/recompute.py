@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastjac.errors import FastjacError
+
 Recompute = Callable[[], Tensor]
 
 # The most products per output of a first convolution that is recomputed (ResNet's has 147): they take
@@ -59,12 +61,23 @@ def recomputing(values: list[tuple[Tensor, Recompute]]) -> Iterator[None]:
     _state.active = active = {_identity(value): recompute for value, recompute in values}
     try:
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: active.get(_identity(tensor), tensor),
-            lambda saved: saved if isinstance(saved, Tensor) else saved(),
+            lambda tensor: active.get(_identity(tensor)) or (tensor, version_of(tensor)),
+            lambda saved: _unchanged(*saved) if isinstance(saved, tuple) else saved(),
         ):
             yield
     finally:
         _state.active = outer
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    """A saved tensor; with hooks, autograd itself no longer sees that it was overwritten."""
+    if version_of(tensor) != version:
+        raise FastjacError(
+            f"a tensor {list(tensor.shape)} that the backward needs was overwritten in place, or is a "
+            "parameter that an optimizer has changed since the forward; expected the operation that is "
+            "not in place, and the backward before the step"
+        )
+    return tensor
 
 
 def version_of(tensor: Tensor) -> int:
