@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,7 +44,7 @@ def capture(model: nn.Module, layers: Iterable[str | None]) -> Iterator[dict[str
 
     Gives a dict that is filled as the layers run, and checked at the end. The tensors, of any shape,
     are those of the forward, with its graph. None among the layers is skipped, so that
-    ``features.get(target.layer)`` serves every target.
+    ``features.get(target.layer)`` serves every target. Threads may share the model.
 
     Raises for a layer that does not exist, does not run or runs more than once, does not return one
     tensor, or whose output a later operation overwrites.
@@ -59,9 +60,12 @@ def capture(model: nn.Module, layers: Iterable[str | None]) -> Iterator[dict[str
     features: dict[str, Tensor] = {}
     versions: dict[str, int] = {}
     counts = {layer: 0 for layer in layers if layer is not None}
+    thread = threading.get_ident()
 
     def catch(layer: str) -> Any:
         def hook(module: nn.Module, args: object, output: object) -> None:
+            if threading.get_ident() != thread:  # which runs a forward of its own
+                return
             if not isinstance(output, Tensor):
                 raise FastjacError(
                     f"layer {layer!r} is not a feature map: it returns {type(output).__name__}"

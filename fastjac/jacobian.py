@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -321,9 +322,10 @@ class _Stop:
         self, tape: engine.Tape, features: Mapping[str, Tensor], layers: set[str | None]
     ) -> None:
         self.tape, self.features, self.layers = tape, features, layers
+        self.thread = threading.get_ident()
 
     def __call__(self, module: nn.Module, args: Any, value: Any) -> Any:
-        if not self.layers <= self.features.keys():
+        if threading.get_ident() != self.thread or not self.layers <= self.features.keys():
             return None
         self.tape.recording = False
         if not self.tape.differentiable:

@@ -299,7 +299,7 @@ class Tape(Fusion):
                 f"the model calls {function_name(function)} on what depends on x, which fastjac does "
                 "not take; expected Python's own control flow, or strategy='autograd'"
             )
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 and _in_forward_mode(function, args, kwargs):
             raise FastjacError(
                 f"the model calls {function_name(function)} on what depends on x in forward mode, which "
                 "fastjac does not take; strategy='autograd' does"
@@ -519,6 +519,13 @@ def _has_node(tensor: Tensor) -> bool:
 
 def _differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _in_forward_mode(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call makes or reads dual numbers; PyTorch's level is that of all threads."""
+    return function is torch._make_dual or any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors_in(args, kwargs)
+    )
 
 
 def _node(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ instance or batch norm takes its statistics as constants, and says nothing.)
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 _ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
+
+# PyTorch has one forward mode for all threads, and no second one inside of it.
+_forward_mode = threading.RLock()
 
 # By a part of the name: calls that update running statistics or observers, without a new version.
 _STATEFUL = ("native_batch_norm", "fused_moving_avg_obs")
@@ -158,8 +162,7 @@ class Generic(Rule):
             try:
                 pushed, gradients = first(leaves, tangents, delta)
             except RuntimeError as error:
-                missing = isinstance(error, NotImplementedError) or "not implemented" in str(error)
-                if not missing:
+                if not (isinstance(error, NotImplementedError) or _is_missing(str(error))):
                     raise
                 pushed, gradients = second([fresh(t) for t in leaves], tangents, delta)
         wanted = [g for g, received in zip(gradients, self.receives, strict=True) if received]
@@ -173,7 +176,7 @@ class Generic(Rule):
         self, leaves: list[Tensor], tangents: Any, delta: Any
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         count = len(self.sources)
-        with fwAD.dual_level():
+        with _forward_mode, fwAD.dual_level():
             pairs = zip(leaves[:count], tangents, strict=True)
             duals = [fwAD.make_dual(x, _own_memory(t.to(x.dtype))) for x, t in pairs]
             outputs = self._again(duals + leaves[count:])
@@ -339,6 +342,11 @@ class _Context:
             return any(isinstance(p, float) and p > 0 and trains for p, trains in pairs)
         position = self.dropout_position
         return (args[position] if len(args) > position else kwargs.get("dropout_p", 0.0)) > 0
+
+
+def _is_missing(reason: str) -> bool:
+    """Whether PyTorch has no such derivative, or is in forward mode already."""
+    return "not implemented" in reason or "Nested forward mode" in reason
 
 
 def _is_leaf(site: Site, tensor: Tensor) -> bool:
