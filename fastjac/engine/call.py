@@ -38,9 +38,9 @@ class Call:
         """The same call by another rule."""
         return Call(rule, outputs, self.single, receivers, self.name, self.module, self.kept)
 
-    def on_crops(self, rule: Rule) -> Call:
-        """The same call by its rule on crops, which reads whole maps no more."""
-        # What the rule on crops has replaced; to look for what it still holds is slower.
+    def by_copies(self, rule: Rule) -> Call:
+        """The same call by its rule on copies, on crops say, of what it read."""
+        # What the rule on copies has replaced; to look for what it still holds is slower.
         gone = _fields(self.rule) - _fields(rule)
         kept = [entry for entry in self.kept if id(entry[0]) not in gone]
         return Call(rule, self.outputs, self.single, self.receivers, self.name, self.module, kept)
@@ -58,8 +58,19 @@ class Call:
             if tensor._version != version:
                 raise FastjacError(
                     f"a value {list(tensor.shape)} that {self.name} needs for its derivative was "
-                    "overwritten in place by a later operation; use the operation that is not in place"
+                    "overwritten in place by a later operation (or a parameter by an optimizer's step, "
+                    "before the backward); use the operation that is not in place"
                 )
+
+
+def copy_before_write(calls: list[Call], number: int) -> None:
+    """Copy a value that is about to be overwritten, where the rule of the call that made it reads it."""
+    for i in reversed(range(len(calls))):
+        if number in calls[i].outputs:
+            rule = calls[i].rule.with_output_copied()
+            if rule is not calls[i].rule:
+                calls[i] = calls[i].by_copies(rule)
+            return
 
 
 def _fields(rule: Rule) -> set[int]:

@@ -400,7 +400,7 @@ def _on_crops(
     sizes = {n: region.map_size(tape.shapes[n]) for n, region in regions.items()}
     for call in calls:
         call.check_versions()  # crops are copies, whose versions tell nothing
-    cropped = [call.on_crops(call.rule.crop(crops, regions[call.outputs[0]])) for call in calls]
+    cropped = [call.by_copies(call.rule.crop(crops, regions[call.outputs[0]])) for call in calls]
     crops.forget()
     masked = {n for call in calls if not call.rule.stays_inside for n in call.rule.sources}
     return cropped, CropPlan(crops, regions, sizes, seen, masked | {INPUT})

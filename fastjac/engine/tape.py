@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch.autograd.function import BackwardCFunction
 
-from fastjac.engine.call import Call, calling_module, own_lists
+from fastjac.engine.call import Call, calling_module, copy_before_write, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import custom_output
@@ -393,6 +393,9 @@ class Tape(Fusion):
         site = Site(self, function, trains)
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
+        for written in (args[0], base) if in_place else ():
+            if (overwritten := self.value(written)) is not None:
+                copy_before_write(self.calls, overwritten.number)
         whole = None if base is None else self._values.get(id(base))
         if whole is not None and whole.version != base._version:
             base = None  # to read it again is an error

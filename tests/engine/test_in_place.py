@@ -138,15 +138,40 @@ def test_what_a_derivative_needs_must_not_be_overwritten():
 @pytest.mark.parametrize("strategy", ["dense", "local"])
 def test_also_where_a_crop_is_what_it_needs(strategy):
     def overwrite(z: Tensor) -> Tensor:
-        y = F.leaky_relu(z)
-        result = 2 * y
-        y.sub_(1)  # turns the gate, which is read off the output
-        return result
+        y = F.silu(z)
+        z.sub_(1)
+        return y
 
     x, y = batch()
     student, target = network(overwrite, False).double(), AttentionWindow("1", window=0.3)
-    with pytest.raises(FastjacError, match=r"leaky_relu needs for its derivative was overwritten"):
+    with pytest.raises(FastjacError, match=r"silu needs for its derivative was overwritten"):
         with_jacobian(student, x, target, y, strategy=strategy)
+
+
+@pytest.mark.parametrize("gate", [F.leaky_relu, F.relu6, F.hardtanh])
+@pytest.mark.parametrize(
+    ("write", "strategy"),
+    [
+        (lambda y: y.sub_(1), "dense"),
+        (lambda y: y.sub_(1), "local"),
+        (lambda y: y[:, :2].mul_(-2), "dense"),
+    ],
+    ids=["dense", "local", "a view"],
+)
+def test_a_gate_s_output_may_be_overwritten(gate, write, strategy):
+    """Autograd saves the input of these; fastjac reads the gate off the output."""
+
+    def overwrite(z: Tensor) -> Tensor:
+        y = gate(z)
+        result = y * 2
+        write(y)
+        return result + y
+
+    torch.manual_seed(1)
+    x, y = batch()
+    student, target = network(overwrite, False).double(), AttentionWindow("1", window=0.3)
+    teacher = network(torch.tanh, False).double()
+    assert_exact(student, teacher, x, y, target, strategy=strategy)
 
 
 def test_one_of_several_views_made_before_their_base_was_overwritten_is_an_error():

@@ -74,6 +74,10 @@ class Rule:
         """Whether ``jvp`` reads the cotangent of the output."""
         return False
 
+    def with_output_copied(self) -> Rule:
+        """The rule for an output that is about to be overwritten: with a copy, where it reads that."""
+        return self
+
     def processes(self) -> Any:
         """The process group that the sweeps exchange sums with; None: none."""
         return None
