@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from comparison import assert_exact
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastjac import LabelLogit
+from fastjac import LabelLogit, Logits, with_jacobian
 
 W = 6  # features, and the sides of a map
 
@@ -252,3 +254,17 @@ def test_functions(name, batch_stats):
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name, batch_stats):
     check(MODULES[name], batch_stats)
+
+
+def test_a_recurrent_network_warns_of_nothing():
+    model = nn.Sequential(Recurrent(nn.GRU), nn.Flatten(), nn.Linear(36, 2)).double()
+    x = torch.rand(2, 4, 3, 3).double()
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with_jacobian(model, x, Logits()).jacobian.square().sum().backward()
+    finally:
+        torch.set_warn_always(always)
+    assert all(p.grad.norm() > 0 for p in model[0].parameters())

@@ -333,7 +333,9 @@ class _Context:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if self.recurrent:  # nor have these libraries'
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            # Its other flags, by default, would be set as well, of which one warns.
+            others = dict.fromkeys(("deterministic", "allow_tf32", "fp32_precision"))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False, **others))
 
     def _drops(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an attention or recurrent function has dropout."""
