@@ -37,10 +37,10 @@ class Hooks:
         if of_several or owner.startswith("torch.distributed.fsdp"):
             # It asks for the ordinary backward; or it prepares parameters for that.
             return tensor.register_hook(hook)
-        observed = _observed(hook)
+        observed = _Observed(hook)
         handle = tensor.register_hook(observed)
         hooks = self.by_value.setdefault(number, OrderedDict())
-        hooks[handle.id] = observed
+        hooks[handle.id] = observed.in_sweep
         handle.extra_dict_ref = (weakref.ref(hooks),)  # where its remove() looks, too
         return handle
 
@@ -62,17 +62,25 @@ class Hooks:
             todo += [following for following, _ in node.next_functions]
 
 
-def _observed(hook: Any) -> Any:
-    """A tensor's hook, which may look at a cotangent, but not replace it."""
+class _Observed:
+    """A tensor's hook, which may replace a cotangent of the loss where J does not pass through."""
 
-    def observe(cotangent: Tensor) -> None:
-        if hook(cotangent) is not None:
+    def __init__(self, hook: Any) -> None:
+        self.hook, self.swept = hook, False
+
+    def in_sweep(self, cotangent: Tensor) -> None:
+        """Run it in the reverse sweep, which comes before a backward."""
+        self.swept = True
+        self(cotangent)
+
+    def __call__(self, cotangent: Tensor) -> Any:
+        replaced = self.hook(cotangent)
+        if self.swept and replaced is not None:
             raise FastjacError(
                 "a hook that the model registers on a tensor replaces its gradient, and so the input "
                 "Jacobian; expected a hook that returns None, or strategy='autograd'"
             )
-
-    return observe
+        return replaced
 
 
 def _has_hooks(node: Any) -> bool:

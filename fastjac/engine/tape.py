@@ -20,6 +20,7 @@ from fastjac.engine.rules.custom_functions import custom_output
 from fastjac.engine.rules.linear_maps import LIKE
 from fastjac.engine.rules.views import ViewWrite, view_of
 from fastjac.engine.site import Site
+from fastjac.engine.unseen import Unseen, overwritten, unseen
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import (
@@ -157,9 +158,11 @@ class Tape(Fusion):
                 value = self._values.get(id(argument)) or self._behind_identity(argument)
                 if value is None and argument.requires_grad:
                     if argument.grad_fn is not None and not self._is_constant(argument):
-                        value = self._reread(argument) or self._of_custom_function(argument)
-                        if value is None:
-                            self._check_graph(name, argument)
+                        value = (
+                            self._reread(argument)
+                            or self._of_custom_function(argument)
+                            or self._check_graph(name, argument)
+                        )
                     trains = trains or (value is None and self.differentiable)
                 if value is not None:
                     value = self._checked(name, argument, value)
@@ -207,7 +210,7 @@ class Tape(Fusion):
         if tensor._version != value.version:
             known = self._reread(tensor)
             if known is None:
-                raise _overwritten(name, tensor)
+                raise overwritten(name, tensor)
             return known
         if value.node is not None and value.node != _node(tensor):
             raise self._unseen(name, tensor)
@@ -228,11 +231,24 @@ class Tape(Fusion):
         self.calls.append(Call(rule, (number,), True, (), "as_strided", None, []))
         return self._values[id(tensor)]
 
-    def _check_graph(self, name: Any, tensor: Tensor) -> None:
-        """Raise if the graph of a tensor that no recorded call made leads to what depends on x."""
-        if self.leads_to_values(tensor.grad_fn):
-            raise self._unseen(name, tensor)
-        self._note_constant(tensor)
+    def _check_graph(self, name: Any, tensor: Tensor) -> Value | None:
+        """Raise if the graph of a tensor that no recorded call made leads to what depends on x.
+
+        The result of a custom function that cannot be recorded is a value, and an error once a target
+        depends on it.
+        """
+        if not self.leads_to_values(tensor.grad_fn):
+            self._note_constant(tensor)
+            return None
+        error = self._unseen(name, tensor)
+        if not isinstance(tensor.grad_fn, BackwardCFunction):
+            raise error
+        number = self._assign(tensor, self.differentiable)
+        self.calls.append(Call(Unseen((), error), (number,), True, (), "a function", None, []))
+        return self._values[id(tensor)]
+
+    def _unseen(self, name: Any, tensor: Tensor) -> FastjacError:
+        return unseen(name, tensor, in_checkpoint() or _node(tensor) in self.checkpointed)
 
     def leads_to_values(self, node: Any) -> bool:
         """Whether the graph behind an autograd node, itself included, has the node of a value."""
@@ -246,20 +262,6 @@ class Tape(Fusion):
                 return True
             todo += [following for following, _ in node.next_functions]
         return False
-
-    def _unseen(self, name: Any, tensor: Tensor) -> FastjacError:
-        made = tensor.grad_fn.name().removesuffix("0").removesuffix("Backward")
-        if made == "AsStrided":  # what autograd gives a view whose base was overwritten
-            return _overwritten(name, tensor)
-        custom = isinstance(tensor.grad_fn, BackwardCFunction)
-        kept_back = custom and (in_checkpoint() or _node(tensor) in self.checkpointed)
-        advice = _ADVICE.get(made, _ADVICE["checkpointed" if kept_back else "any"])
-        return FastjacError(
-            f"{_text(name)} reads a tensor {list(tensor.shape)} whose derivative fastjac has not seen: "
-            f"{made or 'something'} made it outside of PyTorch's Python functions (a custom "
-            "autograd.Function, torch.func, TorchScript, another thread, a compiled region or a C++ "
-            f"extension); {advice}"
-        )
 
     def _note_constant(self, tensor: Tensor) -> None:
         constants, key = self._constants, id(tensor)
@@ -505,14 +507,6 @@ def _clone_on_write(leaf: Tensor) -> Tensor:
         return leaf.clone()
 
 
-def _overwritten(name: Any, tensor: Tensor) -> FastjacError:
-    return FastjacError(
-        f"{_text(name)} reads a tensor {list(tensor.shape)} that was overwritten in place "
-        "where fastjac cannot see it (through a view of it, or in C++); use the operation "
-        "that is not in place, or strategy='autograd'"
-    )
-
-
 def _has_node(tensor: Tensor) -> bool:
     """Whether a graph leads to it; PyTorch refuses to say of a view that was written to without one."""
     if not torch.is_grad_enabled() and tensor._is_view():
@@ -533,17 +527,3 @@ def _in_forward_mode(function: Any, args: Any, kwargs: Any) -> bool:
 
 def _node(tensor: Tensor) -> int:
     return -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
-
-
-def _text(function: Any) -> str:
-    return function if isinstance(function, str) else function_name(function)
-
-
-_ADVICE = {
-    "any": "expected PyTorch operations there (for TorchScript, PYTORCH_JIT=0 in the environment), or "
-    "strategy='autograd'",
-    "checkpointed": "expected a custom function to stand outside of torch.utils.checkpoint",
-    "SyncBatchNorm": "expected torch.nn.SyncBatchNorm's own forward, or the module in eval mode",
-    "CheckpointFunction": "expected torch.utils.checkpoint with use_reentrant=False",
-    "Gather": "expected the module inside a DataParallel: model.module",
-}

@@ -6,10 +6,20 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import assert_agrees
 from comparison import assert_exact
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit, input_jacobian
+from fastjac import (
+    AttentionWindow,
+    FastjacError,
+    JacobianMatching,
+    LabelLogit,
+    Logits,
+    input_jacobian,
+    with_jacobian,
+)
 
 
 class SyncBatchNorm(torch.autograd.Function):
@@ -93,6 +103,58 @@ def test_what_a_script_calls_raises_the_same_error():
     student = network(Scripted(), 0)
     with pytest.raises(FastjacError, match=r"^sin reads a tensor .*Cos made it .*PYTORCH_JIT=0"):
         JacobianMatching(student, network(nn.Tanh(), 7), LabelLogit())(*batch())
+
+
+class Reversal(torch.autograd.Function):
+    """The gradient's sign changes, as in front of a domain's classifier."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gy: Tensor) -> Tensor:
+        return -0.3 * gy
+
+
+def reverse_by_a_hook(z: Tensor) -> Tensor:
+    z = z * 1
+    z.register_hook(lambda g: -0.3 * g)
+    return z
+
+
+class Adversarial(nn.Module):
+    """The classes, and behind a reversal of the gradient, the domains."""
+
+    def __init__(self, reverse) -> None:
+        super().__init__()
+        self.reverse = reverse
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.domain = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+        self.classes = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.LazyLinear(5))
+        self(batch()[0].float())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.stem(x)
+        return self.classes(z), self.domain(self.reverse(z))
+
+
+def reverse_in_a_checkpoint(z: Tensor) -> Tensor:
+    return checkpoint(Reversal.apply, z, use_reentrant=False)
+
+
+@pytest.mark.parametrize("reverse", [Reversal.apply, reverse_by_a_hook, reverse_in_a_checkpoint])
+def test_beside_what_the_target_reads_it_is_as_it_is(reverse):
+    def make() -> nn.Module:
+        return Adversarial(reverse).double()
+
+    x, y = batch()
+    assert_agrees(make, x, LabelLogit(), y, output=0, batch_stats="batch")
+    if reverse == Reversal.apply:
+        assert_agrees(make, x, Logits(), None, output=1, batch_stats="batch")
+        return
+    with pytest.raises(FastjacError, match=r"has not seen: Reversal made it|replaces its gradient"):
+        with_jacobian(make(), x, Logits(), output=1)
 
 
 class WritesThroughView(nn.Module):
