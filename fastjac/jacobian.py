@@ -19,7 +19,7 @@ from fastjac import engine, reference
 from fastjac.errors import FastjacError, unknown
 from fastjac.features import capture, find_layer
 from fastjac.fusion import PIECEWISE_LINEAR
-from fastjac.fusion.mode import eager_regions, has_script, tensors_in
+from fastjac.fusion.mode import eager_regions, runs_unfused, tensors_in
 from fastjac.targets import AttentionWindow, Target, check_targets
 
 STRATEGIES = ("auto", "local", "dense", "autograd")
@@ -203,7 +203,7 @@ class Forward:
         batch_stats: str,
     ) -> None:
         self.differentiable = torch.is_grad_enabled()
-        activations = frozenset() if has_script(model) else PIECEWISE_LINEAR
+        activations = frozenset() if runs_unfused(model) else PIECEWISE_LINEAR
         self.tape = engine.Tape(model, x, activations, batch_stats, self.differentiable)
         self.batch = len(x)
         layers = [t.layer for t in targets]

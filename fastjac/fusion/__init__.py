@@ -11,7 +11,7 @@ from torch import nn
 
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import ALL_ACTIVATIONS, PIECEWISE_LINEAR
-from fastjac.fusion.mode import Fusion, active_fusion, eager_regions, has_script
+from fastjac.fusion.mode import Fusion, active_fusion, eager_regions, runs_unfused
 
 __all__ = ["ALL_ACTIVATIONS", "PIECEWISE_LINEAR", "FusedModel", "Fusion", "fuse"]
 
@@ -45,10 +45,11 @@ def fuse(model: nn.Module) -> FusedModel:
     (stride 2, padding 0 or 1). A chain that branches or that a hook looks into is computed where it is
     read. A forward hook that keeps a BatchNorm's output for ``autograd.grad`` should ask it to
     ``retain_grad()``, or it is no part of the graph. Differentiable once. Deterministic where the rest
-    of the network is. Under ``torch.compile``, under ``torch.utils.checkpoint``, with TorchScript parts
-    and on a device without native operators, the model runs as it is. Another thread, a TorchScript
-    function, ``Tensor.as_subclass`` or a C++ extension that reads a BatchNorm's output sees a NaN
-    placeholder. :meth:`FusedModel.unfuse` gives the model back.
+    of the network is. Under ``torch.compile``, also of the backward (compiled autograd), under
+    ``torch.utils.checkpoint``, with TorchScript parts and on a device without native operators, the
+    model runs as it is. Another thread, a TorchScript function, ``Tensor.as_subclass`` or a C++
+    extension that reads a BatchNorm's output sees a NaN placeholder. :meth:`FusedModel.unfuse` gives
+    the model back.
 
     >>> import torch
     >>> layers = (torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -98,7 +99,7 @@ class FusedModel(nn.Module):
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         model = self._model
-        if torch.compiler.is_compiling() or active_fusion() is not None or has_script(model):
+        if torch.compiler.is_compiling() or active_fusion() is not None or runs_unfused(model):
             return function(*args, **kwargs)
         with eager_regions(), Fusion(ALL_ACTIVATIONS):
             return function(*args, **kwargs)

@@ -535,6 +535,19 @@ def eager_regions() -> Iterator[None]:
                 _stance.__exit__(None, None, None)
 
 
+def runs_unfused(model: nn.Module) -> bool:
+    """Whether nothing of it may be fused: parts that no mode sees, or a backward that is compiled.
+
+    Compiled autograd frees a node's saved tensors before it runs what recomputes values from them.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and (
+        dynamo.config.compiled_autograd or dynamo.compiled_autograd.compiled_autograd_enabled
+    ):
+        return True
+    return has_script(model)
+
+
 def has_script(model: nn.Module) -> bool:
     """Whether a part of the network is TorchScript, whose calls no mode sees."""
     todo, seen, script = [model], {id(None)}, torch.jit.ScriptModule
