@@ -83,10 +83,12 @@ class Site:
         if not self.tape.trains(tensor):
             return tensor, None
         if in_checkpoint():
-            raise FastjacError(
-                f"{function_name(self.function)} writes in place under torch.utils.checkpoint to a "
-                f"tensor {list(tensor.shape)}; use the operation that is not in place"
-            )
+            if tensor._is_view():
+                raise FastjacError(
+                    f"{function_name(self.function)} writes in place under torch.utils.checkpoint to a "
+                    f"view {list(tensor.shape)}; use the operation that is not in place"
+                )
+            return tensor, _Tap.apply(tensor)
         if tensor._is_view() and operation_name(self.function) in _RESHAPES:
             raise FastjacError(
                 f"{function_name(self.function)} changes the shape of a view {list(tensor.shape)} in "
@@ -116,3 +118,16 @@ class _Slot(torch.autograd.Function):
         if cotangent is None or slot is None:
             return slot if cotangent is None else cotangent
         return cotangent + slot
+
+
+class _Tap(torch.autograd.Function):
+    """A slot alone, whose gradient goes to the tensor as it is now: a checkpoint sees no other call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.new_zeros(()).expand(x.shape).data
+
+    @staticmethod
+    def backward(ctx: Any, slot: Tensor | None) -> Tensor | None:
+        return slot

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from comparison import assert_exact
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastjac import (
     AttentionWindow,
@@ -172,6 +173,18 @@ def test_a_gate_s_output_may_be_overwritten(gate, write, strategy):
     student, target = network(overwrite, False).double(), AttentionWindow("1", window=0.3)
     teacher = network(torch.tanh, False).double()
     assert_exact(student, teacher, x, y, target, strategy=strategy)
+
+
+def test_a_write_to_a_view_in_a_checkpoint_is_an_error():
+    def square_a_part(z: Tensor) -> Tensor:
+        z = z * 1
+        z[:, :2].pow_(2)
+        return z
+
+    x, y = batch()
+    student = network(lambda z: checkpoint(square_a_part, z, use_reentrant=False), False).double()
+    with pytest.raises(FastjacError, match=r"pow_ writes in place under .*checkpoint to a view \["):
+        with_jacobian(student, x, LabelLogit(), y)
 
 
 def test_one_of_several_views_made_before_their_base_was_overwritten_is_an_error():

@@ -391,6 +391,9 @@ MIDDLES = {
     "checkpoint": lambda: Checkpointed(
         nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Dropout(0.4))
     ),
+    "checkpoint, in place": lambda: Checkpointed(
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.SiLU(inplace=True), nn.ELU(inplace=True))
+    ),
     "checkpoint sequential": lambda: Apply(
         lambda z: checkpoint_sequential(
             [torch.sin, torch.tanh, torch.cos], 2, z, use_reentrant=False
