@@ -239,7 +239,8 @@ class Fusion(TorchFunctionMode):
         if is_higher_order(function):
             return run_higher_order(function, args, kwargs)
         convolution = function is torch.conv2d and not in_checkpoint()
-        known = self._recomputes(args) if self._recomputable else ()
+        # A checkpoint counts what its hooks are given.
+        known = self._recomputes(args) if self._recomputable and not in_checkpoint() else ()
         if not known and not convolution:
             return function(*args, **kwargs)
         function = convolve if convolution else function
