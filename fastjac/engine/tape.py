@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch.autograd.function import BackwardCFunction
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastjac.engine.call import Call, calling_module, copy_before_write, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks
 from fastjac.engine.rules import fused_rule, rules_for
-from fastjac.engine.rules.custom_functions import custom_output
+from fastjac.engine.rules.custom_functions import PIECEWISE_CONSTANT, custom_output
 from fastjac.engine.rules.linear_maps import LIKE
 from fastjac.engine.rules.views import ViewWrite, view_of
 from fastjac.engine.site import Site
@@ -32,6 +33,7 @@ from fastjac.fusion.mode import (
     in_backward_hook,
     in_checkpoint,
     is_higher_order,
+    operation_name,
     takes_native_statistics,
     tensors_in,
     writes_in_place,
@@ -98,6 +100,8 @@ class Tape(Fusion):
         self.outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
         # The last nodes before calls without gradients in a checkpoint: those of custom functions.
         self.checkpointed: set[int] = set()
+        # What was computed of values without a gradient: its storage, and the last node before it.
+        self._without_gradient: dict[int, tuple[StorageWeakRef, int]] = {}
         self._assign(self.x, False)
 
     # Values.
@@ -353,6 +357,9 @@ class Tape(Fusion):
             for tensor in tensors_in(out):
                 if _has_node(tensor):
                     self._note_constant(tensor)
+        inside = self._without_gradient and not torch.is_grad_enabled()
+        if inside and any(map(self._known_without_gradient, tensors_in(args, kwargs))):
+            self._note_without_gradient(function, out)
         return out
 
     def _run_without_gradient(
@@ -365,6 +372,7 @@ class Tape(Fusion):
         for tensor in tensors_in(out):
             if tensor.grad_fn is not None and id(tensor) not in self._values:
                 self._note_constant(tensor)  # a sampler's result has a node, of no derivative
+        self._note_without_gradient(function, out)
         for tensor in varying:
             value = self._values[id(tensor)]
             if tensor._version != value.version:
@@ -372,6 +380,27 @@ class Tape(Fusion):
                     version=tensor._version, node=_node(tensor)
                 )
         return out
+
+    def _note_without_gradient(self, function: Any, out: Any) -> None:
+        if operation_name(function) in PIECEWISE_CONSTANT:
+            return
+        last = torch._C._autograd._get_sequence_nr() - 1
+        for tensor in tensors_in(out):
+            if _differentiable(tensor) and tensor.layout == torch.strided and not tensor.is_nested:
+                storage = StorageWeakRef(tensor.untyped_storage())
+                self._without_gradient[storage.cdata] = storage, last
+
+    def _known_without_gradient(self, tensor: Tensor) -> tuple[Any, int] | None:
+        """What is noted of a tensor that was computed of values without a gradient."""
+        if tensor.layout != torch.strided or tensor.is_nested or not _differentiable(tensor):
+            return None
+        known = self._without_gradient.get(tensor.untyped_storage()._cdata)
+        return None if known is None or known[0].expired() else known
+
+    def computed_inside(self, node: Any, tensor: Tensor) -> bool:
+        """Whether the forward of a custom function, whose ``node`` has saved it, computed ``tensor``."""
+        known = self._known_without_gradient(tensor)
+        return known is not None and known[1] >= node._sequence_nr()
 
     def _record(
         self,

@@ -344,6 +344,87 @@ def test_one_without_a_second_derivative():
         out.jacobian.square().sum().backward()
 
 
+class Cube(Function):
+    """Its derivative is right; its backward's is lost, which autograd would not tell."""
+
+    @staticmethod
+    def forward(ctx, i, module):
+        ctx.save_for_backward(i)
+        return i**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (i,) = ctx.saved_tensors
+        return g * 3 * i.detach() ** 2, None
+
+
+class WithoutGradient(Cube):
+    @staticmethod
+    def backward(ctx, g):
+        with torch.no_grad():
+            return g * 3 * ctx.saved_tensors[0] ** 2, None
+
+
+class SavesAnIntermediate(Cube):
+    @staticmethod
+    def forward(ctx, i, module):
+        square = i * i
+        ctx.save_for_backward(square + 0)
+        return square * i
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3 * ctx.saved_tensors[0], None
+
+
+class HoldsAnIntermediate(Cube):
+    @staticmethod
+    def forward(ctx, i, module):
+        ctx.slope = 3 * i * i
+        return i**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.slope, None
+
+
+class Rounded(Cube):
+    """What it saves has a derivative of zero, or is no function of x."""
+
+    @staticmethod
+    def forward(ctx, i, module):
+        ctx.levels, ctx.table = (4 * i).round(), torch.linspace(1, 2, i.shape[1])
+        return i * ctx.levels * ctx.table
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.levels * ctx.table, None
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (Cube, "what detach gives"),
+        (WithoutGradient, r"what \w+ gives"),
+        (SavesAnIntermediate, r"a tensor \[3, 4\] that its forward computes"),
+        (HoldsAnIntermediate, r"a tensor \[3, 4\] that its forward computes"),
+        (Rounded, None),
+    ],
+)
+def test_a_derivative_that_a_double_backward_loses_is_an_error(function, what):
+    model, x = Shift(function).double(), torch.rand(3, 2).double()
+    out = with_jacobian(model, x, LabelLogit(), LABELS)
+    reference = with_jacobian(model, x, LabelLogit(), LABELS, strategy="autograd")
+    torch.testing.assert_close(out.jacobian, reference.jacobian)
+    if what is None:
+        wanted = torch.autograd.grad(reference.jacobian.square().sum(), model.last.weight)
+        found = torch.autograd.grad(out.jacobian.square().sum(), model.last.weight)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+        return
+    with pytest.raises(FastjacError, match=f"{function.__name__} takes for a constant ({what})"):
+        out.jacobian.square().sum().backward()
+
+
 def test_what_it_saved_and_was_overwritten_is_an_error():
     def function(x: Tensor, weight: Tensor) -> Tensor:
         y = Swish.apply(x.mul_(1.5))

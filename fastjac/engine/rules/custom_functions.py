@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function, FunctionCtx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjac.engine.call import Call
@@ -28,13 +29,17 @@ from fastjac.engine.rules.generic import (
     named_errors,
 )
 from fastjac.errors import FastjacError
-from fastjac.fusion.mode import in_checkpoint, tensors_in
+from fastjac.fusion.mode import in_checkpoint, operation_name, tensors_in
 
 if TYPE_CHECKING:
     from fastjac.engine.tape import Tape, Value
 
 # PyTorch's own are parts of its machinery, and ours are recorded as other calls.
 _NOT_THE_USERS = ("torch", "fastjac")
+# Operations by name: of a derivative that is zero, and those that read no values.
+PIECEWISE_CONSTANT = {"sign", "sgn", "round", "floor", "ceil", "trunc", "heaviside"}
+_MAKES_CONSTANTS = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+_MAKES_CONSTANTS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 # Of these the tape's error says what to use.
 _WITH_ADVICE = ("SyncBatchNorm", "CheckpointFunction", "Gather")
 
@@ -72,9 +77,12 @@ def _record(tape: Tape, node: Any, function: Any) -> None:
 
     def leaf(tensor: Tensor) -> Any:
         """The place of a tensor that the backward reads; as it is where no gradient goes there."""
+        nonlocal lost
         alias = tensor.detach()
         kept.append((alias, alias._version))
         if not tensor.requires_grad:
+            if tape.computed_inside(node, tensor):
+                lost = f"a tensor {list(tensor.shape)} that its forward computes and ctx holds"
             return alias
         place = _place(tensor, node, edges)
         if place is None:
@@ -85,6 +93,7 @@ def _record(tape: Tape, node: Any, function: Any) -> None:
         return Leaf(list(leaves).index(place))
 
     kept: list[tuple[Tensor, int]] = []
+    lost: str | None = None
     try:
         saved = node.saved_tensors
     except RuntimeError as error:  # overwritten since
@@ -96,7 +105,7 @@ def _record(tape: Tape, node: Any, function: Any) -> None:
     rule = CustomFunction(
         *(tuple(values[i].number for i in sources), function, read, node.needs_input_grad),
         *([positions[i] for i in sources], [t.detach() for t in leaves.values()], receives, made),
-        [(tape.shapes[values[i].number], tape.dtypes[values[i].number]) for i in sources],
+        *([(tape.shapes[values[i].number], tape.dtypes[values[i].number]) for i in sources], lost),
     )
     numbers = tape.assign_outputs(node, [(torch.Size(s), d) for s, d, _ in made], any(trains))
     single = len(made) == 1
@@ -122,7 +131,7 @@ class CustomFunction(Rule):
 
     ``read``: the saved tensors and the attributes of ``ctx``, with a :class:`Leaf` where a gradient
     goes; ``positions``: those of the sources among the arguments; ``made``: the outputs' shapes and
-    types, and ``given``: those of the sources.
+    types, and ``given``: those of the sources; ``lost``: what the backward reads as if it were constant.
     """
 
     function: Any
@@ -133,6 +142,7 @@ class CustomFunction(Rule):
     receives: list[bool]
     made: list[tuple[Any, torch.dtype, torch.device]]
     given: list[tuple[torch.Size, torch.dtype]]
+    lost: str | None
 
     def needs_delta(self) -> bool:
         return True  # a backward that clips, say, is not linear in it
@@ -153,10 +163,15 @@ class CustomFunction(Rule):
         deltas = [fresh(d) for d in self._deltas(delta)]
         found: Sequence[Tensor | None] = [None] * (len(deltas) + len(leaves))
         with torch.enable_grad(), named_errors(self.function, "second derivative"):
-            pulled = zip(self._pulled(leaves, deltas), tangents, strict=True)
+            with _WatchDerivatives(self.lost) as watch:
+                cotangents = self._pulled(leaves, deltas)
+            pulled = zip(cotangents, tangents, strict=True)
             product = sum(inner(g, t.to(g.dtype)) for g, t in pulled if g is not None)
             if isinstance(product, Tensor) and product.requires_grad:
                 check_twice_differentiable(product)
+            if watch.lost is not None:
+                raise _loss(self.function, watch.lost)
+            if isinstance(product, Tensor) and product.requires_grad:
                 found = torch.autograd.grad(product, [*deltas, *leaves], allow_unused=True)
         pushed = [
             torch.zeros_like(d).detach() if t is None else t
@@ -214,6 +229,34 @@ class _Watch(TorchDispatchMode):
                     self.function, f"reads a tensor {list(tensor.shape)} that is not its argument"
                 )
         return operator(*args, **kwargs)
+
+
+class _WatchDerivatives(TorchFunctionMode):
+    """Notes where a backward computes what has no derivative: by ``detach``, or under ``no_grad``."""
+
+    def __init__(self, lost: str | None) -> None:
+        super().__init__()
+        self.lost = lost
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        name = operation_name(function)
+        if name not in PIECEWISE_CONSTANT | _MAKES_CONSTANTS and self.lost is None:
+            made = (t for t in tensors_in(out) if t.is_floating_point() or t.is_complex())
+            if any(not t.requires_grad for t in made):
+                read = any(t.requires_grad for t in tensors_in(args, kwargs))
+                self.lost = f"what {name} gives" if read else None
+        return out
+
+
+def _loss(function: Any, what: str) -> FastjacError:
+    return FastjacError(
+        f"the backward of the custom autograd function {function.__name__} takes for a constant "
+        f"{what}, so its own derivative is wrong; expected a backward of the function's arguments and "
+        "outputs that autograd can follow, or strategy='autograd', where PyTorch drops that term"
+    )
 
 
 def _refusal(function: Any, what: str) -> FastjacError:
