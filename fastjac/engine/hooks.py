@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -46,12 +47,7 @@ class Hooks:
 
     def check_nodes(self, recorded: set[int]) -> None:
         """Raise if a node that has been read, or one behind it, has hooks and is in ``recorded``."""
-        todo, seen = self.nodes, set()
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in nodes_behind(self.nodes):
             here = node._sequence_nr() in recorded and node.name() not in HOOKED
             if here and _has_hooks(node):
                 raise FastjacError(
@@ -59,7 +55,6 @@ class Hooks:
                     "x, which would not see the input Jacobian; expected the tensor's register_hook, or "
                     "strategy='autograd'"
                 )
-            todo += [following for following, _ in node.next_functions]
 
 
 class _Observed:
@@ -91,3 +86,14 @@ def _has_hooks(node: Any) -> bool:
         if others:
             return True
     return False
+
+
+def nodes_behind(nodes: list[Any]) -> Iterator[Any]:
+    """These autograd nodes and all that lie behind them, each once."""
+    todo, seen = [*nodes], {None}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            todo += [following for following, _ in node.next_functions]

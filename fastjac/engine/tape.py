@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastjac.engine.call import Call, calling_module, copy_before_write, own_lists
-from fastjac.engine.hooks import HOOKED, Hooks
+from fastjac.engine.hooks import HOOKED, Hooks, nodes_behind
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import PIECEWISE_CONSTANT, custom_output
 from fastjac.engine.rules.linear_maps import LIKE
@@ -256,16 +256,7 @@ class Tape(Fusion):
 
     def leads_to_values(self, node: Any) -> bool:
         """Whether the graph behind an autograd node, itself included, has the node of a value."""
-        todo, seen = [node], set()
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node._sequence_nr() in self._nodes:
-                return True
-            todo += [following for following, _ in node.next_functions]
-        return False
+        return any(n._sequence_nr() in self._nodes for n in nodes_behind([node]))
 
     def _note_constant(self, tensor: Tensor) -> None:
         constants, key = self._constants, id(tensor)
