@@ -160,7 +160,7 @@ def other_python(wheel: Path) -> Path:
     pip = (python, "-m", "pip", "--disable-pip-version-check", "-q", "install")
     if not ready.exists():
         command(sys.executable, "-m", "venv", "--clear", folder)
-        command(*pip, OTHER_TORCH, "numpy", "scipy", "pytest>=8", "pytest-xdist>=3.6")
+        command(*pip, OTHER_TORCH, "numpy", "scipy", "pytest>=8,<9.2", "pytest-xdist>=3.6")
         ready.touch()
     command(*pip, "--no-deps", "--force-reinstall", wheel)
     return python
