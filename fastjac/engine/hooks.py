@@ -24,12 +24,12 @@ class Hooks:
     """Those of tensors run in the reverse sweep, too, as PyTorch runs them in the backward that gives J.
 
     Those of autograd nodes would not: an error. ``by_value``: hooks by a value's number and their id;
-    ``nodes``: the nodes that the model has read.
+    ``nodes``: the nodes that the model has read, with the tensors that keep them.
     """
 
     def __init__(self) -> None:
         self.by_value: dict[int, OrderedDict[int, Any]] = {}
-        self.nodes: list[Any] = []
+        self.nodes: list[tuple[Tensor, Any]] = []
 
     def register(self, tensor: Tensor, number: int, hook: Any) -> Any:
         """Register a hook on the value ``number``."""
@@ -47,7 +47,7 @@ class Hooks:
 
     def check_nodes(self, recorded: set[int]) -> None:
         """Raise if a node that has been read, or one behind it, has hooks and is in ``recorded``."""
-        for node in nodes_behind(self.nodes):
+        for node in nodes_behind([node for _, node in self.nodes]):
             here = node._sequence_nr() in recorded and node.name() not in HOOKED
             if here and _has_hooks(node):
                 raise FastjacError(

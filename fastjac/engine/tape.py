@@ -332,7 +332,7 @@ class Tape(Fusion):
             number = self._values[id(args[0])].number
             return self.hooks.register(args[0], number, *args[1:], **kwargs)
         node = self.run(function, args, kwargs)
-        self.hooks.nodes.append(node)
+        self.hooks.nodes.append((args[0], node))
         return node
 
     def check_nodes(self) -> None:
