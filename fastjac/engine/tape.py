@@ -416,8 +416,8 @@ class Tape(Fusion):
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
         for written in (args[0], base) if in_place else ():
-            if (overwritten := self.value(written)) is not None:
-                copy_before_write(self.calls, overwritten.number)
+            if (value := self.value(written)) is not None:
+                copy_before_write(self.calls, value.number)
         whole = None if base is None else self._values.get(id(base))
         if whole is not None and whole.version != base._version:
             base = None  # to read it again is an error

@@ -383,9 +383,8 @@ def named_errors(function: Any, what: str) -> Iterator[None]:
             raise
         reason = str(error).split("\n")[0].split(". ")[0]
         raise FastjacError(
-            f"{function_name(function)} has no {what} in PyTorch that "
-            f"fastjac can take ({reason}); give it a rule with fastjac.register_rule, or use "
-            "operations that have one"
+            f"{function_name(function)} has no {what} in PyTorch that fastjac can take ({reason}); "
+            "give it a rule with fastjac.register_rule, or use operations that have one"
         ) from error
 
 
@@ -395,6 +394,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fresh(tensor: Tensor) -> Tensor:
+    """A leaf of a graph of its own, with the same values."""
     return _own_memory(tensor).detach().requires_grad_()
 
 

@@ -136,9 +136,7 @@ class Permute(Rule):
         return super().input_regions(region)
 
 
-LIKE = frozenset(
-    {Tensor.to, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.type_as},
-)
+LIKE = {Tensor.to, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.type_as}
 """Methods that take another tensor's shape or type, whose values do not count."""
 
 
