@@ -120,28 +120,31 @@ def steps(name: str) -> str:
     return markdown(header, rows)
 
 
-def on_a_gpu(ratios: bool) -> str:
-    """Milliseconds and MiB of a step on a GPU: configurations down, contenders across."""
-    memory = {}
+def gpu_results() -> list[dict[str, Any]]:
+    """The steps on a GPU, a configuration each, with the memory that ``gpu_check`` measured."""
+    memory: dict[tuple[str, int], dict[str, float]] = {}
     for step in json.loads((RESULTS / "gpu_check-h200.json").read_text())["steps"].values():
         found = step.get("results") or {}
         for result in found.get("results", []) if isinstance(found, dict) else []:
             if result.get("memory"):
                 memory[result["configuration"], result["batch"]] = result["memory"]
+    return [
+        {**result, "memory": memory[result["configuration"], result["batch"]]}
+        for result in results("step-h200.json")
+    ]
+
+
+def on_a_gpu() -> str:
+    """Milliseconds and MiB of a step on a GPU: configurations down, contenders across."""
     rows = []
-    for result in results("step-h200.json"):
-        key = result["configuration"], result["batch"]
-        name = TITLES[key[0]].split(",")[0].split(" from")[0] + f", batch {key[1]}"
-        timed = result["time"]["device"]
+    for result in gpu_results():
+        name = f"{short_title(result)}, batch {result['batch']}"
+        timed, memory = result["time"]["device"], result["memory"]
         times = [
-            f"{1e3 * timed[each]['median_s']:.3g}"
-            + (f" ({timed[each]['ratio']:.2f})" if ratios else "")
+            f"{1e3 * timed[each]['median_s']:.3g} ({timed[each]['ratio']:.2f})"
             for each in GPU_COLUMNS
         ]
-        used = [
-            f"{memory[key][each] / 2**20:.0f}" if each in memory[key] else ""
-            for each in GPU_COLUMNS
-        ]
+        used = [f"{memory[each] / 2**20:.0f}" if each in memory else "" for each in GPU_COLUMNS]
         for title, cells in ((f"{name}: ms", times), (f"{name}: MiB", used)):
             bold = zip(GPU_COLUMNS, cells, strict=True)
             cells = [f"**{c}**" if c and each.startswith("fastjac") else c for each, c in bold]
@@ -149,26 +152,41 @@ def on_a_gpu(ratios: bool) -> str:
     return markdown(["", *GPU_COLUMNS.values()], rows)
 
 
+def short_title(result: Mapping[str, Any]) -> str:
+    """The student of a configuration."""
+    return TITLES[result["configuration"]].split(",")[0].split(" from")[0]
+
+
 def cost() -> str:
-    """Time and memory of the steps on a CPU: plain, the double backward, fastjac."""
+    """Time and memory of a step with Jacobians over those of the same step without."""
     columns = {
-        "plain-compiled": "no term, compiled",
         "naive": "double backward",
-        "naive-compiled": "double backward, compiled",
-        "crop-compiled": "compiled, on the window's crop",
+        "naive-compiled": "compiled",
+        "crop-compiled": "compiled, on a crop",
         "fastjac": "**fastjac**",
     }
+
+    def cells(timed: Mapping[str, Any], used: Mapping[str, float]) -> list[str]:
+        both = {
+            each: f"{timed[each]['ratio']:.2f}, {used[each] / used['plain']:.2f}"
+            for each in columns
+            if each in timed
+        }
+        both["fastjac"] = f"**{both['fastjac']}**"
+        return [both.get(each, "") for each in columns]
+
     rows = []
     for result in results("step-cpu.json"):
-        timed, used = result["time"]["pages kept"], result["memory"]
-        row = [f"{TITLES[result['configuration']]}, batch {result['batch']}"]
-        for each in columns:
-            cell = ""
-            if each in timed:
-                cell = f"{timed[each]['ratio']:.2f}, {used[each] / used['plain']:.2f}"
-            row.append(f"**{cell}**" if each == "fastjac" else cell)
-        rows.append(row)
-    return markdown(["", *columns.values()], rows)
+        title = f"{short_title(result)}, batch {result['batch']}, two CPU cores, float32"
+        if "logit" in TITLES[result["configuration"]]:
+            title = title.replace(",", " at 32², label's logit,", 1)
+        rows.append([title, *cells(result["time"]["pages kept"], result["memory"])])
+    for result in gpu_results():
+        timed, title = result["time"]["device"], f"{short_title(result)}, batch {result['batch']}"
+        rows.append([f"{title}, H200, bfloat16", *cells(timed, result["memory"])])
+        graphs = timed["fastjac-graphed"]["median_s"] / timed["plain-graphed"]["median_s"]
+        rows.append([f"{title}, H200, both as CUDA graphs", "", "", "", f"**{graphs:.2f}**"])
+    return markdown(["time, memory", *columns.values()], rows)
 
 
 def floors(name: str) -> str:
@@ -304,9 +322,8 @@ FRONT_PAGE = {
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": lambda: accuracies("few-labels", FRONT_PAGE, ["1", "5", "10", "50", "500"]),
-    "cost-h200": lambda: on_a_gpu(ratios=False),
-    "cost-cpu": cost,
-    "steps-h200": lambda: on_a_gpu(ratios=True),
+    "cost": cost,
+    "steps-h200": on_a_gpu,
     "steps-cpu": lambda: steps("step-cpu.json"),
     "recipes": lambda: steps("step-cpu-recipes.json"),
     "floors": lambda: floors("step-cpu.json"),

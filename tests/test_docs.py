@@ -82,7 +82,22 @@ def loop(device: str) -> dict:
 README = ROOT / "README.md"
 
 
-@pytest.mark.parametrize("place", range(len(blocks(README))))
+def test_the_readmes_first_program_prints_what_the_readme_shows(capsys):
+    """To the accuracy's ups and downs from one machine to the next."""
+    pytest.importorskip("sklearn", reason="the program needs sklearn")
+    program, *_ = blocks(README)
+    with torch.random.fork_rng():
+        run(README, program, {"__name__": "readme"})
+    shown = re.search(r"```\n(teacher: .*?)```", README.read_text(), re.DOTALL)
+    line = re.compile(r"^(.*): (\d+)%$", re.MULTILINE)
+    printed, expected = (dict(line.findall(text)) for text in (capsys.readouterr().out, shown[1]))
+    assert list(printed) == list(expected)
+    assert len(printed) == 3
+    for name, accuracy in printed.items():
+        assert abs(int(accuracy) - int(expected[name])) < 8, name
+
+
+@pytest.mark.parametrize("place", range(1, len(blocks(README))))
 def test_the_readmes_blocks_run(place):
     block = blocks(README)[place]
     if "fastjac.graphed" in block[1] and not torch.cuda.is_available():
