@@ -83,14 +83,16 @@ def with_jacobian(
     """Run ``model(x, *args, **kwargs)``, and take J = d(sum of phi)/dx of the target's scalar phi.
 
     J is an ordinary tensor of the autograd graph: any loss of it can be differentiated, once, in the
-    model's parameters. There is no double backward: the gradient is a forward sweep of tangents.
-    The model's own Python runs, once, and what ran is what is differentiated.
+    model's parameters and in x. There is no double backward: the gradient is a forward sweep of
+    tangents. The model's own Python runs, once, and what ran is what is differentiated.
 
     Args:
         model: any module; it runs in the mode it is in (train-mode BatchNorms update their statistics).
-        x: ``[B, ...]``, floating-point: images, series, volumes, embeddings. It must not require grad.
-            The model sees a copy on write: until the backward has run, a write to x gives x new memory,
-            and a write to a NumPy array of the same memory changes the gradient, unnoticed.
+        x: ``[B, ...]``, floating-point: images, series, volumes, embeddings. Where it requires grad, the
+            loss is differentiated in x too, through J as well, as PyTorch does it; that takes time, so
+            detach an x that needs no gradient. The model sees a copy on write: until the backward has
+            run, a write to x gives x new memory, and a write to a NumPy array of the same memory
+            changes the gradient, unnoticed.
         target: a :class:`~fastjac.targets.Target`, or a tuple of them, all taken from one forward.
         y: what the target reads beside the output: labels, usually.
         output: which tensor the target reads, where the model returns a structure: a key or attribute,
@@ -421,10 +423,6 @@ def check_input(x: Any, model: nn.Module, name: str) -> None:
         raise FastjacError(
             "fastjac runs inside of a torch.func transform (grad, vmap, jvp, ...), which cannot pass "
             "through it; expected a backward of a loss of its outputs"
-        )
-    if x.requires_grad:
-        raise FastjacError(
-            "x requires grad; fastjac differentiates in the parameters alone: pass x.detach()"
         )
     parameter = _first_parameter(model)
     if parameter is None:

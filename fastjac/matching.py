@@ -214,11 +214,11 @@ class JacobianMatching(nn.Module):
     def forward(
         self, x: Tensor, y: Any = None, teacher: TeacherResult | None = None
     ) -> MatchingOutput:
-        check_input(x, self.student, "student")
+        _check_batch(x, self.student, "student")
         if self.teacher.training:  # the user's loop has put it in train mode
             self._eval_teacher()
         if teacher is None:
-            check_input(x, self.teacher, "teacher")
+            _check_batch(x, self.teacher, "teacher")
         with ordinary_tensors((x, y), self.student, self.teacher) as (x, y):
             if teacher is None:
                 targets = tuple(target.drawn() for target in self.targets)
@@ -290,7 +290,7 @@ class JacobianMatching(nn.Module):
         >>> torch.equal(matcher(x, y, known).jacobian_loss, matcher(x, y).jacobian_loss)
         True
         """
-        check_input(x, self.teacher, "teacher")
+        _check_batch(x, self.teacher, "teacher")
         for target in self.targets:
             if target.drawn() is not target:
                 raise FastjacError(
@@ -408,6 +408,14 @@ def _labels(targets: tuple[Target, ...], y: Any, logits: Tensor) -> Any:
     for target in targets:
         y = target.labels(y, logits)
     return y
+
+
+def _check_batch(x: Any, model: nn.Module, name: str) -> None:
+    check_input(x, model, name)
+    if x.requires_grad:
+        raise FastjacError(
+            "x requires grad, and through the teacher's Jacobian nothing reaches it; expected x.detach()"
+        )
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:

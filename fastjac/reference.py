@@ -225,7 +225,9 @@ def forward_and_jacobian(
         args_again, kwargs_again = tree_map_only(Tensor, torch.clone, (args, kwargs))
     attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
     with torch.enable_grad(), attention, unfused():
-        leaf = x.detach().requires_grad_(not twice)
+        # J's and the loss's gradient both belong to x where it requires one.
+        differentiable = graph and x.requires_grad
+        leaf = x.clone() if differentiable else x.detach().requires_grad_(not twice)
         # A clone: the model may change its input in place.
         with statistics if frozen else nullcontext():
             output, features = run(leaf.clone(), args, kwargs)
@@ -243,7 +245,7 @@ def forward_and_jacobian(
                     "random numbers, which a CUDA graph cannot capture; expected strategy='auto'"
                 )
             # The statistics belong to the first run, whose own input is not differentiated.
-            leaf = x.detach().requires_grad_()
+            leaf = x.clone() if differentiable else x.detach().requires_grad_()
             statistics.replay = iter(statistics.recorded)
             with statistics, same_random_numbers(x, state):
                 output_again, features_again = torch.func.functional_call(

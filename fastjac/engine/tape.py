@@ -71,7 +71,8 @@ class Tape(Fusion):
     ``x`` as the model must see it is :attr:`x`: a copy on write, so that the caller's batch stays as it
     is. It requires a gradient, so that whatever a model computes from it carries an autograd graph.
     So a tensor with a graph that no recorded call made was computed where no mode sees: an error.
-    That graph ends where a trainable parameter joins in: the backward of the loss never reaches x.
+    Unless the caller's x requires a gradient, that graph ends where a trainable parameter joins in: the
+    backward of the loss never reaches x.
     """
 
     def __init__(
@@ -95,14 +96,15 @@ class Tape(Fusion):
         # Tensors with a graph that does not lead to x, while they have this version.
         self._constants: dict[int, tuple[Any, int]] = {}
         with torch.enable_grad():
-            self.x = _clone_on_write(x.detach().requires_grad_())
+            trainable = differentiable and x.requires_grad
+            self.x = _clone_on_write(x if trainable else x.detach().requires_grad_())
         self._nodes: set[int] = set()  # the autograd nodes of x and of what was recorded
         self.outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
         # The last nodes before calls without gradients in a checkpoint: those of custom functions.
         self.checkpointed: set[int] = set()
         # What was computed of values without a gradient: its storage, and the last node before it.
         self._without_gradient: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._assign(self.x, False)
+        self._assign(self.x, trainable)
 
     # Values.
 

@@ -32,13 +32,16 @@ def tensors(structure: Any) -> list[Tensor]:
 def result_of(
     make: Callable[[], nn.Module], x: Tensor, target: Any, y: Any, strategy: str, **options: Any
 ) -> dict[str, Tensor]:
-    """J, outputs, gradients of a loss of all of them, and buffers after the step."""
-    change = options.pop("change", None)
+    """J, outputs, gradients of a loss of all of them, and buffers after the step.
+
+    ``input_gradient``: the loss's gradient in x too.
+    """
+    change, input_gradient = options.pop("change", None), options.pop("input_gradient", False)
     seed_all(11)
     model = make()
     if change is not None:
         change(model)
-    given = x.clone()
+    given = x.clone().requires_grad_(input_gradient)
     seed_all(5)
     out = with_jacobian(model, given, target, y, strategy=strategy, **options)
     assert torch.equal(given, x), "the caller's x was changed"
@@ -57,6 +60,9 @@ def result_of(
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         found[f"gradient {name}"] = torch.zeros_like(parameter) if grad is None else grad
+    if input_gradient:
+        assert given.grad is not None
+        found["gradient x"] = given.grad
     found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
     return found
 

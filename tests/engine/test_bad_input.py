@@ -143,7 +143,7 @@ def test_labels(y, message, strategy):
             images()[0, 0, 0],
             r"x: expected a floating-point batch \[B, ...\], got torch.float64 \[16",
         ),
-        (images().requires_grad_(), r"x requires grad.*pass x.detach\(\)"),
+        (images().requires_grad_(), r"x requires grad.*expected x.detach\(\)"),
         (
             torch.nested.nested_tensor([*images()]),
             "x: expected an ordinary tensor.*a nested tensor",

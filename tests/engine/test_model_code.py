@@ -453,6 +453,11 @@ def test_middles_before_a_window(name):
 
 
 @pytest.mark.parametrize("name", MIDDLES)
+def test_middles_where_x_requires_grad(name):
+    agrees(lambda: network(MIDDLES[name]()), "frozen", input_gradient=True)
+
+
+@pytest.mark.parametrize("name", MIDDLES)
 def test_middles_of_a_frozen_part(name):
     def make() -> nn.Module:
         model = network(MIDDLES[name]())

@@ -246,6 +246,53 @@ def test_without_a_graph():
     assert not out.output.requires_grad
 
 
+# An x that requires grad
+
+
+def generated(model: nn.Module, target: Any, strategy: str, **options: Any) -> dict[str, Tensor]:
+    """The gradients of losses of J at images that a generator has made."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(8)
+    generator = nn.Linear(7, 3 * 8 * 8).double()
+    x = generator(torch.rand(3, 7).double()).view(3, 3, 8, 8).sigmoid()
+    out = with_jacobian(model, x, target, LABELS, strategy=strategy, **options)
+    jacobians = out.jacobian if isinstance(target, tuple) else (out.jacobian,)
+    (sum(losses(j) for j in jacobians) + out.output.square().mean()).backward()
+    found = {f"generator {n}": p.grad for n, p in generator.named_parameters()}
+    return found | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_loss_reaches_what_made_x(name, batch_stats, frozen):
+    model = network().requires_grad_(not frozen)
+    options = {"batch_stats": batch_stats}
+    got = generated(model, TARGETS[name], "auto", **options)
+    expected = generated(model, TARGETS[name], "autograd", **options)
+    assert got["generator weight"].count_nonzero()
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_the_gradient_in_x_of_a_loss_of_its_jacobian():
+    """Of half of the squared norm it is the Hessian times J, here in closed form."""
+    x = torch.linspace(-1, 2, 12).double().view(3, 4).requires_grad_()
+    out = with_jacobian(nn.Identity(), x, Scalar(lambda output, y: output.pow(3).sum(1)))
+    (out.jacobian.square().sum() / 2).backward()
+    torch.testing.assert_close(x.grad, 18 * x.detach() ** 3, **EXACT)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autograd"])
+def test_without_a_graph_x_gets_none(strategy):
+    x = images().requires_grad_()
+    with torch.no_grad():
+        out = with_jacobian(network(), x, LabelLogit(), LABELS, strategy=strategy)
+    assert not out.jacobian.requires_grad
+    assert not out.output.requires_grad
+    j = fastjac.input_jacobian(network(), x, LabelLogit(), LABELS, strategy=strategy)
+    torch.testing.assert_close(j, out.jacobian, **EXACT)
+
+
 # Errors
 
 
@@ -285,8 +332,6 @@ def test_bad_structures_and_arguments():
         with_jacobian(model, x, LabelLogit(), LABELS, output="ouch")
     with fails("args has x itself"):
         with_jacobian(model, x, LabelLogit(), LABELS, output="aux", args=(x,))
-    with fails("x requires grad"):
-        with_jacobian(model, x.clone().requires_grad_(), LabelLogit(), LABELS, output="aux")
 
 
 def test_a_second_derivative_is_an_error():
