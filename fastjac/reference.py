@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -259,6 +261,8 @@ def forward_and_jacobian(
             each.check_scalar(each.scalar(read, z, y), len(x))
             for each, z in zip(placed, features_again, strict=True)
         ]
+        if differentiable:
+            _check_routes(phis, x, [leaf, *itertools.chain(*statistics.recorded)])
         jacobians = _gradients(targets, phis, leaf, create_graph, keep_graph=graph)
     if not graph:
         output, features = map_structure(Tensor.detach, (output, features))
@@ -330,6 +334,22 @@ def cross_entropy_jacobian_loss(
 
     rows = zip(ls, lt, js.flatten(2), jt.flatten(2), ls if labels is None else labels, strict=True)
     return torch.stack([of_sample(*row) for row in rows]).mean()
+
+
+def _check_routes(phis: list[Tensor], x: Tensor, expected: list[Tensor]) -> None:
+    """Raise if phi depends on x past these tensors: J would be without that."""
+    origin = get_gradient_edge(x).node
+    todo, seen = [phi.grad_fn for phi in phis], {None, *(t.grad_fn for t in expected)}
+    while todo:
+        node = todo.pop()
+        if node is origin:
+            raise FastjacError(
+                "the target depends on x, not through the model's argument alone, and J would be "
+                "without the rest; expected a value computed inside of the model, or a detached one"
+            )
+        if node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
 
 
 def _gradients(

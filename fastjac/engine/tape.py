@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastjac.engine.call import Call, calling_module, copy_before_write, own_lists
@@ -105,6 +106,9 @@ class Tape(Fusion):
         # What was computed of values without a gradient: its storage, and the last node before it.
         self._without_gradient: dict[int, tuple[StorageWeakRef, int]] = {}
         self._assign(self.x, trainable)
+        # The caller's x, where a graph may lead to it past what the model is given.
+        self._origin = x if trainable else None
+        self._origin_node = get_gradient_edge(x).node if trainable else None
 
     # Values.
 
@@ -169,6 +173,8 @@ class Tape(Fusion):
                             or self._of_custom_function(argument)
                             or self._check_graph(name, argument)
                         )
+                    elif argument is self._origin:
+                        raise self._other_route(name)
                     trains = trains or (value is None and self.differentiable)
                 if value is not None:
                     value = self._checked(name, argument, value)
@@ -244,6 +250,9 @@ class Tape(Fusion):
         depends on it.
         """
         if not self.leads_to_values(tensor.grad_fn):
+            node = self._origin_node
+            if node is not None and any(n is node for n in nodes_behind([tensor.grad_fn])):
+                raise self._other_route(name)
             self._note_constant(tensor)
             return None
         error = self._unseen(name, tensor)
@@ -255,6 +264,12 @@ class Tape(Fusion):
 
     def _unseen(self, name: Any, tensor: Tensor) -> FastjacError:
         return unseen(name, tensor, in_checkpoint() or _node(tensor) in self.checkpointed)
+
+    def _other_route(self, name: Any) -> FastjacError:
+        return FastjacError(
+            f"{function_name(name)} reads what depends on x, not through the model's argument, and J "
+            "would be without it; expected a value computed inside of the model, or a detached one"
+        )
 
     def leads_to_values(self, node: Any) -> bool:
         """Whether the graph behind an autograd node, itself included, has the node of a value."""

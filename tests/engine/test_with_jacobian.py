@@ -282,6 +282,36 @@ def test_the_gradient_in_x_of_a_loss_of_its_jacobian():
     torch.testing.assert_close(x.grad, 18 * x.detach() ** 3, **EXACT)
 
 
+class Conditioned(nn.Module):
+    """Reads its condition beside its input."""
+
+    def __init__(self, condition: Tensor | None = None) -> None:
+        super().__init__()
+        self.stem, self.condition = network(), condition
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.stem(x * (self.condition if condition is None else condition))
+
+
+@pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
+@pytest.mark.parametrize("strategy", ["auto", "autograd"])
+@pytest.mark.parametrize("made", [False, True])
+def test_x_by_another_route_is_an_error(made, strategy, batch_stats):
+    x = images().requires_grad_()
+    x = x * 2 if made else x
+    options = {"strategy": strategy, "batch_stats": batch_stats}
+    for condition in (x, x.sin()):
+        with fails("depends on x, not through the model's argument.* or a detached one"):
+            with_jacobian(Conditioned(condition), x, Logits(), **options)
+    with fails("depends on x, not through the model's argument.* or a detached one"):
+        with_jacobian(Conditioned(), x, Logits(), args=(x.sin(),), **options)
+    other = images().sin().requires_grad_()
+    for condition in (x.sin().detach(), other * 2):
+        out = with_jacobian(Conditioned(), x, Logits(), args=(condition,), **options)
+        out.jacobian.square().sum().backward(retain_graph=True)  # x's graph, which both share
+    assert other.grad.count_nonzero()
+
+
 @pytest.mark.parametrize("strategy", ["auto", "autograd"])
 def test_without_a_graph_x_gets_none(strategy):
     x = images().requires_grad_()
