@@ -117,3 +117,27 @@ def test_a_float16_gradient_of_j_that_is_zero(factor):
     (factor * out.jacobian.float().square().sum()).backward()
     assert model.scale.grad.isfinite().all()
     assert model.scale.grad.any() == bool(factor)
+
+
+class Recurrent(nn.Module):
+    """Its products are made inside of one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        seed_all(0)
+        self.recurrent, self.last = nn.GRU(12, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.recurrent(x.flatten(1)[:, :48].view(4, 4, 12))[0][:, -1])
+
+
+def test_without_autocast_a_whole_layer_is_differentiated_in_float32():
+    def gradients(strategy: str, dtype: torch.dtype) -> list[Tensor]:
+        model = Recurrent().to(dtype)
+        out = with_jacobian(model, images().to(dtype), LabelLogit(), LABELS, strategy=strategy)
+        out.jacobian.square().sum().backward()
+        return [out.jacobian.detach().double(), model.recurrent.weight_ih_l0.grad.double()]
+
+    pairs = zip(gradients("auto", torch.float32), gradients("autograd", torch.float64), strict=True)
+    for got, exact in pairs:
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())

@@ -558,3 +558,13 @@ def test_one_dead_sample_leaves_the_others_alone():
     assert all(g.isfinite().all() for g in grads)
     assert input_jacobian(student, x, WINDOW)[1].count_nonzero() == 0
     assert grads[0].norm() > 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
+def test_a_batch_norm_of_one_value(batch_stats, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("fastjac.fusion.mode.native", lambda device: False)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"more than 1 value per channel.* \S*\[1, 5"):
+        with_jacobian(model, torch.rand(1, 6), LabelLogit(), LABELS[:1], batch_stats=batch_stats)

@@ -207,8 +207,6 @@ class SlottedBatchNorm(torch.autograd.Function):
             gu, gw, gb = aten.native_batch_norm_backward.default(
                 gy, u, weight, None, None, mean, invstd, True, ctx.eps, wanted
             )
-        if not ctx.needs_input_grad[0]:
-            return None, gw, gb, None, None, None, None
         if curvature is not None:
             gu = curvature.clone() if gu is None else gu.add_(curvature)
         if coefficient is not None:

@@ -270,8 +270,6 @@ class Scale(Pointwise):
         if not first and writes_in_place(site.function, (a, b), {}):  # over the factor
             return NotImplemented
         x, factor = (a, b) if first else (b, a)
-        if not isinstance(factor, Tensor | int | float):
-            return NotImplemented
         receivers = site.receives(factor) if isinstance(factor, Tensor) else ()
         if divides and (not first or receivers):
             return NotImplemented

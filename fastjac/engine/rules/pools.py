@@ -56,7 +56,6 @@ class MaxPool2d(Rule):
         return y, cls((site.number(input),), site.keep(input), indices, geometry), ()
 
     def vjp(self, delta: Tensor) -> list[Tensor]:
-        delta = delta.contiguous(memory_format=layout(self.x))
         return [
             aten.max_pool2d_with_indices_backward.default(
                 delta, self.x, *self.geometry, self.indices
