@@ -40,10 +40,16 @@ class Call:
 
     def by_copies(self, rule: Rule) -> Call:
         """The same call by its rule on copies, on crops say, of what it read."""
+        if rule is self.rule:
+            return self
         # What the rule on copies has replaced; to look for what it still holds is slower.
         gone = _fields(self.rule) - _fields(rule)
         kept = [entry for entry in self.kept if id(entry[0]) not in gone]
         return Call(rule, self.outputs, self.single, self.receivers, self.name, self.module, kept)
+
+    def unchanged(self) -> bool:
+        """Whether nothing that the rule reads was overwritten since it was kept."""
+        return all(tensor._version == version for tensor, version in self.kept)
 
     def check_versions(self) -> None:
         """Raise if a tensor that the rule reads was overwritten or freed since it was kept."""
@@ -61,16 +67,6 @@ class Call:
                     "overwritten in place by a later operation (or a parameter by an optimizer's step, "
                     "before the backward); use the operation that is not in place"
                 )
-
-
-def copy_before_write(calls: list[Call], number: int) -> None:
-    """Copy a value that is about to be overwritten, where the rule of the call that made it reads it."""
-    for i in reversed(range(len(calls))):
-        if number in calls[i].outputs:
-            rule = calls[i].rule.with_output_copied()
-            if rule is not calls[i].rule:
-                calls[i] = calls[i].by_copies(rule)
-            return
 
 
 def _fields(rule: Rule) -> set[int]:

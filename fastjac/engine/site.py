@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastjac.engine.call import Kept
+from fastjac.engine.call import Call, Kept
 from fastjac.engine.rules.base import Receiver
 from fastjac.errors import FastjacError
 from fastjac.fusion.mode import (
@@ -96,12 +96,36 @@ class Site:
             )
         return _Slot.apply(tensor.clone() if tensor._is_view() else tensor)
 
+    def copy_before_writing(self, tensor: Any) -> None:
+        """Copy a value that a call is to overwrite, for the calls that made it or read it."""
+        value = self.tape.value(tensor)
+        calls, slot = self.tape.calls, None
+        for i in reversed(range(len(calls) if value is not None else 0)):
+            call, number = calls[i], value.number
+            if number in call.outputs:
+                calls[i] = call.by_copies(call.rule.with_output_copied())
+                return
+            if number in call.rule.sources and call.unchanged() and not in_checkpoint():
+                calls[i] = call.by_copies(call.rule.with_source_copied(number))
+                if calls[i] is call or not any(reads(call, r, number) for r in call.receivers):
+                    continue
+                slot = _Tap.apply(tensor) if slot is None else slot
+                calls[i].receivers = tuple(
+                    Receiver(slot, r.source) if reads(call, r, number) else r
+                    for r in call.receivers
+                )
+
     def receives(self, tensor: Any, source: int | None = None) -> tuple[Receiver, ...]:
         """Where a gradient of ``tensor`` goes, if it is trainable.
 
         ``source``: which of the rule's sources it is; None for a parameter.
         """
         return (Receiver(tensor, source),) if self.tape.trains(tensor) else ()
+
+
+def reads(call: Call, receiver: Receiver, number: int) -> bool:
+    """Whether this receiver of a call's gradients is the value with this number."""
+    return receiver.source is not None and call.rule.sources[receiver.source] == number
 
 
 class _Slot(torch.autograd.Function):
@@ -121,7 +145,7 @@ class _Slot(torch.autograd.Function):
 
 
 class _Tap(torch.autograd.Function):
-    """A slot alone, whose gradient goes to the tensor as it is now: a checkpoint sees no other call."""
+    """A slot alone, whose gradient goes to the tensor as it is now, before it is overwritten."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

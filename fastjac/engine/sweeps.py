@@ -203,9 +203,7 @@ class Linearization:
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """In the type that the value had: autocast mixes types, and so may a rule's product."""
-    if x.dtype == dtype or x.is_complex() or dtype.is_complex:
-        return x
-    return x.to(dtype)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class _InputJacobian(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastjac.engine.call import Call, calling_module, copy_before_write, own_lists
+from fastjac.engine.call import Call, calling_module, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks, nodes_behind
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import PIECEWISE_CONSTANT, custom_output
@@ -433,8 +433,7 @@ class Tape(Fusion):
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
         for written in (args[0], base) if in_place else ():
-            if (value := self.value(written)) is not None:
-                copy_before_write(self.calls, value.number)
+            site.copy_before_writing(written)
         whole = None if base is None else self._values.get(id(base))
         if whole is not None and whole.version != base._version:
             base = None  # to read it again is an error

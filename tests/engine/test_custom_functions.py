@@ -262,6 +262,23 @@ def test_it_is_exact(name, place):
         )
 
 
+class Hooked(nn.Module):
+    """Runs a module whose hook has autograd put an identity behind what a custom function made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(72, 6), nn.Identity(), nn.Linear(6, 4)
+        self.inner.register_full_backward_hook(lambda module, given, made: None)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(Swish.apply(self.first(x.flatten(1)))).sin())
+
+
+def test_it_is_exact_behind_a_module_with_a_backward_hook():
+    assert_agrees(Hooked, images(), LabelLogit(), LABELS)
+
+
 class HoldsParameter(Function):
     """Reads a parameter past autograd, whose gradient a double backward would miss too."""
 

@@ -127,26 +127,68 @@ def test_the_student_sees_what_the_teacher_was_given():
     torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_what_a_derivative_needs_must_not_be_overwritten():
+def then(function, write):
+    """Overwrites what the function has read."""
+
+    def run(z: Tensor) -> Tensor:
+        y = function(z)
+        write(z)
+        return y + z
+
+    return run
+
+
+def swish(z: Tensor) -> Tensor:
+    return z.mul_(z.sigmoid())
+
+
+# Autograd saves the outputs of these, or masks and shapes alone.
+READ_BEFORE = {
+    "sigmoid": then(torch.sigmoid, lambda z: z.mul_(2)),
+    "softmax": then(lambda z: z.softmax(1), lambda z: z.sub_(1)),
+    "exp": then(torch.exp, Tensor.sin_),
+    "where": then(lambda z: torch.where(z > 0, z, -2 * z), lambda z: z.add_(1)),
+    "largest": then(lambda z: z.max(1, keepdim=True)[0], lambda z: z.mul_(2)),
+    "a part": then(torch.tanh, lambda z: z[:, :1].mul_(3)),
+    "two readers": then(lambda z: z.sigmoid() * z.exp(), lambda z: z.mul_(2)),
+    "swish": swish,
+    "swish of swish": lambda z: swish(swish(z)),
+    "hard swish": lambda z: z.mul_(F.relu6(z + 3.0).div_(6.0)),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["x", "a map"])
+@pytest.mark.parametrize("name", READ_BEFORE)
+def test_what_autograd_does_not_save_may_be_overwritten(name, first):
     x, y = batch()
-    student = network(lambda z: z.mul_(z.sigmoid()), False).double()
-    with pytest.raises(
-        FastjacError, match=r"that sigmoid needs for its derivative was overwritten"
-    ):
-        JacobianMatching(student, network(torch.tanh, False).double())(x, y)
+    student, teacher = network(READ_BEFORE[name], first), network(torch.tanh, first)
+    assert_exact(student, teacher, x, y, LabelLogit())
+    if name in ("sigmoid", "two readers"):
+        assert_exact(student, teacher, x, y, AttentionWindow("1", window=0.3), strategy="local")
 
 
-@pytest.mark.parametrize("strategy", ["dense", "local"])
-def test_also_where_a_crop_is_what_it_needs(strategy):
-    def overwrite(z: Tensor) -> Tensor:
-        y = F.silu(z)
-        z.sub_(1)
-        return y
+@pytest.mark.parametrize("target", [LabelLogit(), AttentionWindow("1", window=0.3)])
+def test_below_the_parameters_anything_may_be_overwritten(target):
+    """Where the double backward fails: autograd saves silu's input."""
+
+    def step(function) -> list[Tensor]:
+        torch.manual_seed(0)
+        student = network(function, True).double()
+        out = with_jacobian(student, x, target, y)
+        (out.jacobian.square().sum() + out.output.sin().sum()).backward()
+        return [out.jacobian.detach(), *(p.grad for p in student.parameters())]
 
     x, y = batch()
-    student, target = network(overwrite, False).double(), AttentionWindow("1", window=0.3)
-    with pytest.raises(FastjacError, match=r"silu needs for its derivative was overwritten"):
-        with_jacobian(student, x, target, y, strategy=strategy)
+    written, apart = then(F.silu, lambda z: z.sub_(1)), lambda z: F.silu(z) + (z - 1)
+    torch.testing.assert_close(step(written), step(apart), rtol=1e-9, atol=1e-12)
+
+
+def test_above_them_it_is_autograds_error():
+    x, y = batch()
+    student = network(then(F.silu, lambda z: z.sub_(1)), False).double()
+    out = with_jacobian(student, x, LabelLogit(), y)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        out.jacobian.square().sum().backward()
 
 
 @pytest.mark.parametrize("gate", [F.leaky_relu, F.relu6, F.hardtanh])

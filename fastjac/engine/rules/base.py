@@ -78,6 +78,10 @@ class Rule:
         """The rule for an output that is about to be overwritten: with a copy, where it reads that."""
         return self
 
+    def with_source_copied(self, source: int) -> Rule:
+        """The same for a source, where autograd may save none of it, and so allow the write."""
+        return self
+
     def processes(self) -> Any:
         """The process group that the sweeps exchange sums with; None: none."""
         return None
