@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils.checkpoint import CheckpointError
 
 from fastjac.errors import FastjacError
 from fastjac.features import capture
@@ -263,7 +264,16 @@ def forward_and_jacobian(
         ]
         if differentiable:
             _check_routes(phis, x, [leaf, *itertools.chain(*statistics.recorded)])
-        jacobians = _gradients(targets, phis, leaf, create_graph, keep_graph=graph)
+        try:
+            jacobians = _gradients(targets, phis, leaf, create_graph, keep_graph=graph)
+        except CheckpointError as error:
+            if not statistics.recorded:
+                raise
+            raise FastjacError(
+                "strategy='autograd' with batch_stats='frozen' cannot hold a BatchNorm's statistics "
+                "constant where torch.utils.checkpoint runs it again; expected strategy='auto', or "
+                "batch_stats='batch'"
+            ) from error
     if not graph:
         output, features = map_structure(Tensor.detach, (output, features))
     if isinstance(target, tuple):

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastjac import reference
+from fastjac import reference, with_jacobian
 from fastjac.errors import FastjacError
 from fastjac.reference import forward_and_jacobian, input_jacobian
 from fastjac.targets import AttentionWindow, LabelLogit, Logits, Projection, Scalar, Target
@@ -525,6 +526,26 @@ def test_bad_targets():
         input_jacobian(model, x, AttentionWindow("head"))
     with pytest.raises(FastjacError, match=r"^unknown layer 'rely' in the model; nearest: 'relu'"):
         input_jacobian(model, x, AttentionWindow("rely"))
+
+
+class Checkpointed(nn.BatchNorm2d):
+    """Runs again in a backward, where no statistics are replayed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_frozen_statistics_in_a_checkpoint_are_an_error():
+    x = images()
+    with pytest.raises(
+        FastjacError, match=r"torch.utils.checkpoint .* expected strategy='auto', or"
+    ):
+        forward_and_jacobian(network(norm=Checkpointed(4).double()), x, Logits(), create_graph=True)
+    for options in ({"batch_stats": "batch"}, {"strategy": "auto"}):
+        model = network(norm=Checkpointed(4).double())
+        j = with_jacobian(model, x, Logits(), **{"strategy": "autograd"} | options).jacobian
+        j.square().sum().backward()
+        assert model.conv.weight.grad.count_nonzero()
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 6, 5), (4, 2, 3, 3, 2)], ids=str)
