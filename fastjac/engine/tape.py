@@ -358,13 +358,8 @@ class Tape(Fusion):
 
     def _run_constant(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self.run(function, args, kwargs)
-        if isinstance(out, Tensor):
-            if _has_node(out):
-                self._note_constant(out)
-        elif isinstance(out, tuple | list):
-            for tensor in tensors_in(out):
-                if _has_node(tensor):
-                    self._note_constant(tensor)
+        if isinstance(out, Tensor) and _has_node(out):
+            self._note_constant(out)
         inside = self._without_gradient and not torch.is_grad_enabled()
         if inside and any(map(self._known_without_gradient, tensors_in(args, kwargs))):
             self._note_without_gradient(function, out)
@@ -435,10 +430,6 @@ class Tape(Fusion):
         for written in (args[0], base) if in_place else ():
             site.copy_before_writing(written)
         whole = None if base is None else self._values.get(id(base))
-        if whole is not None and whole.version != base._version:
-            base = None  # to read it again is an error
-        elif whole is None and base is not None and base.grad_fn is not None:
-            base = base if self._is_constant(base) else None
         for kind in rules_for(function):
             recorded = kind.record(site, *args, **kwargs)
             if recorded is not NotImplemented:

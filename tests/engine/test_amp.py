@@ -125,7 +125,7 @@ class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         seed_all(0)
-        self.recurrent, self.last = nn.GRU(12, 6, batch_first=True), nn.Linear(6, 5)
+        self.recurrent, self.last = nn.LSTM(12, 6, batch_first=True), nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.recurrent(x.flatten(1)[:, :48].view(4, 4, 12))[0][:, -1])

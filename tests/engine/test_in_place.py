@@ -290,6 +290,21 @@ def test_a_view_of_a_constant_that_x_is_written_to():
     torch.testing.assert_close(*found)
 
 
+def scaled_part(z: Tensor) -> Tensor:
+    y = z * 2
+    part = y[:, :2]
+    with torch.no_grad():
+        part.mul_(2)
+    part.mul_(z[:, 1:3].sin())
+    return y * z
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["x", "a map"])
+def test_a_part_that_is_written_without_and_then_with_a_gradient(first):
+    x, y = batch()
+    assert_exact(network(scaled_part, first), network(torch.tanh, first), x, y, LabelLogit())
+
+
 class SetsData(nn.Module):
     def __init__(self) -> None:
         super().__init__()
