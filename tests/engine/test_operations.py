@@ -268,3 +268,21 @@ def test_a_recurrent_network_warns_of_nothing():
     finally:
         torch.set_warn_always(always)
     assert all(p.grad.norm() > 0 for p in model[0].parameters())
+
+
+@pytest.mark.parametrize("function", [torch.tanh, F.silu, lambda z: F.layer_norm(z, (W,))])
+def test_forward_mode_does_not_differentiate_what_has_a_second_derivative(function, monkeypatch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, W), nn.Linear(W, 3)
+
+        def forward(self, x):
+            return self.last(function(self.first(x)))
+
+    def refuse(*args):
+        raise AssertionError("forward mode, which is several times slower on these functions")
+
+    monkeypatch.setattr(torch.autograd.forward_ad, "make_dual", refuse)
+    model, x = Model().double(), torch.rand(5, 4, dtype=torch.float64)
+    with_jacobian(model, x, Logits()).jacobian.square().sum().backward()

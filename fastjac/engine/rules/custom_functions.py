@@ -24,7 +24,6 @@ from fastjac.engine.rules.generic import (
     Leaf,
     check_twice_differentiable,
     fresh,
-    inner,
     map_tensors,
     named_errors,
 )
@@ -166,7 +165,7 @@ class CustomFunction(Rule):
             with _WatchDerivatives(self.lost) as watch:
                 cotangents = self._pulled(leaves, deltas)
             pulled = zip(cotangents, tangents, strict=True)
-            product = sum(inner(g, t.to(g.dtype)) for g, t in pulled if g is not None)
+            product = sum(_inner(g, t.to(g.dtype)) for g, t in pulled if g is not None)
             if isinstance(product, Tensor) and product.requires_grad:
                 check_twice_differentiable(product)
             if watch.lost is not None:
@@ -265,3 +264,8 @@ def _refusal(function: Any, what: str) -> FastjacError:
         "cannot differentiate it; expected one of its arguments and outputs, by "
         "ctx.save_for_backward, or strategy='autograd'"
     )
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The real inner product, which complex numbers have as pairs of real ones."""
+    return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()

@@ -6,12 +6,10 @@ and differentiates it. The forward sweep differentiates the call alone twice, in
 in x and w are the curvature and the gradients. The graph of that backward holds one call, and is gone
 when the rule returns.
 
-:class:`ForwardOverReverse` runs call and backward on dual numbers instead, and makes no such graph. It
-is for calls that have been checked: where a backward reads something that carries no tangent (the
-factors that torch.linalg.solve saves), PyTorch drops a term and says nothing. It also serves calls
-without a second derivative in reverse. :class:`ReverseOverForward` differentiates the jvp: for
-functions of each element, whose backward has no forward-mode formula. (PyTorch's jvp of a layer,
-instance or batch norm takes its statistics as constants, and says nothing.)
+Where PyTorch has no second derivative in reverse, call and backward run on dual numbers instead. That
+is not for other calls: where a backward reads something that carries no tangent (the factors that
+torch.linalg.solve saves), PyTorch drops a term and says nothing; and its jvp of a layer, instance or
+batch norm takes the statistics as constants.
 """
 
 from __future__ import annotations
@@ -163,9 +161,9 @@ class Generic(Rule):
     def jvp(self, tangents: Any, delta: Any) -> tuple[Any, list[Tensor | None]]:
         with torch.enable_grad(), named_errors(self.function, "second derivative"):
             leaves = [fresh(t) for t in self.leaves]
-            first, second = self._orders()
+            first, second = self._reverse_over_reverse, self._forward_over_reverse
             if delta is None:  # the tangent alone
-                first, second = self._forward_over_reverse, self._reverse_over_reverse
+                first, second = second, first
             try:
                 pushed, gradients = first(leaves, tangents, delta)
             except RuntimeError as error:
@@ -174,10 +172,6 @@ class Generic(Rule):
                 pushed, gradients = second([fresh(t) for t in leaves], tangents, delta)
         wanted = [g for g, received in zip(gradients, self.receives, strict=True) if received]
         return pushed[0] if self.single else pushed, wanted
-
-    def _orders(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """The ways to differentiate twice, best first."""
-        return self._reverse_over_reverse, self._forward_over_reverse
 
     def _forward_over_reverse(
         self, leaves: list[Tensor], tangents: Any, delta: Any
@@ -190,23 +184,9 @@ class Generic(Rule):
             pushed = [None if y is None else fwAD.unpack_dual(y).tangent for y in outputs]
             gradients: list[Tensor | None] = [None] * len(leaves)
             if self.needs_delta():
-                inputs = duals + leaves[count:]
-                gradients = self._gradients_of_tangent(
-                    inputs, leaves, outputs, pushed, self._deltas(delta)
-                )
+                found = _gradients(outputs, self._deltas(delta), duals + leaves[count:])
+                gradients = [None if g is None else fwAD.unpack_dual(g).tangent for g in found]
         return _detached(outputs, pushed), gradients
-
-    def _gradients_of_tangent(
-        self,
-        duals: list[Tensor],
-        leaves: list[Tensor],
-        outputs: list[Tensor | None],
-        pushed: list[Tensor | None],
-        deltas: list[Tensor | None],
-    ) -> list[Tensor | None]:
-        """The gradients of <delta, y'> in the leaves."""
-        gradients = _gradients(outputs, deltas, duals)
-        return [None if g is None else fwAD.unpack_dual(g).tangent for g in gradients]
 
     def _reverse_over_reverse(
         self, leaves: list[Tensor], tangents: Any, delta: Any
@@ -226,35 +206,19 @@ class Generic(Rule):
         places, ys, deltas = zip(*pairs, strict=True)
         sources = leaves[: len(self.sources)]
         pulled = torch.autograd.grad(ys, sources, deltas, create_graph=True, allow_unused=True)
-        product = sum(inner(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None)
-        if not (isinstance(product, Tensor) and product.requires_grad):  # flat: floor, sign
+        curved = [
+            (g, t.to(g.dtype))
+            for g, t in zip(pulled, tangents, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        if not curved:  # flat: floor, sign
             return _detached(outputs, pushed), [None] * len(leaves)
-        check_twice_differentiable(product)
-        found = torch.autograd.grad(product, [*deltas, *leaves], allow_unused=True)
+        pulled, tangents = zip(*curved, strict=True)
+        check_twice_differentiable(*pulled)
+        found = torch.autograd.grad(pulled, [*deltas, *leaves], tangents, allow_unused=True)
         for place, tangent in zip(places, found, strict=False):
             pushed[place] = tangent
         return _detached(outputs, pushed), list(found[len(deltas) :])
-
-
-class ForwardOverReverse(Generic):
-    """For calls whose backward PyTorch differentiates rightly in forward mode."""
-
-    def _orders(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        return self._forward_over_reverse, self._reverse_over_reverse
-
-
-class ReverseOverForward(ForwardOverReverse):
-    """For calls whose jvp PyTorch differentiates rightly, and whose backward has no jvp."""
-
-    def _gradients_of_tangent(
-        self,
-        duals: list[Tensor],
-        leaves: list[Tensor],
-        outputs: list[Tensor | None],
-        pushed: list[Tensor | None],
-        deltas: list[Tensor | None],
-    ) -> list[Tensor | None]:
-        return _gradients(pushed, deltas, leaves)
 
 
 @register_rule(
@@ -263,7 +227,7 @@ class ReverseOverForward(ForwardOverReverse):
     *(torch.exp, Tensor.exp, torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.selu, torch.celu),
     *(torch.erf, Tensor.erf, torch.expm1, Tensor.expm1, F.tanhshrink, Tensor.square, torch.square),
 )
-class SmoothPointwise(ReverseOverForward):
+class SmoothPointwise(Generic):
     """A smooth function of each element, finite with its derivatives at 0: it has crops."""
 
     @classmethod
@@ -281,7 +245,7 @@ class SmoothPointwise(ReverseOverForward):
 
 
 @register_rule(F.layer_norm)
-class LayerNorm(ForwardOverReverse):
+class LayerNorm(Generic):
     """Over the channels of a channels-last map, it sees one pixel at a time."""
 
     def input_regions(self, region: Region) -> list[Region]:
@@ -395,11 +359,6 @@ def named_errors(function: Any, what: str) -> Iterator[None]:
         ) from error
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """The real inner product, which complex numbers have as pairs of real ones."""
-    return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()
-
-
 def fresh(tensor: Tensor) -> Tensor:
     """A leaf of a graph of its own, with the same values."""
     return _own_memory(tensor).detach().requires_grad_()
@@ -420,12 +379,12 @@ def _detached(outputs: list[Tensor | None], pushed: list[Tensor | None]) -> list
     ]
 
 
-def check_twice_differentiable(pulled: Tensor) -> None:
-    """Raise if a backward in the graph of ``pulled`` is ``once_differentiable``.
+def check_twice_differentiable(*pulled: Tensor) -> None:
+    """Raise if a backward in the graphs of ``pulled`` is ``once_differentiable``.
 
     PyTorch has its error raised by a node that leads to no input, and so is not run.
     """
-    todo, seen = [pulled.grad_fn], set()
+    todo, seen = [tensor.grad_fn for tensor in pulled], set()
     while todo:
         node = todo.pop()
         if node is None or node in seen:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjac.engine.rules.base import Recorded, Rule, register_alternatives
-from fastjac.engine.rules.generic import ReverseOverForward
+from fastjac.engine.rules.base import Recorded, Rule, register_rule
 from fastjac.engine.rules.pools import layout
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
+@register_rule(F.group_norm)
 @dataclass
 class GroupNorm(Rule):
     """y = gamma x^ + beta, x^ = (x - mean) r over each sample's groups of channels.
@@ -127,9 +127,6 @@ class GroupNorm(Rule):
         """``[B, G]`` as a factor of a map."""
         channels = per_group.repeat_interleave(self.x.shape[1] // self.groups, 1)
         return channels.to(self.x.dtype).view(*channels.shape, *[1] * (self.x.dim() - 2))
-
-
-register_alternatives(F.group_norm, rules=[GroupNorm, ReverseOverForward])
 
 
 def _dense(x: Tensor) -> torch.memory_format:
