@@ -21,14 +21,14 @@ class TrainingFailed(RuntimeError):
     """The training itself went wrong, with nothing wrong in what was asked for."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> FastjacError:
+def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> FastjacError:
     """The error for a name that is not one of ``known``, with the nearest right names.
 
     >>> str(unknown("layer", "layer9", ["layer1", "layer2"], where="the student"))
     "unknown layer 'layer9' in the student; nearest: 'layer2', 'layer1'"
     """
     candidates = [k for k in known if k]
-    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.4) or candidates[:8]
+    near = difflib.get_close_matches(str(name), candidates, n=3, cutoff=0.4) or candidates[:8]
     place = f" in {where}" if where else ""
     return FastjacError(
         f"unknown {kind} {name!r}{place}; nearest: {', '.join(map(repr, near)) or 'none'}"

@@ -368,8 +368,14 @@ def _keys(structure: Any) -> list[Any]:
 def _pick(result: Any, output: Output, model: nn.Module) -> Any:
     if output is None:
         return result
+    if isinstance(output, str | int) and isinstance(result, Tensor):
+        raise FastjacError(
+            f"output={output!r}: {type(model).__name__} returned one tensor, {list(result.shape)}; "
+            "expected a structure (in JacobianMatching, teacher_output= is for the teacher alone: "
+            "lambda output: output takes its tensor)"
+        )
     if isinstance(output, str) and not isinstance(result, Mapping):
-        if hasattr(result, output) and not isinstance(result, Tensor):
+        if hasattr(result, output):
             return getattr(result, output)
         raise unknown("output", output, getattr(result, "__dict__", {}), type(result).__name__)
     if callable(output):
@@ -399,8 +405,20 @@ def check_options(batch_stats: str, strategy: str) -> None:
 
 def _check_input(x: Any, model: nn.Module, args: Any, kwargs: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise FastjacError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise FastjacError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; of a function, a Module "
+            "whose forward calls it, with the networks in attributes"
+        )
     check_input(x, model, "model")
+    if not isinstance(args, tuple | list):
+        raise FastjacError(
+            "args: expected a tuple of the model's further inputs, got "
+            f"{type(args).__name__}; of a single one, (value,)"
+        )
+    if not isinstance(kwargs, Mapping | None):
+        raise FastjacError(
+            f"kwargs: expected a dict of the model's further inputs, got {type(kwargs).__name__}"
+        )
     for name, given in (("args", tensors_in(args)), ("kwargs", tensors_in(kwargs or {}))):
         if any(t is x for t in given):
             raise FastjacError(
@@ -413,7 +431,12 @@ def check_input(x: Any, model: nn.Module, name: str) -> None:
     """Raise unless x is a batch that the model can take."""
     if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
         came = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise FastjacError(f"x: expected a floating-point batch [B, ...], got {came}")
+        advice = ""
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
+            advice = "; x.float() / 255 makes floats of pixels"
+        elif isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64):
+            advice = "; ids have no gradient, their embeddings have: let x be those"
+        raise FastjacError(f"x: expected a floating-point batch [B, ...], got {came}{advice}")
     if x.is_nested or x.is_mkldnn:
         kind = "a nested tensor" if x.is_nested else "an MKL-DNN tensor"
         raise FastjacError(

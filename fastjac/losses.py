@@ -8,6 +8,7 @@ Srinivas & Fleuret, "Knowledge Transfer with Jacobian Matching", ICML 2018. All 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,7 @@ def masked_jacobian_penalty(j: Tensor, mask: Tensor) -> Tensor:
     tensor(16.)
     """
     rows = _rows("masked_jacobian_penalty", "j", j)
+    _check_tensor("masked_jacobian_penalty", "mask", mask)
     # As many dimensions: [B, h, w] against [B, C, h, w] would pair samples with channels.
     if mask.dim() != j.dim() or any(
         m not in (1, n) for m, n in zip(mask.shape, j.shape, strict=True)
@@ -221,6 +223,17 @@ def cross_entropy_jacobian_loss(
     return loss.mean()
 
 
+def _check_tensor(loss: str, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        return
+    advice = ""
+    if hasattr(value, "jacobian"):
+        advice = "; its .jacobian is a tensor"
+    elif isinstance(value, tuple | list):
+        advice = "; of several targets each has its own"
+    raise FastjacError(f"{loss}: {name} must be a tensor, got {type(value).__name__}{advice}")
+
+
 def _same_shape(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
     if student.dim() != dims or student.shape != teacher.shape:
         raise FastjacError(
@@ -231,6 +244,7 @@ def _same_shape(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
 
 def _rows(loss: str, name: str, j: Tensor) -> Tensor:
     """Jacobians as one row per sample, in float32 or wider."""
+    _check_tensor(loss, name, j)
     if j.dim() < 2 or not j.is_floating_point():
         raise FastjacError(
             f"{loss}: {name} must be floating-point [B, ...]; got {j.dtype} {list(j.shape)}"

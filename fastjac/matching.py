@@ -189,7 +189,7 @@ class JacobianMatching(nn.Module):
         for each in self.targets:
             if each.layer is not None:
                 find_layer(student, each.layer, "the student")
-                find_layer(teacher, each.for_teacher().layer, "the teacher")
+                _find_teacher_layer(teacher, each)
         _check_apart(student, teacher)
         self.student = student
         self.teacher = teacher
@@ -416,6 +416,15 @@ def _check_batch(x: Any, model: nn.Module, name: str) -> None:
         raise FastjacError(
             "x requires grad, and through the teacher's Jacobian nothing reaches it; expected x.detach()"
         )
+
+
+def _find_teacher_layer(teacher: nn.Module, target: Target) -> None:
+    try:
+        find_layer(teacher, target.for_teacher().layer, "the teacher")
+    except FastjacError as error:
+        if not isinstance(target, AttentionWindow) or target.teacher_layer is not None:
+            raise
+        raise FastjacError(f"{error}; teacher_layer= names the teacher's") from None
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:

@@ -115,7 +115,12 @@ class Target:
         if not isinstance(phi, Tensor):
             raise FastjacError(f"{expected}; got {type(phi).__name__}")
         if phi.dim() not in (1, 2) or phi.shape[0] != batch:
-            raise FastjacError(f"{expected}; got {list(phi.shape)}")
+            advice = ""
+            if not phi.dim():
+                advice = "; a loss gives one for each sample with reduction='none'"
+            elif phi.dim() > 2 and phi.shape[0] == batch:
+                advice = "; .flatten(1).sum(1) makes one of each sample's"
+            raise FastjacError(f"{expected}; got {list(phi.shape)}{advice}")
         if not phi.is_floating_point():
             raise FastjacError(
                 f"{type(self).__name__}: scalar must be floating-point; got {_name(phi.dtype)}"

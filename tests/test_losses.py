@@ -394,3 +394,22 @@ def test_the_examples_run():
     result = doctest.testmod(losses)
     assert result.attempted >= 20
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("loss", [jacobian_norm_penalty, gradient_penalty])
+def test_a_result_in_the_place_of_its_jacobian_is_an_error(loss):
+    out = fastjac.with_jacobian(torch.nn.Linear(3, 2), torch.ones(4, 3), fastjac.Logits())
+    with pytest.raises(
+        FastjacError, match=r"j must be a tensor, got JacobianOutput; its .jacobian"
+    ):
+        loss(out)
+    with pytest.raises(FastjacError, match="j must be a tensor, got tuple; of several targets"):
+        loss((out.jacobian, out.jacobian))
+
+
+def test_arguments_of_another_kind_are_errors():
+    j = torch.ones(2, 3)
+    with pytest.raises(FastjacError, match=r"mask must be a tensor, got NoneType$"):
+        masked_jacobian_penalty(j, None)
+    with pytest.raises(FastjacError, match="normalize must be True or False, got 'yes'"):
+        fastjac.jacobian_match_loss(j, j, "yes")

@@ -53,6 +53,8 @@ def jacobian_match(
     is.
     """
     _check(js, jt, eps)
+    if not isinstance(normalize, bool):
+        raise FastjacError(f"jacobian_match: normalize must be True or False, got {normalize!r}")
     refuse_forward_mode("jacobian_match", js, jt)
     return call("jacobian_match", js, jt, normalize, eps)
 

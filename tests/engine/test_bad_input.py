@@ -82,6 +82,11 @@ def fails(message: str):
         ({"target": LabelLogit}, TARGET + "got LabelLogit itself$"),
         ({"target": AttentionWindow("pol")}, "unknown layer 'pol' in the student; nearest: 'pool'"),
         ({"target": AttentionWindow("")}, "unknown layer '' in the student; nearest: 'conv'"),
+        ({"batch_stats": True}, r"unknown batch_stats True; nearest: 'frozen'"),
+        (
+            {"target": AttentionWindow("conv"), "teacher": nn.Sequential(network(7))},
+            r"unknown layer 'conv' in the teacher; .*; teacher_layer= names the teacher's$",
+        ),
         (
             {"target": AttentionWindow("pool", teacher_layer="body.01")},
             r"unknown layer 'body.01' in the teacher; nearest: 'body.1', 'body.0', 'body'",
@@ -138,7 +143,11 @@ def test_labels(y, message, strategy):
     [
         (images().float(), "x is torch.float32; the student is torch.float64"),
         (images().to("meta"), "x is on meta; the student is on cpu"),
-        (images().long(), r"x: expected a floating-point batch \[B, ...\], got torch.int64 \[3, "),
+        (
+            images().long(),
+            r"^x: expected a floating-point batch .* got torch.int64 \[3, .*embeddings",
+        ),
+        ((images() * 255).byte(), r"got torch.uint8 \[3, .*; x.float\(\) / 255"),
         (
             images()[0, 0, 0],
             r"x: expected a floating-point batch \[B, ...\], got torch.float64 \[16",
@@ -150,7 +159,7 @@ def test_labels(y, message, strategy):
         ),
         (images().float().to_mkldnn(), "x: expected an ordinary tensor.*an MKL-DNN tensor"),
     ],
-    ids=["dtype", "device", "integers", "one axis", "requires grad", "nested", "MKL-DNN"],
+    ids=["dtype", "device", "integers", "pixels", "one axis", "requires grad", "nested", "MKL-DNN"],
 )
 def test_x(x, message, strategy):
     with fails(message):

@@ -334,17 +334,44 @@ def fails(message: str) -> Any:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Scalar(lambda z, y: z.sum()), r"scalar must be \[B\] or \[B, K\] with B = 3; got \[\]"),
+        (
+            Scalar(lambda z, y: z.sum()),
+            r"must be \[B\] or \[B, K\] with B = 3; got \[\]; .*'none'$",
+        ),
+        (Scalar(lambda z, y: z[:, None, :2]), r"\[3, 1, 2\]; .flatten\(1\).sum\(1\) makes"),
         (Scalar(lambda z, y: z[:2, 0]), r"with B = 3; got \[2\]"),
         (Scalar(lambda z, y: z.argmax(1)), "scalar must be floating-point; got int64"),
         (Scalar(lambda z, y: z.detach()[:, 0]), r"does not depend on the input x \(Scalar\)"),
         ("logit", "expected a Target .* got str"),
     ],
-    ids=["no batch", "another batch", "integers", "a constant", "no target"],
+    ids=["no batch", "a map", "another batch", "integers", "a constant", "no target"],
 )
 def test_bad_targets(target, message, strategy):
     with fails(message):
         with_jacobian(network(), images(), target, LABELS, strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"args": torch.ones(2)},
+            r"args: expected a tuple .* got Tensor; of a single one, \(value,\)",
+        ),
+        ({"kwargs": (torch.ones(2),)}, "kwargs: expected a dict of .* got tuple$"),
+        ({"output": "logits"}, r"output='logits': .* returned one tensor, \[3, .*teacher_output="),
+        ({"output": 0}, "output=0: .* returned one tensor"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, message):
+    with fails(message):
+        with_jacobian(network(), images(), LabelLogit(), LABELS, **options)
+
+
+def test_a_function_in_the_place_of_a_model_is_an_error():
+    with fails("expected a torch.nn.Module, got function; of a function, a Module whose forward"):
+        with_jacobian(lambda x: x, images(), LabelLogit(), LABELS)
 
 
 def test_a_scalar_without_columns_is_an_error():
