@@ -105,10 +105,11 @@ class Site:
             if number in call.outputs:
                 calls[i] = call.by_copies(call.rule.with_output_copied())
                 return
-            if number in call.rule.sources and call.unchanged() and not in_checkpoint():
+            if number not in call.rule.sources or in_checkpoint():
+                continue
+            if call.unchanged():
                 calls[i] = call.by_copies(call.rule.with_source_copied(number))
-                if calls[i] is call or not any(reads(call, r, number) for r in call.receivers):
-                    continue
+            if any(reads(call, r, number) for r in call.receivers):
                 slot = _Tap.apply(tensor) if slot is None else slot
                 calls[i].receivers = tuple(
                     Receiver(slot, r.source) if reads(call, r, number) else r

@@ -336,6 +336,7 @@ def linearize(
     curved = hvp is not None and tensor is not None and tape.trains(tensor)
     receiver = Receiver(tensor) if curved else None
     calls = _leading_to(tape.calls, number)
+    tape.check_receivers(calls)
     plan = None
     if head is not None and head.position is not None:
         if strategy != "dense":

@@ -265,6 +265,14 @@ class Tape(Fusion):
     def _unseen(self, name: Any, tensor: Tensor) -> FastjacError:
         return unseen(name, tensor, in_checkpoint() or _node(tensor) in self.checkpointed)
 
+    def check_receivers(self, calls: Iterable[Call]) -> None:
+        """Raise if a value that a gradient goes to has another place in autograd's graph by now."""
+        for call in calls:
+            for receiver in call.receivers:
+                value = self.value(receiver.tensor) if receiver.source is not None else None
+                if value is not None and value.version != receiver.tensor._version:
+                    raise overwritten(call.name, receiver.tensor)
+
     def _other_route(self, name: Any) -> FastjacError:
         return FastjacError(
             f"{function_name(name)} reads what depends on x, not through the model's argument, and J "

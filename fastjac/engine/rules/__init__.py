@@ -11,6 +11,7 @@ from fastjac.engine.rules import (  # noqa: F401  they register
     linear_maps,
     pointwise,
     pools,
+    smooth,
     synchronised,
     views,
 )

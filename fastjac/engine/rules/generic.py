@@ -221,29 +221,6 @@ class Generic(Rule):
         return _detached(outputs, pushed), list(found[len(deltas) :])
 
 
-@register_rule(
-    *(F.silu, F.gelu, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh, F.softplus, F.elu, F.celu),
-    *(F.selu, F.mish, F.hardswish, F.logsigmoid, F.softsign, Tensor.sigmoid, Tensor.tanh),
-    *(torch.exp, Tensor.exp, torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.selu, torch.celu),
-    *(torch.erf, Tensor.erf, torch.expm1, Tensor.expm1, F.tanhshrink, Tensor.square, torch.square),
-)
-class SmoothPointwise(Generic):
-    """A smooth function of each element, finite with its derivatives at 0: it has crops."""
-
-    @classmethod
-    def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
-        given = args[0] if args else kwargs.get("input")
-        if not site.varies(given) or site.varies(*args[1:], *kwargs.values()) or given.is_complex():
-            return NotImplemented
-        return super().record(site, *args, **kwargs)
-
-    def input_regions(self, region: Region) -> list[Region]:
-        return [region]
-
-    def crop(self, crops: Crops, region: Region) -> Rule:
-        return self.changed(leaves=[crops.gather(self.leaves[0], region)])
-
-
 @register_rule(F.layer_norm)
 class LayerNorm(Generic):
     """Over the channels of a channels-last map, it sees one pixel at a time."""
