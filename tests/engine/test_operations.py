@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import assert_agrees
 from comparison import assert_exact
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -286,3 +287,51 @@ def test_forward_mode_does_not_differentiate_what_has_a_second_derivative(functi
     monkeypatch.setattr(torch.autograd.forward_ad, "make_dual", refuse)
     model, x = Model().double(), torch.rand(5, 4, dtype=torch.float64)
     with_jacobian(model, x, Logits()).jacobian.square().sum().backward()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_logcumsumexp_where_its_cotangent_is_zero(trains):
+    """PyTorch's own second derivative is wrong there; that of the same sum by a mask is not."""
+
+    def by_mask(z: Tensor) -> Tensor:
+        sums = torch.where(torch.ones(W, W).tril().bool(), z[..., None, :], -torch.inf)
+        return sums.logsumexp(-1)
+
+    def gradients(function) -> list[Tensor]:
+        torch.manual_seed(0)
+        stem, scale = nn.Linear(W, W).requires_grad_(trains), nn.Parameter(torch.rand(W))
+        mask = torch.tensor([1.0, 0, -1, 0, 0, 1])
+
+        class Model(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return (function(stem(x)) * scale * mask).sin().sum(1)
+
+        x = torch.rand(3, W, W, generator=torch.Generator().manual_seed(1))
+        model = Model().double()
+        stem.double()
+        scale.data = scale.data.double()
+        out = with_jacobian(
+            *(model, x.double(), Logits()),
+            strategy="auto" if function is not by_mask else "autograd",
+        )
+        loss = out.jacobian.square().sum()
+        return [*torch.autograd.grad(loss, [scale, *stem.parameters()][: 3 if trains else 1])]
+
+    found = gradients(lambda z: z.logcumsumexp(-1)), gradients(by_mask)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", ["cholesky_inverse", "as_strided_scatter"])
+def test_operations_whose_jvp_is_wrong_in_pytorch(function):
+    def inverse(z: Tensor) -> Tensor:
+        return torch.cholesky_inverse(torch.linalg.cholesky(z @ z.mT + torch.eye(W).to(z)))
+
+    def scatter(z: Tensor) -> Tensor:
+        return torch.as_strided_scatter(z, z[0, 0].sin(), (W, W), (W, 1))
+
+    def frozen() -> nn.Module:
+        middle = Apply(inverse if function == "cholesky_inverse" else scatter)
+        return nn.Sequential(middle, nn.Tanh(), nn.Flatten(), nn.Linear(4 * W * W, 3)).double()
+
+    x = torch.rand(3, 4, W, W, generator=torch.Generator().manual_seed(1)).double()
+    assert_agrees(frozen, x, LabelLogit(), torch.tensor([0, 2, 1]))

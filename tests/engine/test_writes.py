@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_network import STATISTICS, Apply, agrees, assert_fused_alike, exact_or_refused, network
+from small_network import (
+    STATISTICS,
+    Apply,
+    agrees,
+    assert_fused_alike,
+    exact_or_refused,
+    network,
+)
 from torch import Tensor, nn
 
 # In-place writes
@@ -236,3 +243,41 @@ def test_what_its_derivative_does_not_read_may_be_overwritten(name, batch_stats)
 @STATISTICS
 def test_whose_shape_or_type_was_read_may_be_overwritten(batch_stats):
     agrees(lambda: network(Apply(shape_or_type_of)), batch_stats)
+
+
+# Written to the same place twice, and what PyTorch's versions do not count
+
+TWICE, ZEROS = torch.tensor([0, 0]), torch.zeros(3, 4, 4, 4, dtype=torch.int64)
+
+
+def with_written(index: object, value) -> object:
+    def function(z: Tensor) -> Tensor:
+        out = z * 1
+        out[index] = value(z)
+        return out.sin()
+
+    return function
+
+
+SAME_PLACES = {
+    "list": with_written((slice(None), [0, 0]), lambda z: 3 * z[:, 1:3]),
+    "pillars": with_written((TWICE, ..., TWICE), lambda z: z[:2, :, :, 2].cos()),
+    "broadcast": with_written((slice(None), TWICE, [[1], [2]]), lambda z: z[:1, :1, 0, :].cos()),
+    "index_put_": lambda z: (z * 1).index_put_((TWICE,), z[:2].cos()).sin(),
+    "scatter_": lambda z: (z * 1).scatter_(1, ZEROS, z.cos()).sin(),
+    "index_copy_": lambda z: (z * 1).index_copy_(1, TWICE, z[:, :2].cos()).sin(),
+    "put": lambda z: z.put(TWICE, z[0, 0, 0, :2].cos()).sin(),
+    "operator": lambda z: torch.ops.aten.index_put(z, [TWICE], z[:2].cos()).sin(),
+}
+
+
+@STATISTICS
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", SAME_PLACES)
+def test_where_indices_repeat_all_that_is_written_counts(name, frozen, batch_stats):
+    def make() -> nn.Module:
+        model = network(nn.Sequential(nn.Tanh(), Apply(SAME_PLACES[name])))
+        model[:4].requires_grad_(not frozen)
+        return model
+
+    agrees(make, batch_stats)

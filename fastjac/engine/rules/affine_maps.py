@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjac.engine.rules.base import Recorded, register_alternatives, register_rule
-from fastjac.engine.rules.generic import Generic, fresh, named_errors
+from fastjac.engine.rules.generic import Generic
 from fastjac.engine.rules.linear_maps import Difference, Pad
 from fastjac.engine.rules.pointwise import Add, Subtract, SubtractFrom
 from fastjac.fusion.mode import tensors_in, writes_in_place
@@ -48,13 +48,6 @@ class AffineMap(Generic):
             torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) for t in rule.leaves
         ]
         return y, rule.changed(leaves=leaves, receives=[False] * len(leaves)), ()
-
-    def jvp(self, tangents: Any, delta: Any) -> tuple[Any, list[Tensor | None]]:
-        # Not in forward mode: where indices repeat, a scatter's derivatives are no adjoints.
-        with torch.enable_grad(), named_errors(self.function, "second derivative"):
-            leaves = [fresh(t) for t in self.leaves]
-            pushed, _ = self._reverse_over_reverse(leaves, tangents, None)
-        return pushed[0] if self.single else pushed, []
 
 
 @register_rule(

@@ -161,15 +161,13 @@ class Generic(Rule):
     def jvp(self, tangents: Any, delta: Any) -> tuple[Any, list[Tensor | None]]:
         with torch.enable_grad(), named_errors(self.function, "second derivative"):
             leaves = [fresh(t) for t in self.leaves]
-            first, second = self._reverse_over_reverse, self._forward_over_reverse
-            if delta is None:  # the tangent alone
-                first, second = second, first
             try:
-                pushed, gradients = first(leaves, tangents, delta)
+                pushed, gradients = self._reverse_over_reverse(leaves, tangents, delta)
             except RuntimeError as error:
                 if not (isinstance(error, NotImplementedError) or _is_missing(str(error))):
                     raise
-                pushed, gradients = second([fresh(t) for t in leaves], tangents, delta)
+                leaves = [fresh(t) for t in leaves]
+                pushed, gradients = self._forward_over_reverse(leaves, tangents, delta)
         wanted = [g for g, received in zip(gradients, self.receives, strict=True) if received]
         return pushed[0] if self.single else pushed, wanted
 
@@ -219,6 +217,22 @@ class Generic(Rule):
         for place, tangent in zip(places, found, strict=False):
             pushed[place] = tangent
         return _detached(outputs, pushed), list(found[len(deltas) :])
+
+
+@register_rule(torch.logcumsumexp, Tensor.logcumsumexp)
+class LogCumSumExp(Generic):
+    """Its backward takes the logarithm of the cotangent: PyTorch's derivative of that is wrong at 0.
+
+    Both results are linear in the cotangent: those of two that are positive everywhere.
+    """
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Any, list[Tensor | None]]:
+        if delta is None or not delta.numel():
+            return super().jvp(tangents, delta)
+        shift = (2 * delta.abs().amax() + torch.finfo(delta.dtype).tiny).expand(delta.shape)
+        pushed, shifted = super().jvp(tangents, delta + shift)
+        _, surplus = super().jvp(tangents, shift)
+        return pushed, [a - b for a, b in zip(shifted, surplus, strict=True)]
 
 
 @register_rule(F.layer_norm)

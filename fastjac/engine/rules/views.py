@@ -55,8 +55,26 @@ class SetItem(Rule):
     def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
         given = list(tangents)
         out = given.pop(0).clone() if self.varies[0] else given[0].new_zeros(self.shapes[0])
-        out[self.index] = given[0].to(out.dtype) if self.varies[1] else 0
-        return out, ()
+        if not self.varies[1] or not _may_repeat(self.index):
+            out[self.index] = given[0].to(out.dtype) if self.varies[1] else 0
+            return out, ()
+        # The adjoint of vjp: where places repeat, all that is written there counts.
+        out[self.index] = 0
+        with torch.enable_grad():
+            whole = torch.zeros_like(out).requires_grad_()
+            part = whole[self.index]
+        written = given[0].to(out.dtype)
+        written = written.view(written.shape[max(written.dim() - part.dim(), 0) :])
+        return out + torch.autograd.grad(part, whole, written.expand_as(part))[0], ()
+
+
+def _may_repeat(index: Any) -> bool:
+    """Whether an index may name a place twice: not by numbers, slices and masks alone."""
+    parts = index if isinstance(index, tuple) else (index,)
+    masks = (p.dtype in (torch.bool, torch.uint8) for p in parts if isinstance(p, Tensor))
+    rest = (p for p in parts if not isinstance(p, Tensor))
+    plain = all(p is None or p is ... or isinstance(p, int | slice) for p in rest)
+    return not (plain and all(masks))
 
 
 @dataclass
