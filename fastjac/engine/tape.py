@@ -41,11 +41,12 @@ from fastjac.fusion.mode import (
 )
 
 _CONVERSIONS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+_READ_DATA = Tensor.data.__get__
 _FLAGS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
 # Calls that compute nothing; an autograd node is of interest for the hooks that it may get.
 _SPECIAL = {*_CONVERSIONS, *_FLAGS, Tensor.register_hook, Tensor.grad_fn.__get__}
 _CONSTANTS = {
-    *(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.grad.__get__, Tensor.new_tensor),
+    *(Tensor.detach, torch.detach, _READ_DATA, Tensor.grad.__get__, Tensor.new_tensor),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like),
     *(torch.randn_like, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     *(torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial),
@@ -105,6 +106,8 @@ class Tape(Fusion):
         self.checkpointed: set[int] = set()
         # What was computed of values without a gradient: its storage, and the last node before it.
         self._without_gradient: dict[int, tuple[StorageWeakRef, int]] = {}
+        # The memory of values that were read by ``.data``, a write to which no version counts.
+        self._unversioned: dict[int, StorageWeakRef] = {}
         self._assign(self.x, trainable)
         # The caller's x, where a graph may lead to it past what the model is given.
         self._origin = x if trainable else None
@@ -305,6 +308,12 @@ class Tape(Fusion):
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.recording or function is Tensor.is_inference:
             return self.run(function, args, kwargs)
+        out = self._call(function, args, kwargs)
+        if self._unversioned and writes_in_place(function, args, kwargs):
+            self._check_write(function, tensors_in(args[:1], kwargs.get("out")))
+        return out
+
+    def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is Tensor.view_as and in_backward_hook():
             return self.run(function, args, kwargs)  # autograd is about to give it the hook's node
         varying: list[Tensor] = []
@@ -384,6 +393,9 @@ class Tape(Fusion):
             if tensor.grad_fn is not None and id(tensor) not in self._values:
                 self._note_constant(tensor)  # a sampler's result has a node, of no derivative
         self._note_without_gradient(function, out)
+        if function == _READ_DATA:
+            storage = StorageWeakRef(out.untyped_storage())
+            self._unversioned[storage.cdata] = storage
         for tensor in varying:
             value = self._values[id(tensor)]
             if tensor._version != value.version:
@@ -400,6 +412,22 @@ class Tape(Fusion):
             if _differentiable(tensor) and tensor.layout == torch.strided and not tensor.is_nested:
                 storage = StorageWeakRef(tensor.untyped_storage())
                 self._without_gradient[storage.cdata] = storage, last
+
+    def _check_write(self, function: Any, written: list[Tensor]) -> None:
+        """Raise if a write through ``.data`` has changed what a rule reads."""
+        for tensor in written:
+            place = tensor.untyped_storage()._cdata
+            known = self._unversioned.get(place)
+            if known is None or known.expired():
+                continue
+            for call in self.calls:
+                for kept, version in call.kept:
+                    if kept._version == version and kept.untyped_storage()._cdata == place:
+                        raise FastjacError(
+                            f"{function_name(function)} overwrites a value {list(kept.shape)} that "
+                            f"{call.name} needs for its derivative, through .data, which PyTorch does "
+                            "not notice; expected a write to a clone(), or strategy='autograd'"
+                        )
 
     def _known_without_gradient(self, tensor: Tensor) -> tuple[Any, int] | None:
         """What is noted of a tensor that was computed of values without a gradient."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from small_network import (
+    LABELS,
     STATISTICS,
     Apply,
     agrees,
     assert_fused_alike,
     exact_or_refused,
+    images,
     network,
 )
 from torch import Tensor, nn
+
+from fastjac import FastjacError, LabelLogit, with_jacobian
 
 # In-place writes
 
@@ -281,3 +285,20 @@ def test_where_indices_repeat_all_that_is_written_counts(name, frozen, batch_sta
         return model
 
     agrees(make, batch_stats)
+
+
+@pytest.mark.parametrize("write", [lambda z: z.data.zero_(), lambda z: z.data[:, 0].copy_(z[:, 1])])
+@pytest.mark.parametrize("function", [torch.sigmoid, nn.LeakyReLU(0.2), nn.Softmax(1)])
+def test_a_write_through_data_to_what_a_rule_reads_is_an_error(function, write):
+    def then_overwritten(z: Tensor) -> Tensor:
+        z = z * 1
+        y = function(z)
+        write(z)
+        write(y)
+        return y * z
+
+    model = network(Apply(then_overwritten))
+    with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
+    with pytest.raises(FastjacError, match=r"needs for its derivative, through \.data"):
+        with_jacobian(model, images(), LabelLogit(), LABELS)
+    agrees(lambda: network(Apply(lambda z: (z.sigmoid(), z.clone().data.zero_())[0] * z)))
