@@ -91,7 +91,13 @@ def calling_module() -> Any:
 
 
 def own_lists(value: Any) -> Any:
-    """Arguments whose lists are copies: a rule reads them again, and the model may change its own."""
+    """Arguments whose lists are copies: a rule reads them again, and the model may change its own.
+
+    So may it a tensor that bounds a slice: a number, as PyTorch takes it.
+    """
+    if type(value) is slice:
+        bounds = (value.start, value.stop, value.step)
+        return slice(*(int(b) if isinstance(b, Tensor) else b for b in bounds))
     if type(value) is tuple:
         return tuple(map(own_lists, value))
     if type(value) is list:

@@ -156,6 +156,9 @@ class Fusion(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not args and "input" in kwargs and operation_name(function).endswith("_"):
+            args = (kwargs["input"],)  # where a call in place is looked for what it writes to
+            kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         if torch.compiler.is_dynamo_compiling():  # torch.cond and its like: the mode sees the run
             return function(*args, **kwargs)
         if function in QUERIES:

@@ -370,3 +370,14 @@ def test_a_view_of_another_dtype_has_no_derivative(frozen):
         return model
 
     agrees(make)
+
+
+def test_a_slice_whose_bound_is_a_tensor_that_changes():
+    def function(z: Tensor) -> Tensor:
+        first, out = torch.tensor(0), z.sin()
+        for k in range(3):
+            out[:, :, first:] = out[:, :, first:].clone() * z[:, :, first:] + k
+            first += 1
+        return out
+
+    agrees(lambda: network(Apply(function)))

@@ -302,3 +302,12 @@ def test_a_write_through_data_to_what_a_rule_reads_is_an_error(function, write):
     with pytest.raises(FastjacError, match=r"needs for its derivative, through \.data"):
         with_jacobian(model, images(), LabelLogit(), LABELS)
     agrees(lambda: network(Apply(lambda z: (z.sigmoid(), z.clone().data.zero_())[0] * z)))
+
+
+@pytest.mark.parametrize("kind", [torch.relu_, torch.sigmoid_, torch.exp_])
+def test_a_write_to_an_argument_by_name(kind):
+    def function(z: Tensor) -> Tensor:
+        return kind(input=z) * 2 + z
+
+    agrees(lambda: network(nn.Sequential(Apply(torch.sin), Apply(function))))
+    assert_fused_alike(function)
