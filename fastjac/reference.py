@@ -44,6 +44,7 @@ class BatchStatistics(TorchFunctionMode):
         super().__init__()
         self.recorded: list[tuple[Tensor, Tensor]] = []
         self.replay: Iterator[tuple[Tensor, Tensor]] | None = None
+        self.buffers: set[int] = set()  # of the second run, by identity
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,6 +92,10 @@ class BatchStatistics(TorchFunctionMode):
                 (wide.mean(dims, keepdim=True), wide.var(dims, correction=0, keepdim=True))
             )
             return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+        if id(running_mean) in self.buffers:  # what a norm in eval mode may read after it
+            F.batch_norm(
+                x.detach(), running_mean, running_var, training=True, momentum=momentum, eps=eps
+            )
         mean, var = next(self.replay, (None, None))
         if mean is None or mean.dim() != x.dim() or mean.shape[1] != x.shape[1]:
             raise _ran_differently()
@@ -250,6 +255,7 @@ def forward_and_jacobian(
             # The statistics belong to the first run, whose own input is not differentiated.
             leaf = x.clone() if differentiable else x.detach().requires_grad_()
             statistics.replay = iter(statistics.recorded)
+            statistics.buffers = set(map(id, buffers.values()))
             with statistics, same_random_numbers(x, state):
                 output_again, features_again = torch.func.functional_call(
                     run, buffers, (leaf.clone(), args_again, kwargs_again)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from agreement import assert_agrees
 from small_network import LABELS, STATISTICS, Apply, agrees, exact_or_refused, images, network
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -381,3 +382,36 @@ def test_a_slice_whose_bound_is_a_tensor_that_changes():
         return out
 
     agrees(lambda: network(Apply(function)))
+
+
+@STATISTICS
+def test_a_norm_in_train_mode_and_then_on_what_it_has_updated(batch_stats):
+    class TrainThenEval(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4, momentum=0.5)
+
+        def forward(self, z: Tensor) -> Tensor:
+            y = self.norm(z)
+            self.norm.eval()
+            y = y.relu() + self.norm(2 * z)
+            self.norm.train()
+            return y.sin()
+
+    agrees(lambda: network(TrainThenEval()), batch_stats)
+
+
+def test_a_layer_of_no_features():
+    """AdaptiveLogSoftmaxWithLoss makes one where its clusters shrink fast."""
+    x = torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(0)).double()
+
+    class Tails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.softmax = nn.AdaptiveLogSoftmaxWithLoss(6, 9, [3, 6])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.softmax.log_prob(x.flatten(0, 1)).view(len(x), -1)
+
+    assert Tails().softmax.tail[1][0].weight.shape == (0, 6)
+    assert_agrees(lambda: Tails().double(), x, LabelLogit(), LABELS)

@@ -146,8 +146,9 @@ class Linear(Rule):
     def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         tangent, gradients = tangents[0].to(self.dtype), []
         if self.trains:
-            rows = delta.reshape(-1, delta.shape[-1])
-            gradients = [rows.t() @ tangent.reshape(-1, tangent.shape[-1])]
+            count = delta.shape[:-1].numel()  # -1 would not do for a layer of no features
+            rows = delta.reshape(count, delta.shape[-1])
+            gradients = [rows.t() @ tangent.reshape(count, tangent.shape[-1])]
         return F.linear(tangent, self.weight.to(self.dtype)), gradients
 
     def input_regions(self, region: Region) -> list[Region]:
