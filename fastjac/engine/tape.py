@@ -41,12 +41,13 @@ from fastjac.fusion.mode import (
 )
 
 _CONVERSIONS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
-_READ_DATA = Tensor.data.__get__
+# What gives a value's memory away under another version, or none.
+_UNVERSIONED = {Tensor.data.__get__, Tensor.untyped_storage}
 _FLAGS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
 # Calls that compute nothing; an autograd node is of interest for the hooks that it may get.
 _SPECIAL = {*_CONVERSIONS, *_FLAGS, Tensor.register_hook, Tensor.grad_fn.__get__}
 _CONSTANTS = {
-    *(Tensor.detach, torch.detach, _READ_DATA, Tensor.grad.__get__, Tensor.new_tensor),
+    *(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.grad.__get__, Tensor.new_tensor),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like),
     *(torch.randn_like, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     *(torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.multinomial),
@@ -106,7 +107,7 @@ class Tape(Fusion):
         self.checkpointed: set[int] = set()
         # What was computed of values without a gradient: its storage, and the last node before it.
         self._without_gradient: dict[int, tuple[StorageWeakRef, int]] = {}
-        # The memory of values that were read by ``.data``, a write to which no version counts.
+        # The memory of values that a write through ``.data`` would change, and no version count.
         self._unversioned: dict[int, StorageWeakRef] = {}
         self._assign(self.x, trainable)
         # The caller's x, where a graph may lead to it past what the model is given.
@@ -323,6 +324,9 @@ class Tape(Fusion):
             trains = self._scan(function, kwargs.values(), varying) or trains
         if not varying:
             return self._run_constant(function, args, kwargs)
+        if function in _UNVERSIONED and _has_storage(args[0]):
+            storage = StorageWeakRef(args[0].untyped_storage())
+            self._unversioned[storage.cdata] = storage
         if function in _SPECIAL:
             return self._special(function, args, kwargs)
         if is_higher_order(function):
@@ -393,9 +397,6 @@ class Tape(Fusion):
             if tensor.grad_fn is not None and id(tensor) not in self._values:
                 self._note_constant(tensor)  # a sampler's result has a node, of no derivative
         self._note_without_gradient(function, out)
-        if function == _READ_DATA:
-            storage = StorageWeakRef(out.untyped_storage())
-            self._unversioned[storage.cdata] = storage
         for tensor in varying:
             value = self._values[id(tensor)]
             if tensor._version != value.version:
@@ -409,29 +410,32 @@ class Tape(Fusion):
             return
         last = torch._C._autograd._get_sequence_nr() - 1
         for tensor in tensors_in(out):
-            if _differentiable(tensor) and tensor.layout == torch.strided and not tensor.is_nested:
+            if _differentiable(tensor) and _has_storage(tensor):
                 storage = StorageWeakRef(tensor.untyped_storage())
                 self._without_gradient[storage.cdata] = storage, last
 
     def _check_write(self, function: Any, written: list[Tensor]) -> None:
-        """Raise if a write through ``.data`` has changed what a rule reads."""
-        for tensor in written:
+        """Raise if a write through ``.data``, or a storage, has changed what a rule reads."""
+        for tensor in filter(_has_storage, written):
             place = tensor.untyped_storage()._cdata
             known = self._unversioned.get(place)
             if known is None or known.expired():
                 continue
             for call in self.calls:
                 for kept, version in call.kept:
-                    if kept._version == version and kept.untyped_storage()._cdata == place:
+                    if kept._version != version or not _has_storage(kept):
+                        continue
+                    if kept.untyped_storage()._cdata == place:
                         raise FastjacError(
                             f"{function_name(function)} overwrites a value {list(kept.shape)} that "
-                            f"{call.name} needs for its derivative, through .data, which PyTorch does "
-                            "not notice; expected a write to a clone(), or strategy='autograd'"
+                            f"{call.name} needs for its derivative, through .data or its storage, "
+                            "which PyTorch does not notice; expected a write to a clone(), or "
+                            "strategy='autograd'"
                         )
 
     def _known_without_gradient(self, tensor: Tensor) -> tuple[Any, int] | None:
         """What is noted of a tensor that was computed of values without a gradient."""
-        if tensor.layout != torch.strided or tensor.is_nested or not _differentiable(tensor):
+        if not _has_storage(tensor) or not _differentiable(tensor):
             return None
         known = self._without_gradient.get(tensor.untyped_storage()._cdata)
         return None if known is None or known[0].expired() else known
@@ -579,6 +583,10 @@ def _has_node(tensor: Tensor) -> bool:
 
 def _differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _in_forward_mode(function: Any, args: Any, kwargs: Any) -> bool:

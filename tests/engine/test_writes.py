@@ -287,7 +287,14 @@ def test_where_indices_repeat_all_that_is_written_counts(name, frozen, batch_sta
     agrees(make, batch_stats)
 
 
-@pytest.mark.parametrize("write", [lambda z: z.data.zero_(), lambda z: z.data[:, 0].copy_(z[:, 1])])
+UNCOUNTED = [
+    lambda z: z.data.zero_(),
+    lambda z: z.data[:, 0].copy_(z[:, 1]),
+    lambda z: torch.empty(0).double().set_(z.untyped_storage()).zero_(),
+]
+
+
+@pytest.mark.parametrize("write", UNCOUNTED)
 @pytest.mark.parametrize("function", [torch.sigmoid, nn.LeakyReLU(0.2), nn.Softmax(1)])
 def test_a_write_through_data_to_what_a_rule_reads_is_an_error(function, write):
     def then_overwritten(z: Tensor) -> Tensor:
