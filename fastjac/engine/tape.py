@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastjac.engine.call import Call, calling_module, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks, nodes_behind
+from fastjac.engine.memory import MemoryNotes, share_memory
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import PIECEWISE_CONSTANT, custom_output
 from fastjac.engine.rules.linear_maps import LIKE
@@ -105,10 +105,10 @@ class Tape(Fusion):
         self.outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
         # The last nodes before calls without gradients in a checkpoint: those of custom functions.
         self.checkpointed: set[int] = set()
-        # What was computed of values without a gradient: its storage, and the last node before it.
-        self._without_gradient: dict[int, tuple[StorageWeakRef, int]] = {}
+        # What was computed of values without a gradient: the last node before it.
+        self._without_gradient = MemoryNotes()
         # The memory of values that a write through ``.data`` would change, and no version count.
-        self._unversioned: dict[int, StorageWeakRef] = {}
+        self._unversioned = MemoryNotes()
         self._assign(self.x, trainable)
         # The caller's x, where a graph may lead to it past what the model is given.
         self._origin = x if trainable else None
@@ -324,9 +324,8 @@ class Tape(Fusion):
             trains = self._scan(function, kwargs.values(), varying) or trains
         if not varying:
             return self._run_constant(function, args, kwargs)
-        if function in _UNVERSIONED and _has_storage(args[0]):
-            storage = StorageWeakRef(args[0].untyped_storage())
-            self._unversioned[storage.cdata] = storage
+        if function in _UNVERSIONED:
+            self._unversioned.note(args[0])
         if function in _SPECIAL:
             return self._special(function, args, kwargs)
         if is_higher_order(function):
@@ -382,7 +381,8 @@ class Tape(Fusion):
         if isinstance(out, Tensor) and _has_node(out):
             self._note_constant(out)
         inside = self._without_gradient and not torch.is_grad_enabled()
-        if inside and any(map(self._known_without_gradient, tensors_in(args, kwargs))):
+        noted = self._without_gradient.find
+        if inside and any(noted(t) is not None for t in tensors_in(args, kwargs)):
             self._note_without_gradient(function, out)
         return out
 
@@ -410,22 +410,17 @@ class Tape(Fusion):
             return
         last = torch._C._autograd._get_sequence_nr() - 1
         for tensor in tensors_in(out):
-            if _differentiable(tensor) and _has_storage(tensor):
-                storage = StorageWeakRef(tensor.untyped_storage())
-                self._without_gradient[storage.cdata] = storage, last
+            if _differentiable(tensor):
+                self._without_gradient.note(tensor, last)
 
     def _check_write(self, function: Any, written: list[Tensor]) -> None:
         """Raise if a write through ``.data``, or a storage, has changed what a rule reads."""
-        for tensor in filter(_has_storage, written):
-            place = tensor.untyped_storage()._cdata
-            known = self._unversioned.get(place)
-            if known is None or known.expired():
+        for tensor in written:
+            if self._unversioned.find(tensor) is None:
                 continue
             for call in self.calls:
                 for kept, version in call.kept:
-                    if kept._version != version or not _has_storage(kept):
-                        continue
-                    if kept.untyped_storage()._cdata == place:
+                    if kept._version == version and share_memory(kept, tensor):
                         raise FastjacError(
                             f"{function_name(function)} overwrites a value {list(kept.shape)} that "
                             f"{call.name} needs for its derivative, through .data or its storage, "
@@ -433,17 +428,10 @@ class Tape(Fusion):
                             "strategy='autograd'"
                         )
 
-    def _known_without_gradient(self, tensor: Tensor) -> tuple[Any, int] | None:
-        """What is noted of a tensor that was computed of values without a gradient."""
-        if not _has_storage(tensor) or not _differentiable(tensor):
-            return None
-        known = self._without_gradient.get(tensor.untyped_storage()._cdata)
-        return None if known is None or known[0].expired() else known
-
     def computed_inside(self, node: Any, tensor: Tensor) -> bool:
         """Whether the forward of a custom function, whose ``node`` has saved it, computed ``tensor``."""
-        known = self._known_without_gradient(tensor)
-        return known is not None and known[1] >= node._sequence_nr()
+        last = self._without_gradient.find(tensor) if _differentiable(tensor) else None
+        return last is not None and last >= node._sequence_nr()
 
     def _record(
         self,
@@ -583,10 +571,6 @@ def _has_node(tensor: Tensor) -> bool:
 
 def _differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _in_forward_mode(function: Any, args: Any, kwargs: Any) -> bool:

@@ -1,0 +1,42 @@
+"""What is noted of a tensor's memory, where neither versions nor autograd's graph tell of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class MemoryNotes:
+    """A number noted of the memory that a tensor shares with its views and aliases, while it lives."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._notes)
+
+    def note(self, tensor: Tensor, number: int = 0) -> None:
+        """Note a number; of a sparse or nested tensor, nothing."""
+        if has_memory(tensor):
+            memory = StorageWeakRef(tensor.untyped_storage())
+            self._notes[memory.cdata] = memory, number
+
+    def find(self, tensor: Tensor) -> int | None:
+        """The number that was noted last; None: none."""
+        if not has_memory(tensor):
+            return None
+        known = self._notes.get(tensor.untyped_storage()._cdata)
+        return None if known is None or known[0].expired() else known[1]
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's values lie in one storage."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one storage."""
+    if not (has_memory(a) and has_memory(b)):
+        return False
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
