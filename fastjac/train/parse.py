@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -45,7 +46,7 @@ def parse(
             parser.set_defaults({"config": recipe})
             chosen = parser.parse_args(list(argv))
     except ArgumentError as error:
-        raise FastjacError(_one_line(error)) from error
+        raise FastjacError(_one_line(error, flag)) from error
     return cls(**{**chosen.as_dict(), **(overrides or {})})
 
 
@@ -61,17 +62,18 @@ def _typed(parser: ArgumentParser, cls: type, given: dict[str, Any], where: str)
             raise FastjacError(
                 f"recipe key {flag(name)[2:]!r} {where}: expected {expected}, got {given[name]}"
             )
-    return parser.parse_object(given).as_dict()
+    try:
+        return parser.parse_object(given).as_dict()
+    except ArgumentError as error:
+        named = _one_line(error, lambda name: f"recipe key {flag(name)[2:]!r} {where}")
+        raise FastjacError(named) from error
 
 
 def _typed_row(name: Any, row: dict[str, Any]) -> dict[str, Any]:
     """The options of a table's row, by their types; what is no option stays, to be found later."""
     parser, known = _parser("student", StudentOptions), names(StudentOptions)
     given = {field: row[key] for key in row if (field := str(key).replace("-", "_")) in known}
-    try:
-        typed = _typed(parser, StudentOptions, given, f"in row {name!r}")
-    except ArgumentError as error:
-        raise FastjacError(f"row {name!r}: {_one_line(error)}") from error
+    typed = _typed(parser, StudentOptions, given, f"in row {name!r}")
     return {key: typed.get(str(key).replace("-", "_"), value) for key, value in row.items()}
 
 
@@ -116,6 +118,26 @@ def _parser(command: str, cls: type) -> ArgumentParser:
     return parser
 
 
-def _one_line(error: ArgumentError) -> str:
+# A value of a wrong type, in jsonargparse's words: the option, the types and the value.
+_KEY = re.compile(r'Parser key "(\w+)"(?: element \d+)?: ')
+_KIND = re.compile(r"Expected a (Literal\[.*?\]|\w+)")
+_VALUE = re.compile(r"(?:Got|Given) value: (.*)")
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "dict": "a mapping",
+    "NoneType": "",
+}
+
+
+def _one_line(error: ArgumentError, named: Callable[[str], str]) -> str:
+    """What ``error`` says; of a value of a wrong type, plainly, with the option as ``named``."""
     text = " ".join(str(error).split())
-    return text.replace("<class '", "").replace("'>", "").replace("typing.", "")
+    text = text.replace("<class '", "").replace("'>", "").replace("typing.", "")
+    key, kinds, value = _KEY.match(text), _KIND.findall(text), _VALUE.search(text)
+    if not (key and kinds and value):
+        return text
+    expected = [_KINDS.get(kind, kind.removeprefix("Literal[").rstrip("]")) for kind in kinds]
+    wanted = " or ".join(filter(None, expected))
+    return f"{named(key[1])}: expected {wanted}; got {value[1]}"

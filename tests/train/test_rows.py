@@ -151,14 +151,14 @@ def test_refused(case):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{lr: abc}", "row 'a': Parser key \"lr\": Expected a float. Got value: abc"),
-        ("{opt: adm}", "Expected a Literal['adam', 'adamw', 'sgd']. Got value: adm"),
-        ("{model: 3}", 'Parser key "model": Expected a str. Got value: 3'),
+        ("{lr: abc}", "recipe key 'lr' in row 'a': expected a number; got abc"),
+        ("{opt: adm}", "'opt' in row 'a': expected 'adam', 'adamw', 'sgd'; got adm"),
+        ("{model: 3}", "recipe key 'model' in row 'a': expected a text; got 3"),
         ("{augment: 1}", "recipe key 'augment' in row 'a': expected true or false, got 1"),
         ("{levels: 2}", "recipe key 'levels' in row 'a': expected a list, got 2"),
         ("{lr: null}", "row 'a': --lr: expected a value, got null"),
         ("{batch-size: 2, batch_size: 4}", "row 'a': an option stands there twice, with - and"),
-        ("3", 'Parser key "rows": Expected a dict. Got value: 3'),
+        ("3", ": expected a mapping; got 3"),
     ],
 )
 def test_types_in_a_recipe(tmp_path, row, message):
