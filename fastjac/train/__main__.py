@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pkgutil import resolve_name
@@ -84,6 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(USAGE + "\n")
     try:
         line = run(argv)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "fastjac":
+            raise
+        return _say(
+            FastjacError(
+                f"the trainer needs the package {error.name}, which is not installed; its packages come "
+                "with: pip install --no-build-isolation '.[train]'"
+            ),
+            2,
+        )
     except SystemExit:  # a command's --help, printed and maybe not yet written
         return _tell("")
     except TrainingFailed as error:
@@ -150,6 +161,17 @@ def _say(error: BaseException, status: int) -> int:
     return status
 
 
+def _again_if_lost(lost: sys.UnraisableHookArgs) -> None:
+    """Send Ctrl-C again that came within a callback or a destructor, where Python drops exceptions."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+        return
+    _pressed.clear()
+    timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+
+
 _pressed: list[float] = []
 
 
@@ -162,9 +184,14 @@ def _on_ctrl_c(*_: object) -> None:
         raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
+def _watch_ctrl_c() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
         signal.signal(signal.SIGINT, _on_ctrl_c)
+        sys.unraisablehook = _again_if_lost
+
+
+if __name__ == "__main__":
+    _watch_ctrl_c()
     status = main()
     if ranks.launched():  # the process group's threads may abort the interpreter's end
         sys.stdout.flush()

@@ -1,5 +1,6 @@
 """The help: complete, by topic, with an example that runs; it and a mistake take no second."""
 
+import os
 import subprocess
 import sys
 
@@ -110,3 +111,20 @@ def test_the_examples_run(trainer, tmp_path, monkeypatch):
 def test_the_names_that_options_check_are_all_there_are():
     assert options.DATASETS == DATASETS
     assert set(options.MODELS) == {"vgg", *PLANS}
+
+
+def test_without_the_trainers_packages(tmp_path):
+    """The core needs torch alone: what else the trainer needs is one line, not a traceback."""
+    (tmp_path / "jsonargparse.py").write_text(
+        "raise ModuleNotFoundError('No module named jsonargparse', name='jsonargparse')"
+    )
+    command = [sys.executable, "-m", "fastjac.train", "teacher", "--help"]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "fastjac: the trainer needs the package jsonargparse, which is not installed; its packages "
+        "come with: pip install --no-build-isolation '.[train]'\n"
+    )

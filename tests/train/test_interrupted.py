@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -310,6 +311,32 @@ def test_resumed_where_no_epoch_is_left(trainer, small, tmp_path, caplog, epochs
     assert trainer(*words, "--epochs", epochs, "--resume")[:2] == (0, out)
     assert trainer(*words, "--epochs", 4, "--resume")[0] == 0
     assert len(lines(folder)) == 4
+
+
+CTRL_C_IN_A_CALLBACK = """
+import os, signal, time, weakref
+from fastjac.train.__main__ import _watch_ctrl_c
+
+def press(_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+
+_watch_ctrl_c()
+images = {1, 2}
+alive = weakref.ref(images, press)
+del images
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_within_a_callback():
+    """Python drops what a weak reference's callback raises."""
+    command = [sys.executable, "-c", CTRL_C_IN_A_CALLBACK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
