@@ -38,6 +38,8 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> F
 def existing_file(path: str | Path, expected: str = "weights (.safetensors, .pth or .pt)") -> Path:
     """``path``; raises if there is no such file. ``expected`` says what should be in it."""
     path = Path(path)
+    if is_dir(path):
+        raise FastjacError(f"{path} is a folder; expected the file of {expected}")
     if not is_file(path):
         raise FastjacError(f"{path}: no such file; expected {expected}")
     return path

@@ -109,19 +109,29 @@ def no_image(folder: Path) -> FastjacError:
 
 
 class Images(Dataset):
-    """Image files, read as RGB, the way up that their EXIF data says; of several frames, the first."""
+    """Image files, read as RGB, the way up that their EXIF data says; of several frames, the first.
+
+    ``advice`` ends the error for an image that cannot be read.
+    """
 
     def __init__(
-        self, samples: Sequence[tuple[Path, int]], transform: Callable[[Any], Tensor]
+        self,
+        samples: Sequence[tuple[Path, int]],
+        transform: Callable[[Any], Tensor],
+        advice: str = "",
     ) -> None:
-        self.samples, self.transform = samples, transform
+        self.samples, self.transform, self.advice = samples, transform, advice
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(_read_image(path)), label
+        try:
+            image = _read_image(path)
+        except FastjacError as error:
+            raise FastjacError(f"{error}{self.advice}") from error
+        return self.transform(image), label
 
 
 def _read_image(path: Path) -> Image.Image:

@@ -121,6 +121,9 @@ def load_data(
     return _hold_out(data, plain.train, validation)
 
 
+_SKIP_DAMAGED = "; --skip-damaged leaves out what cannot be read"
+
+
 def add_unlabelled(data: ImageData, folder: str | Path, skip_damaged: bool = False) -> ImageData:
     """``data`` with the images in ``folder`` and below as further training images, of label -1.
 
@@ -136,7 +139,7 @@ def add_unlabelled(data: ImageData, folder: str | Path, skip_damaged: bool = Fal
     if not samples:
         raise no_image(folder)
     items = _Transformed(data.train, torch.nn.Identity())  # each with its label as an int
-    images = ConcatDataset([items, Images(samples, data.from_rgb)])
+    images = ConcatDataset([items, Images(samples, data.from_rgb, _SKIP_DAMAGED)])
     return replace(data, train=images, labels=[*data.labels, *(label for _, label in samples)])
 
 
@@ -403,8 +406,8 @@ def _photographs(
         moved = v2.Compose([v2.ToImage(), *crop, to_float])
     return ImageData(
         name=name,
-        train=Images(train, moved),
-        test=Images(test, middle),
+        train=Images(train, moved, _SKIP_DAMAGED),
+        test=Images(test, middle, _SKIP_DAMAGED),
         labels=[label for _, label in train],
         classes=classes,
         channels=3,

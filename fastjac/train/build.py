@@ -112,7 +112,10 @@ def load_trained(source: str | Path) -> Trained:
     if path.suffix == ".safetensors":
         said = path.with_name("config.json")
         if not is_file(said):
-            raise FastjacError(f"{said} is missing; it says what {path.name} is")
+            raise FastjacError(
+                f"{said} is missing, which says what network {path.name} is of; weights from elsewhere "
+                "are read by --weights, and a teacher's by --teacher-weights with its name as --teacher"
+            )
         about = read_json(said)
     else:
         said, about = path, read_checkpoint(path).get("about")

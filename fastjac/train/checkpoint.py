@@ -18,6 +18,7 @@ from fastjac.train import ranks
 from fastjac.train.build import describe
 from fastjac.train.changes import changed
 from fastjac.train.files import RunFolder
+from fastjac.train.options import StudentOptions
 from fastjac.train.randomness import get_states, set_states
 from fastjac.train.step import is_out_of_memory
 
@@ -253,5 +254,10 @@ def _check(training: Training, path: Path, state: dict[str, Any]) -> None:
         raise FastjacError(f"{path} is of another model: {'; '.join(parts) or 'other classes'}")
     if (before := state.get("images")) not in (None, now := len(training.data.labels)):
         notice(f"{path} is of a run on {before} training images; now there are {now}")
+    if (taught := "teacher" in state["options"]) != isinstance(training.options, StudentOptions):
+        kinds = ("teacher", "student") if taught else ("student", "teacher")
+        raise FastjacError(
+            f"{path} is of a {kinds[1]}, this is a {kinds[0]}; --experiment names another folder"
+        )
     if different := changed(state["options"], asdict(training.options)):
         raise FastjacError(f"{path} is of a run with other options: {', '.join(different)}")

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from fastjac.data import ImageData
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, notice
 from fastjac.models import check_image_size
 from fastjac.train import ranks
 from fastjac.train.build import build_data, build_model, load_trained, pick_device
 from fastjac.train.loop import Training, evaluate
 from fastjac.train.memory import keep_pages
 from fastjac.train.objective import Classification, Objective, distillation
-from fastjac.train.options import EvaluateOptions, RunOptions, StudentOptions
+from fastjac.train.options import TAUGHT, EvaluateOptions, RunOptions, StudentOptions, flag
 
 
 def prepare(options: RunOptions, data: ImageData | None = None) -> Training:
@@ -44,6 +44,9 @@ def prepare(options: RunOptions, data: ImageData | None = None) -> Training:
 
 def train(options: RunOptions) -> str:
     """``teacher`` and ``student``."""
+    if getattr(options, "teacher", None) and not any(getattr(options, term) for term in TAUGHT):
+        terms = ", ".join(map(flag, TAUGHT))
+        notice(f"--teacher is not used: the weights of its terms are all 0 ({terms})")
     with ranks.together(pick_device(options.device)):
         training = prepare(options)
         result = training.run()

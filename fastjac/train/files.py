@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +92,7 @@ class RunFolder:
     def __init__(self, output: str | Path, experiment: str) -> None:
         self.path = Path(output) / experiment
         self.last, self.best = self.path / "last.pt", self.path / "best.pt"
+        self._lock: int | None = None
 
     def checkpoints(self) -> list[Path]:
         """``last.pt`` and those before it, as far as they exist, the newest first."""
@@ -116,12 +118,47 @@ class RunFolder:
 
     def open(self, options: dict[str, Any]) -> None:
         """Make the folder and write ``args.yaml``."""
+        self.make()
+        text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+        write_text(self.path / "args.yaml", text)
+
+    def make(self) -> None:
+        """Make the folder."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FastjacError(f"{self.path} cannot be made: {error.strerror}") from error
-        text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
-        write_text(self.path / "args.yaml", text)
+
+    def lock(self) -> None:
+        """Make the folder, for this process alone until :meth:`close`; raise if another has it.
+
+        The system undoes the lock when the process ends, however it does.
+        """
+        import fcntl
+
+        self.make()
+        with suppress(OSError):  # one that cannot be written to is found when args.yaml is written
+            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)
+        if self._lock is None:
+            return
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            self._lock = None
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+                raise FastjacError(
+                    f"another process trains in {self.path}; wait for its end, or name another folder "
+                    "by --experiment"
+                ) from error
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            with suppress(OSError):
+                (self.path / ".lock").unlink()
+            os.close(self._lock)
+            self._lock = None
 
     def save_state(self, state: dict[str, Any], best: bool, keep: int) -> None:
         """Write ``last.pt``, ``best.pt`` if it is that, and the metrics of ``state["history"]``.
@@ -181,6 +218,9 @@ def _age(checkpoint: Path) -> int:
 
 class SeenFolder(RunFolder):
     """The folder as the processes of a run see it that do not write."""
+
+    def lock(self) -> None:
+        """Nothing."""
 
     def open(self, options: dict[str, Any]) -> None:
         """Nothing."""

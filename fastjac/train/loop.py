@@ -124,6 +124,7 @@ class Training:
         self.step = Step(options, objective, trained, self.optimizer, self.device)
         self.ema = build_average(options, model)
         self.epoch, self.history, self.best = 0, [], -1.0
+        self._shown: dict[str, Any] = {}  # beside the bar
         # Within an epoch: steps done, the rate at its start, its metrics, the time it took before.
         self.done, self.rate, self.tally, self.seconds_before = 0, 0.0, Tally(self.device), 0.0
         kind = RunFolder if ranks.is_first() else SeenFolder
@@ -166,6 +167,8 @@ class Training:
         except KeyboardInterrupt as stop:
             held = self._held(f" of {options.epochs}, --resume goes on from there")
             raise KeyboardInterrupt(f"interrupted; {held}") from stop
+        finally:
+            folder.close()
 
     def _agree(self) -> None:
         """Raise if the processes would not train the same; none writes before all are here."""
@@ -197,6 +200,7 @@ class Training:
     def _open_folder(self) -> None:
         """Make the folder; bring its files to where the run is."""
         options, folder = self.options, self.folder
+        folder.lock()
         folder.open(asdict(options) | {"epochs": max(options.epochs, self.epoch)})
         if self.subset is not None:
             folder.save_subset(self.subset)
@@ -304,12 +308,12 @@ class Training:
             if self.done % CHECK_EVERY == 0 or save or last:
                 tally = self.tally.joint()
                 self._check(tally.loss())
-                bar.set_postfix(
-                    epoch=self.epoch + 1,
-                    loss=f"{tally.loss():.3g}",
-                    train=f"{100 * tally.accuracy():.1f}%",
-                    **self._last_test(),
-                )
+                self._shown = {
+                    "epoch": self.epoch + 1,
+                    "loss": f"{tally.loss():.3g}",
+                    "train": f"{100 * tally.accuracy():.1f}%",
+                }
+                bar.set_postfix(**self._shown, **self._last_test())
             if save:
                 self._save()
         self.epoch, self.done = self.epoch + 1, 0
@@ -319,6 +323,7 @@ class Training:
             best = self._test(row)
         row["seconds"] = round(self.seconds(), 3)
         self.history.append(row)
+        bar.set_postfix(**(self._shown | self._last_test()))
         self._save(best)
         return row
 

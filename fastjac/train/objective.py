@@ -420,7 +420,9 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
     if by_class and len(classes) != len(data.classes):
         raise FastjacError(
             f"the teacher {options.teacher} has {len(classes)} classes, {data.name} has "
-            f"{len(data.classes)}, which {', '.join(map(flag, sorted(by_class)))} cannot do with"
+            f"{len(data.classes)}, which {', '.join(map(flag, sorted(by_class)))} cannot do with; a "
+            "teacher of other classes goes with --activations, --attention, --hints, and --jacobians of "
+            "--target attention-window"
         )
     return Distillation(options, student, teacher, data, len(classes))
 
@@ -448,5 +450,11 @@ def find_teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, l
     if options.teacher_weights is not None:
         raise FastjacError("--teacher-weights goes with a teacher by name: torchvision/ or timm/")
     trained = load_trained(source)
-    check_image_size(trained.model, data.channels, data.size)
+    try:
+        check_image_size(trained.model, data.channels, data.size)
+    except FastjacError as error:
+        raise FastjacError(
+            f"the teacher {source}, trained on {trained.dataset}, does not take the images of "
+            f"{data.name}: {error}"
+        ) from error
     return trained.model, trained.classes

@@ -35,9 +35,13 @@ class DataOptions:
         None, "recipe (digits, fashion-mnist, cifar100, mit67) or YAML file; flags override"
     )
     dataset: str = _option("digits", "digits, fashion-mnist, cifar100, mit67 or folder")
-    data_dir: str | None = _option(None, "folder of the data set's files")
+    data_dir: str | None = _option(
+        None, "folder of the data set's files; of folder: with train/CLASS/* and val/CLASS/*"
+    )
     download: bool = _option(False, "fetch cifar100 or fashion-mnist where it is missing")
-    img_size: int | None = _option(None, "height and width of the images; default: the data set's")
+    img_size: int | None = _option(
+        None, "height and width of the images; default: the data set's, 224 of files"
+    )
     augment: bool = _option(False, "random crops and flips of the training images")
     flip: bool = _option(False, "horizontal flips of the training images, without crops")
     input_noise: float = _option(0.0, "standard deviation of noise on the training images")
@@ -436,7 +440,10 @@ class TableOptions(_Table, StudentOptions):
             if term not in TERMS:
                 raise unknown("term", term, map(_dashed, TERMS), f"method {method!r}")
             if getattr(self, term) == 0:
-                raise FastjacError(f"method {method!r}: the weight {flag(term)} is 0")
+                raise FastjacError(
+                    f"method {method!r}: the weight {flag(term)} is 0; give it one, or leave the method "
+                    "out of --methods"
+                )
         return {term: getattr(self, term) if term in chosen else 0.0 for term in TERMS}
 
     def _row(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -486,7 +493,9 @@ class EvaluateOptions:
 
     checkpoint: str = _option(MISSING, "run folder, last.pt, best.pt or model.safetensors")
     dataset: str | None = _option(None, "default: the one that it was trained on")
-    data_dir: str | None = _option(None, "folder of the data set's files")
+    data_dir: str | None = _option(
+        None, "folder of the data set's files; of folder: with train/CLASS/* and val/CLASS/*"
+    )
     download: bool = _option(False, "fetch cifar100 or fashion-mnist where it is missing")
     skip_damaged: bool = _option(False, "read every image first; leave out and count damaged ones")
     batch_size: int = _option(256, "images at a time")

@@ -184,6 +184,10 @@ def images(tmp_path):
         (["teacher", "--img-size", "4", "--model", "vgg4"], "need at least 8 x 8"),
         (["teacher", "--model", "torchvision/resnet18"], "takes 3 channels, the images have 1"),
         (["teacher", "--weights", "no.pth"], "no.pth: no such file; expected weights"),
+        (
+            ["teacher", "--weights", "/"],
+            "/ is a folder; expected the file of weights (.safetensors",
+        ),
         (["teacher", "--weights", "a\nb"], "a\\nb: no such file; expected weights"),
         (["teacher", "--ignore-head"], "--ignore-head goes with --weights"),
         (["teacher", "--samples-per-class", "500"], "asked for 500, class '0' has 128 training"),
@@ -202,7 +206,10 @@ def images(tmp_path):
             ["student", "--jacobians", "1", "--torchcompile"],
             "--torchcompile does not go with --jacobians of --target label-logit, a Jacobian of the",
         ),
-        (["table"], "method 'ce+activations': the weight --activations is 0"),
+        (
+            ["table"],
+            "method 'ce+activations': the weight --activations is 0; give it one, or leave the method",
+        ),
         (
             ["table", "--methods", "ce+jacobians", "--jacobians", "1"],
             "--teacher is missing, and wit",
@@ -295,7 +302,11 @@ def test_recipes_in_another_encoding(refused, tmp_path, content, message):
 def test_a_teacher_of_other_images(refused, small, teacher, images):
     words = ["student", *small, "--teacher", teacher, "--dataset", "folder", "--data-dir", images]
     words += ["--img-size", 16]
-    assert "this VGG takes 1 channels" in refused(*words, "--attention", 1)
+    said = refused(*words, "--attention", 1)
+    assert said.startswith(
+        f"the teacher {teacher}, trained on digits, does not take the images of fo"
+    )
+    assert said.endswith("3 x 16 x 16 images: this VGG takes 1 channels")
 
 
 def test_weights_of_another_model(refused, small, tmp_path):
@@ -430,6 +441,7 @@ def test_an_image_that_turns_out_corrupt(trainer, small, images, tmp_path, worke
     status, _, err = trainer(*words, "--workers", workers, "--batch-size", 2, "--experiment", "x")
     assert status == 2
     assert err.startswith(f"fastjac: {bad} is not a readable image: ")
+    assert err.endswith("; --skip-damaged leaves out what cannot be read\n")
     assert err.count("\n") == 1
     assert torch.load(tmp_path / "runs" / "x" / "last.pt", weights_only=True)["epoch"] == 0
 

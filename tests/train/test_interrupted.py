@@ -225,6 +225,36 @@ def test_resumed_with_more_epochs(trainer, small, photographs, tmp_path, flags):
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
 
 
+def test_one_process_trains_in_a_folder(start, trainer, small, tmp_path):
+    folder, words = tmp_path / "runs" / "x", ["teacher", *small, "--experiment", "x"]
+    process = start(*words, "--epochs", 4000)
+    wait_for_epoch(folder, 1, process)
+    said = (
+        f"fastjac: another process trains in {folder}; wait for its end, or name another folder by "
+    )
+    status, _, err = trainer(*words, "--epochs", 5000, "--resume")
+    assert (status, err) == (2, said + "--experiment\n")
+    process.kill()
+    process.wait()
+    reached = len(lines(folder))
+    assert trainer(*words, "--epochs", reached + 1, "--resume")[0] == 0
+
+
+def test_resume_of_another_command(trainer, small, teacher, tmp_path):
+    assert trainer("student", *small, "--experiment", "x")[0] == 0
+    status, _, err = trainer("teacher", *small, "--experiment", "x", "--epochs", 3, "--resume")
+    last = tmp_path / "runs" / "x" / "last.pt"
+    assert (status, err) == (
+        2,
+        f"fastjac: {last} is of a student, this is a teacher; --experiment names another folder\n",
+    )
+
+
+def test_a_teacher_without_a_term(trainer, small, teacher, caplog):
+    assert trainer("student", *small, "--teacher", teacher)[0] == 0
+    assert "--teacher is not used: the weights of its terms are all 0" in caplog.text
+
+
 def test_resume_refuses_what_is_not_the_same_run(trainer, small, tmp_path):
     folder = tmp_path / "runs" / "x"
     status, _, err = trainer("teacher", *small, "--experiment", "x", "--resume")
@@ -335,7 +365,14 @@ except KeyboardInterrupt:
 def test_ctrl_c_within_a_callback():
     """Python drops what a weak reference's callback raises."""
     command = [sys.executable, "-c", CTRL_C_IN_A_CALLBACK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        # Of what a shell runs in the background, children inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
 
 

@@ -231,6 +231,7 @@ def test_a_teacher_by_name_with_other_classes(trainer, tmp_path, caplog):
     status, _, err = trainer(*words, "--kd", 1, "--experiment", "x")
     assert status == 2
     assert "the teacher torchvision/resnet18 has 1000 classes, folder has 2, which --kd" in err
+    assert "--jacobians of --target attention-window" in err
     # The paper's transfer: a second head, in the teacher's classes, which a resumption finds again.
     words += ["--activations", 0.01, "--experiment", "heads"]
     assert trainer(*words)[0] == 0
