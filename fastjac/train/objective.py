@@ -424,7 +424,21 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
             "teacher of other classes goes with --activations, --attention, --hints, and --jacobians of "
             "--target attention-window"
         )
+    if by_class and not is_library_name(str(options.teacher)):
+        _compare_names(options.teacher, classes, data)
     return Distillation(options, student, teacher, data, len(classes))
+
+
+def _compare_names(teacher: str | None, classes: list[str], data: ImageData) -> None:
+    """Raise for the same classes in another order; of other names, say so."""
+    theirs, ours = list(map(str, classes)), list(map(str, data.classes))
+    if theirs == ours:
+        return
+    a, b = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
+    said = f"of the teacher {teacher}, class {theirs.index(a)} is {a!r}, of {data.name} it is {b!r}"
+    if sorted(theirs) == sorted(ours):
+        raise FastjacError(f"{said}; expected a teacher that was trained on classes in this order")
+    notice(f"{said}: they count as one class, and so do all others of one number")
 
 
 def find_teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, list[str]]:

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -241,6 +242,24 @@ def test_a_teacher_by_name_with_other_classes(trainer, tmp_path, caplog):
     assert trainer(*words, "--resume", "--epochs", 2)[0] == 0
     after = torch.load(tmp_path / "runs" / "heads" / "last.pt", weights_only=True)
     assert not torch.equal(after["heads"]["logits.weight"], state["heads"]["logits.weight"])
+
+
+def test_a_teacher_whose_classes_have_other_names(trainer, small, teacher, tmp_path, caplog):
+    about = json.loads((teacher / "config.json").read_text())
+    words = ["student", *small, "--jacobians", 0.1, "--epochs", 1]
+
+    def run(name: str, classes: list[str]) -> tuple[int, str, str]:
+        shutil.copytree(teacher, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(about | {"classes": classes}))
+        source = tmp_path / name / "model.safetensors"
+        return trainer(*words, "--teacher", source, "--experiment", f"of-{name}")
+
+    status, _, err = run("reversed", about["classes"][::-1])
+    assert status == 2
+    assert "class 0 is '9', of digits it is '0'; expected a teacher that was trained on" in err
+    assert not caplog.text
+    assert run("renamed", [f"number {k}" for k in range(10)])[0] == 0
+    assert "class 0 is 'number 0', of digits it is '0': they count as one class" in caplog.text
 
 
 def test_tensorboard(trainer, small, tmp_path):
