@@ -19,22 +19,19 @@ if TYPE_CHECKING:
 
 
 @register_rule(
-    *(torch.flatten, torch.reshape, torch.transpose, torch.movedim, torch.moveaxis),
-    *(torch.swapaxes, torch.swapdims, torch.squeeze, torch.unsqueeze, torch.t, torch.unflatten),
+    *(torch.transpose, torch.movedim, torch.moveaxis, torch.swapaxes, torch.swapdims, torch.t),
     *(torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.narrow, torch.select),
     *(torch.roll, torch.flip, torch.rot90, torch.tile, torch.repeat_interleave, torch.diagonal),
     *(torch.mean, torch.sum, torch.cumsum, torch.index_select, torch.gather, torch.take_along_dim),
     *(torch.tril, torch.triu, torch.trace, torch.real, torch.imag, torch.view_as_real),
     *(torch.view_as_complex, torch.broadcast_to, torch.conj, torch.resolve_conj),
-    *(Tensor.flatten, Tensor.reshape, Tensor.transpose, Tensor.t),
-    *(Tensor.movedim, Tensor.moveaxis, Tensor.swapaxes, Tensor.swapdims, Tensor.squeeze),
-    *(Tensor.unsqueeze, Tensor.unflatten, Tensor.chunk, Tensor.split, Tensor.tensor_split),
+    *(Tensor.transpose, Tensor.t, Tensor.movedim, Tensor.moveaxis, Tensor.swapaxes),
+    *(Tensor.swapdims, Tensor.chunk, Tensor.split, Tensor.tensor_split),
     *(Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.expand, Tensor.repeat),
     *(Tensor.roll, Tensor.flip, Tensor.rot90, Tensor.tile, Tensor.repeat_interleave),
     *(Tensor.mean, Tensor.sum, Tensor.cumsum, Tensor.index_select, Tensor.gather, Tensor.diagonal),
     *(Tensor.take_along_dim, Tensor.tril, Tensor.triu, Tensor.trace, Tensor.unfold),
-    *(Tensor.__getitem__, Tensor.__iter__),
-    *(Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16),
+    *(Tensor.__iter__, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16),
     *(Tensor.double, Tensor.cpu, Tensor.cuda, Tensor.conj, Tensor.broadcast_to),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")),
     *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, F.fold, F.avg_pool1d),
@@ -94,9 +91,58 @@ class LinearMap(Rule):
         return empty.copy_(x)
 
 
+@register_rule(Tensor.__getitem__)
+@dataclass
+class GetItem(LinearMap):
+    """x[index]."""
+
+    index: Any
+
+    @classmethod
+    def record(cls, site: Site, input: Tensor, index: Any) -> Recorded | Any:
+        recorded = LinearMap.record(site, input, index)
+        if recorded is NotImplemented:
+            return recorded
+        y, rule, receivers = recorded
+        return y, cls(**vars(rule), index=index), receivers
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        parts = self.index if isinstance(self.index, tuple) else (self.index,)
+        if not all(p is None or p is ... or isinstance(p, int | slice) for p in parts):
+            return super().vjp(delta)  # places may repeat
+        cotangent = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        cotangent[self.index] = delta
+        return [cotangent]
+
+
+@register_rule(
+    *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.unflatten),
+    *(Tensor.flatten, Tensor.reshape, Tensor.squeeze, Tensor.unsqueeze, Tensor.unflatten),
+)
+@dataclass
+class Reshape(Rule):
+    """The same elements, in the same order, in another shape."""
+
+    shape: torch.Size
+    other: torch.Size
+
+    @classmethod
+    def record(cls, site: Site, input: Any, *args: Any, **kwargs: Any) -> Recorded | Any:
+        if not site.varies(input) or site.varies(*args, *kwargs.values()):
+            return NotImplemented
+        number, y = site.number(input), site.run(input, *args, **kwargs)
+        return y, cls((number,), input.shape, y.shape), ()
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [delta.reshape(self.shape)]
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        return tangents[0].reshape(self.other), ()
+
+
 @register_rule(Tensor.view)
-class View(LinearMap):
-    """The same elements in another shape; of another dtype they have no derivative."""
+class View(Reshape):
+    """A view of another dtype has no derivative."""
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
