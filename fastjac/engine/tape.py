@@ -274,7 +274,10 @@ class Tape(Fusion):
         for call in calls:
             for receiver in call.receivers:
                 value = self.value(receiver.tensor) if receiver.source is not None else None
-                if value is not None and value.version != receiver.tensor._version:
+                number = None if value is None else call.rule.sources[receiver.source]
+                if value is not None and (
+                    value.number != number or value.version != receiver.tensor._version
+                ):
                     raise overwritten(call.name, receiver.tensor)
 
     def _other_route(self, name: Any) -> FastjacError:
@@ -455,9 +458,12 @@ class Tape(Fusion):
         site = Site(self, function, trains)
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
-        for written in (args[0], base) if in_place else ():
+        owner = None if base is None else self._owner(base, args[0])
+        for written in (args[0], base, owner) if in_place else ():
             site.copy_before_writing(written)
-        whole = None if base is None else self._values.get(id(base))
+        whole = None if base is None else self._base_value(base, owner)
+        # Other views of a base that is not known are then errors.
+        apart = bool(base is not None and whole is None and owner is None and self.value(args[0]))
         for kind in rules_for(function):
             recorded = kind.record(site, *args, **kwargs)
             if recorded is not NotImplemented:
@@ -480,12 +486,28 @@ class Tape(Fusion):
         single = isinstance(result, Tensor)
         name, module = function_name(function), calling_module()
         self.calls.append(Call(rule, numbers, single, receivers, name, module, site.kept))
-        if base is not None:
+        if base is not None and not apart:
             sources = numbers if whole is None else (whole.number, *numbers)
             write = ViewWrite.of(sources, base, args[0])
             number = self._assign(base, trains or (whole is not None and whole.trainable))
             self.calls.append(Call(write, (number,), True, (), name, module, []))
         return out
+
+    def _owner(self, base: Tensor, view: Tensor) -> Tensor | None:
+        """The view of ``base`` as a whole that a call has returned, as F.linear does of 3 dimensions."""
+        if id(base) in self._values or id(view) not in self._values:
+            return None
+        whole = (value.alive() for value in self._values.values())
+        views = (t for t in whole if t is not None and t._base is base)
+        return next((t for t in views if t.numel() == base.numel()), None)
+
+    def _base_value(self, base: Tensor, owner: Tensor | None) -> Value | None:
+        if owner is not None and (value := self._values[id(owner)]).version == base._version:
+            rule = view_of(value.number, owner, base)
+            if rule is not None:
+                number = self._assign(base, value.trainable)
+                self.calls.append(Call(rule, (number,), True, (), "as_strided", None, []))
+        return self._values.get(id(base))
 
     # Chains.
 

@@ -311,6 +311,80 @@ def test_a_write_through_data_to_what_a_rule_reads_is_an_error(function, write):
     agrees(lambda: network(Apply(lambda z: (z.sigmoid(), z.clone().data.zero_())[0] * z)))
 
 
+# Views of what a call has made inside, and views that are read again
+
+
+def part_written(y: Tensor) -> Tensor:
+    y[:, :1].mul_(2)
+    y[:, 1:].tanh_()
+    return y
+
+
+def read_before(y: Tensor) -> Tensor:
+    t = y.tanh()
+    y[:, :1].mul_(t[:, 1:2].detach())
+    return y * t
+
+
+def rows_written(y: Tensor) -> Tensor:
+    rows = y.view(len(y), -1)
+    rows[:, :5].sigmoid_()
+    return y + rows.view_as(y)
+
+
+def only_views(y: Tensor) -> Tensor:
+    a, b = y[:, :3], y[:, 1:]
+    del y
+    a.mul_(2)
+    return torch.cat([a[:, :1], b], 1)
+
+
+PROJECTIONS = {
+    "linear": lambda y, weight: torch.nn.functional.linear(y, weight, weight[0]),
+    "einsum": lambda y, weight: torch.einsum("bij,kj->bik", y, weight),
+    "tensordot": lambda y, weight: torch.tensordot(y, weight, ([2], [1])),
+}
+
+
+class Projected(nn.Module):
+    def __init__(self, project, write, trains: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16), requires_grad=trains)
+        self.project, self.write = project, write
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.write(self.project(z.flatten(2), self.weight)).view_as(z)
+
+
+@STATISTICS
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("write", [part_written, read_before, rows_written])
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_part_of_what_a_call_returns_as_a_view_is_written(name, write, trains, batch_stats):
+    agrees(lambda: network(Projected(PROJECTIONS[name], write, trains)), batch_stats)
+
+
+def test_views_of_what_is_gone_are_an_error_once_one_is_written():
+    model = network(Projected(PROJECTIONS["linear"], only_views, True))
+    with pytest.raises(FastjacError, match=r"cat reads .* overwritten in place"):
+        with_jacobian(model, images(), LabelLogit(), LABELS)
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.exp, torch.sigmoid, nn.Softmax(1)])
+def test_a_view_that_is_read_before_and_after_its_base_is_written(function):
+    def read_twice(z: Tensor) -> Tensor:
+        z = z * 1
+        part = z[:, :2]
+        t = function(part)
+        z.mul_(2)
+        return z * (part * t).sum((1, 2, 3), keepdim=True)
+
+    model = network(Apply(read_twice))
+    with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
+    with pytest.raises(FastjacError, match=r"reads .* overwritten in place"):
+        with_jacobian(model, images(), LabelLogit(), LABELS)
+
+
 @pytest.mark.parametrize("kind", [torch.relu_, torch.sigmoid_, torch.exp_])
 def test_a_write_to_an_argument_by_name(kind):
     def function(z: Tensor) -> Tensor:
