@@ -354,18 +354,19 @@ def cross_entropy_jacobian_loss(
 
 def _check_routes(phis: list[Tensor], x: Tensor, expected: list[Tensor]) -> None:
     """Raise if phi depends on x past these tensors: J would be without that."""
-    origin = get_gradient_edge(x).node
-    todo, seen = [phi.grad_fn for phi in phis], {None, *(t.grad_fn for t in expected)}
+    origin = tuple(get_gradient_edge(x)[:2])
+    todo = [(phi.grad_fn, phi.output_nr) for phi in phis]
+    seen = {None, *(t.grad_fn for t in expected)}
     while todo:
-        node = todo.pop()
-        if node is origin:
+        edge = node, _ = todo.pop()
+        if edge == origin:
             raise FastjacError(
                 "the target depends on x, not through the model's argument alone, and J would be "
                 "without the rest; expected a value computed inside of the model, or a detached one"
             )
         if node not in seen:
             seen.add(node)
-            todo += [following for following, _ in node.next_functions]
+            todo += node.next_functions
 
 
 def _gradients(

@@ -97,3 +97,11 @@ def nodes_behind(nodes: list[Any]) -> Iterator[Any]:
             seen.add(node)
             yield node
             todo += [following for following, _ in node.next_functions]
+
+
+def leads_to(tensor: Any, edge: Any) -> bool:
+    """Whether the graph of a tensor has this edge: one output of a node, not all that it gives."""
+    node, output, *_ = edge
+    return (tensor.grad_fn is node and tensor.output_nr == output) or any(
+        (node, output) in behind.next_functions for behind in nodes_behind([tensor.grad_fn])
+    )

@@ -1,10 +1,12 @@
-"""What is noted of a tensor's memory, where neither versions nor autograd's graph tell of it."""
+"""A tensor's memory: copies, and notes of what neither versions nor autograd's graph tell."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastjac.errors import FastjacError
 
 
 class MemoryNotes:
@@ -40,3 +42,15 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     if not (has_memory(a) and has_memory(b)):
         return False
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def clone_on_write(leaf: Tensor) -> Tensor:
+    """A copy whose memory is its own from the first write on."""
+    if leaf.layout != torch.strided or leaf.is_meta:
+        kind = "a meta tensor" if leaf.is_meta else "sparse"
+        raise FastjacError(f"x: expected a dense tensor with values, got one that is {kind}")
+    try:
+        return torch._lazy_clone(leaf)
+    except (RuntimeError, TypeError):
+        # Memory of another allocator (numpy's, or shared with a loader's worker), or a subclass.
+        return leaf.clone()

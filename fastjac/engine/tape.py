@@ -15,14 +15,14 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from fastjac.engine.call import Call, calling_module, own_lists
-from fastjac.engine.hooks import HOOKED, Hooks, nodes_behind
-from fastjac.engine.memory import MemoryNotes, share_memory
+from fastjac.engine.hooks import HOOKED, Hooks, leads_to, nodes_behind
+from fastjac.engine.memory import MemoryNotes, clone_on_write, share_memory
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import PIECEWISE_CONSTANT, custom_output
 from fastjac.engine.rules.linear_maps import LIKE
 from fastjac.engine.rules.views import ViewWrite, view_of
 from fastjac.engine.site import Site
-from fastjac.engine.unseen import Unseen, overwritten, unseen
+from fastjac.engine.unseen import Unseen, other_route, overwritten, unseen
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import (
@@ -100,7 +100,7 @@ class Tape(Fusion):
         self._constants: dict[int, tuple[Any, int]] = {}
         with torch.enable_grad():
             trainable = differentiable and x.requires_grad
-            self.x = _clone_on_write(x if trainable else x.detach().requires_grad_())
+            self.x = clone_on_write(x if trainable else x.detach().requires_grad_())
         self._nodes: set[int] = set()  # the autograd nodes of x and of what was recorded
         self.outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
         # The last nodes before calls without gradients in a checkpoint: those of custom functions.
@@ -112,7 +112,7 @@ class Tape(Fusion):
         self._assign(self.x, trainable)
         # The caller's x, where a graph may lead to it past what the model is given.
         self._origin = x if trainable else None
-        self._origin_node = get_gradient_edge(x).node if trainable else None
+        self._origin_edge = get_gradient_edge(x) if trainable else None
 
     # Values.
 
@@ -137,10 +137,13 @@ class Tape(Fusion):
             self.outputs[place, i] = Value(number, 0, trainable, None, None)
         return numbers
 
-    def _hold(self, tensor: Tensor, value: Value) -> None:
+    def _know(self, tensor: Tensor, value: Value) -> None:
         values, key = self._values, id(tensor)
         alive = weakref.ref(tensor, lambda _: values.pop(key, None))
         values[key] = Value(*value[:-1], alive)
+
+    def _hold(self, tensor: Tensor, value: Value) -> None:
+        self._know(tensor, value)
         node = _node(tensor)
         self._nodes.add(node)
         self.outputs[node, tensor.output_nr] = value
@@ -178,7 +181,7 @@ class Tape(Fusion):
                             or self._check_graph(name, argument)
                         )
                     elif argument is self._origin:
-                        raise self._other_route(name)
+                        value = self._by_another_route(name, argument)
                     trains = trains or (value is None and self.differentiable)
                 if value is not None:
                     value = self._checked(name, argument, value)
@@ -254,9 +257,8 @@ class Tape(Fusion):
         depends on it.
         """
         if not self.leads_to_values(tensor.grad_fn):
-            node = self._origin_node
-            if node is not None and any(n is node for n in nodes_behind([tensor.grad_fn])):
-                raise self._other_route(name)
+            if self._origin is not None and leads_to(tensor, self._origin_edge):
+                return self._by_another_route(name, tensor)
             self._note_constant(tensor)
             return None
         error = self._unseen(name, tensor)
@@ -280,11 +282,12 @@ class Tape(Fusion):
                 ):
                     raise overwritten(call.name, receiver.tensor)
 
-    def _other_route(self, name: Any) -> FastjacError:
-        return FastjacError(
-            f"{function_name(name)} reads what depends on x, not through the model's argument, and J "
-            "would be without it; expected a value computed inside of the model, or a detached one"
-        )
+    def _by_another_route(self, name: Any, tensor: Tensor) -> Value:
+        """The caller's x, or what was made of it outside: an error where J passes through."""
+        number = self._number(tensor.shape, tensor.dtype)
+        self._know(tensor, Value(number, tensor._version, self.differentiable, None, None))
+        self.calls.append(Call(Unseen((), other_route(name)), (number,), True, (), "x", None, []))
+        return self._values[id(tensor)]
 
     def leads_to_values(self, node: Any) -> bool:
         """Whether the graph behind an autograd node, itself included, has the node of a value."""
@@ -571,17 +574,6 @@ class Tape(Fusion):
         number = self._assign(value, trains)
         call = Call(rule, (number,), True, receivers, "batch_norm", chain.module, site.kept)
         self.calls.append(call)
-
-
-def _clone_on_write(leaf: Tensor) -> Tensor:
-    if leaf.layout != torch.strided or leaf.is_meta:
-        kind = "a meta tensor" if leaf.is_meta else "sparse"
-        raise FastjacError(f"x: expected a dense tensor with values, got one that is {kind}")
-    try:
-        return torch._lazy_clone(leaf)
-    except (RuntimeError, TypeError):
-        # Memory of another allocator (numpy's, or shared with a loader's worker), or a subclass.
-        return leaf.clone()
 
 
 def _has_node(tensor: Tensor) -> bool:

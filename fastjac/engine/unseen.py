@@ -54,6 +54,14 @@ def overwritten(name: Any, tensor: Tensor) -> FastjacError:
     )
 
 
+def other_route(name: Any) -> FastjacError:
+    """The error for the caller's x, or what was made of it, that ``name`` reads in the model."""
+    return FastjacError(
+        f"{_text(name)} reads what depends on x, not through the model's argument, and J "
+        "would be without it; expected a value computed inside of the model, or a detached one"
+    )
+
+
 def _text(function: Any) -> str:
     return function if isinstance(function, str) else function_name(function)
 

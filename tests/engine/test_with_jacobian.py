@@ -312,6 +312,57 @@ def test_x_by_another_route_is_an_error(made, strategy, batch_stats):
     assert other.grad.count_nonzero()
 
 
+ASIDE = {
+    "no_grad": lambda x: torch.no_grad()(torch.mean)(x),
+    "detach": lambda x: x.detach().mean(),
+    "detached later": lambda x: x.mean().detach(),
+    "mask": lambda x: (x > 0.5).double().mean(),
+    "number": lambda x: x[0, 0, 0, 0].item(),
+    "zeros_like": lambda x: torch.zeros_like(x).sum() + x.new_ones(()),
+    "unused": lambda x: (x.sin(), 2)[1],
+}
+
+
+class Aside(Conditioned):
+    """Makes of its condition what has no derivative in it."""
+
+    def __init__(self, condition: Tensor, function: Any) -> None:
+        super().__init__(condition)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x) * self.function(self.condition)
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("name", ASIDE)
+def test_x_by_another_route_without_a_derivative(name, made):
+    x = images().requires_grad_()
+    given = x * 2 if made else x
+    results = []
+    for strategy in ("auto", "autograd"):
+        model = Aside(given, ASIDE[name])
+        out = with_jacobian(model, given, Logits(), strategy=strategy)
+        loss = out.jacobian.square().sum() + out.output.sin().sum()
+        results.append(torch.autograd.grad(loss, [x, *model.parameters()], retain_graph=True))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+
+def test_x_and_a_condition_are_parts_of_one_tensor():
+    """They are outputs of one autograd node, of which x is one."""
+    z = torch.cat([images(), images().cos()], 1).requires_grad_()
+    results = []
+    for strategy in ("auto", "autograd"):
+        x, condition = (z * 2).chunk(2, 1)
+        model = Conditioned()
+        out = with_jacobian(model, x, Logits(), args=(condition,), strategy=strategy)
+        loss = out.jacobian.square().sum() + out.output.sin().sum()
+        results.append(torch.autograd.grad(loss, [z, *model.parameters()]))
+        with fails("depends on x, not through the model's argument"):
+            with_jacobian(model, x, Logits(), args=(x.sin() + condition,), strategy=strategy)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("strategy", ["auto", "autograd"])
 def test_without_a_graph_x_gets_none(strategy):
     x = images().requires_grad_()
