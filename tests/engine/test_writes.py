@@ -385,6 +385,30 @@ def test_a_view_that_is_read_before_and_after_its_base_is_written(function):
         with_jacobian(model, images(), LabelLogit(), LABELS)
 
 
+@pytest.mark.parametrize(
+    "x", [images()[:1].expand(3, -1, -1, -1), images().unfold(3, 5, 1)[..., 0, :]]
+)
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_a_write_to_an_x_whose_elements_share_memory(x, input_gradient):
+    def written(z: Tensor) -> Tensor:
+        z += 1
+        return z[..., 0].mul_(2)[..., None] * z
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        layers = (Apply(written), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1))
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 5)).double()
+
+    given = x.detach().requires_grad_(input_gradient)
+    results = []
+    for strategy in ("auto", "autograd"):
+        model = make()
+        out = with_jacobian(model, given, LabelLogit(), LABELS, strategy=strategy)
+        leaves = [*model.parameters(), *[given] * input_gradient]
+        results.append(torch.autograd.grad(out.jacobian.square().sum(), leaves, allow_unused=True))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("kind", [torch.relu_, torch.sigmoid_, torch.exp_])
 def test_a_write_to_an_argument_by_name(kind):
     def function(z: Tensor) -> Tensor:
