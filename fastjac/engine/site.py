@@ -20,7 +20,7 @@ from fastjac.fusion.mode import (
 )
 
 if TYPE_CHECKING:
-    from fastjac.engine.tape import Tape
+    from fastjac.engine.tape import Tape, Value
 
 # What writes no values in place, but another shape.
 _RESHAPES = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
@@ -97,23 +97,31 @@ class Site:
         return _Slot.apply(tensor.clone() if tensor._is_view() else tensor)
 
     def copy_before_writing(self, tensor: Any) -> None:
-        """Copy a value that a call is to overwrite, for the calls that made it or read it."""
+        """Copy a value that a call is to overwrite, for the calls that made it or read it.
+
+        Gradients of what they read, also as a view of it, go to that as it is before the write.
+        """
         value = self.tape.value(tensor)
-        calls, slot = self.tape.calls, None
+        calls, taps = self.tape.calls, {}
+        whole = tensor if value is None or tensor._base is None else tensor._base
         for i in reversed(range(len(calls) if value is not None else 0)):
             call, number = calls[i], value.number
             if number in call.outputs:
                 calls[i] = call.by_copies(call.rule.with_output_copied())
                 return
-            if number not in call.rule.sources or in_checkpoint():
+            if in_checkpoint():
                 continue
-            if call.unchanged():
+            if number in call.rule.sources and call.unchanged():
                 calls[i] = call.by_copies(call.rule.with_source_copied(number))
-            if any(reads(call, r, number) for r in call.receivers):
-                slot = _Tap.apply(tensor) if slot is None else slot
+            for receiver in call.receivers:
+                given = receiver.tensor
+                same = given is tensor or given._base is whole
+                known = self.tape.value(given) if same and receiver.source is not None else None
+                if known and id(given) not in taps and as_read(known, call, receiver):
+                    taps[id(given)] = _Tap.apply(given)
+            if any(id(r.tensor) in taps for r in call.receivers):
                 calls[i].receivers = tuple(
-                    Receiver(slot, r.source) if reads(call, r, number) else r
-                    for r in call.receivers
+                    Receiver(taps.get(id(r.tensor), r.tensor), r.source) for r in call.receivers
                 )
 
     def receives(self, tensor: Any, source: int | None = None) -> tuple[Receiver, ...]:
@@ -124,9 +132,10 @@ class Site:
         return (Receiver(tensor, source),) if self.tape.trains(tensor) else ()
 
 
-def reads(call: Call, receiver: Receiver, number: int) -> bool:
-    """Whether this receiver of a call's gradients is the value with this number."""
-    return receiver.source is not None and call.rule.sources[receiver.source] == number
+def as_read(value: Value, call: Call, receiver: Receiver) -> bool:
+    """Whether a value that a gradient of ``call`` goes to is still as the call has read it."""
+    number = call.rule.sources[receiver.source]
+    return value.number == number and value.version == receiver.tensor._version
 
 
 class _Slot(torch.autograd.Function):

@@ -21,7 +21,7 @@ from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import PIECEWISE_CONSTANT, custom_output
 from fastjac.engine.rules.linear_maps import LIKE
 from fastjac.engine.rules.views import ViewWrite, view_of
-from fastjac.engine.site import Site
+from fastjac.engine.site import Site, as_read
 from fastjac.engine.unseen import Unseen, other_route, overwritten, unseen
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
@@ -275,11 +275,8 @@ class Tape(Fusion):
         """Raise if a value that a gradient goes to has another place in autograd's graph by now."""
         for call in calls:
             for receiver in call.receivers:
-                value = self.value(receiver.tensor) if receiver.source is not None else None
-                number = None if value is None else call.rule.sources[receiver.source]
-                if value is not None and (
-                    value.number != number or value.version != receiver.tensor._version
-                ):
+                known = receiver.source is not None and self.value(receiver.tensor)
+                if known and not as_read(known, call, receiver):
                     raise overwritten(call.name, receiver.tensor)
 
     def _by_another_route(self, name: Any, tensor: Tensor) -> Value:

@@ -8,7 +8,7 @@ from agreement import assert_agrees
 from small_network import Apply
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, FastjacError, LabelLogit, with_jacobian
+from fastjac import AttentionWindow, LabelLogit
 from fastjac.engine.rules.smooth import _DERIVATIVES
 
 LABELS = torch.tensor([0, 2, 1])
@@ -61,7 +61,7 @@ def test_calls_that_the_rule_does_not_cover(function):
     assert_agrees(lambda: network(function), images(), LabelLogit(), LABELS)
 
 
-def test_a_view_whose_base_was_overwritten_is_an_error():
+def test_a_view_whose_base_was_overwritten():
     """Autograd saves the sigmoid's output; but the view's place in its graph is another one now."""
 
     def write(z: Tensor) -> Tensor:
@@ -70,5 +70,4 @@ def test_a_view_whose_base_was_overwritten_is_an_error():
         z.mul_(2)
         return torch.cat([y, z], 1)[:, :4]
 
-    with pytest.raises(FastjacError, match=r"sigmoid reads a tensor .* overwritten in place"):
-        with_jacobian(network(write), images(), LabelLogit(), LABELS)
+    assert_agrees(lambda: network(write), images(), LabelLogit(), LABELS)
