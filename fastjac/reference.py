@@ -100,6 +100,7 @@ class BatchStatistics(TorchFunctionMode):
         if mean is None or mean.dim() != x.dim() or mean.shape[1] != x.shape[1]:
             raise _ran_differently()
         shape = [1, -1] + [1] * (x.dim() - 2)
+        x = x if x.dim() > 3 else x.contiguous()  # as PyTorch lays out a norm of series
         y = (x - mean) * (var + eps).rsqrt()
         if weight is not None:
             y = y * weight.view(shape)

@@ -244,8 +244,8 @@ def recompute_output(value: Tensor) -> Recompute:
 
 
 def as_map(x: Tensor) -> Tensor:
-    """``[B, C, ...]`` as ``[B, C, H, W]``."""
-    return x if x.dim() == 4 else x.reshape(*x.shape[:2], x.shape[2:].numel(), 1)
+    """``[B, C, ...]`` as ``[B, C, H, W]``; else dense, as PyTorch lays out a norm of series."""
+    return x if x.dim() == 4 else x.contiguous().view(*x.shape[:2], x.shape[2:].numel(), 1)
 
 
 def batch_norm_chain(

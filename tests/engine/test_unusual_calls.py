@@ -415,3 +415,23 @@ def test_a_layer_of_no_features():
 
     assert Tails().softmax.tail[1][0].weight.shape == (0, 6)
     assert_agrees(lambda: Tails().double(), x, LabelLogit(), LABELS)
+
+
+@STATISTICS
+def test_a_norm_of_transposed_series_is_viewed(batch_stats):
+    """PyTorch's result is contiguous, whatever its input is, and models rely on that."""
+
+    class Series(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(x.transpose(1, 2)).relu().view(len(x), -1))
+
+    x = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    assert_agrees(lambda: Series().double(), x, LabelLogit(), LABELS, batch_stats=batch_stats)
+    torch.testing.assert_close(
+        fuse(Series().double())(x), Series().double()(x), rtol=1e-9, atol=1e-12
+    )
