@@ -141,3 +141,29 @@ def test_without_autocast_a_whole_layer_is_differentiated_in_float32():
     pairs = zip(gradients("auto", torch.float32), gradients("autograd", torch.float64), strict=True)
     for got, exact in pairs:
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+class Precise(nn.Module):
+    """Takes itself out of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        seed_all(0)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.last(self.first(x).tanh())
+
+
+def test_what_ran_in_float32_under_autocast_is_differentiated_in_float32():
+    def gradients(strategy: str, dtype: torch.dtype) -> list[Tensor]:
+        model, x = Precise().to(dtype), images().flatten(1)[:, :6].to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = with_jacobian(model, x, LabelLogit(), LABELS, strategy=strategy)
+        out.jacobian.square().sum().backward()
+        return [out.jacobian.detach().double(), model.first.weight.grad.double()]
+
+    pairs = zip(gradients("auto", torch.float32), gradients("autograd", torch.float64), strict=True)
+    for got, exact in pairs:
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
