@@ -505,3 +505,9 @@ def test_an_image_without_a_label_takes_the_teachers_class():
 def test_what_stands_for_a_missing_label_is_one_of_two():
     with pytest.raises(FastjacError, match="unlabelled is 'error' or 'teacher'; got 'student'"):
         LabelLogit(unlabelled="student")
+
+
+def test_only_missing_labels_are_the_teachers():
+    logits = torch.tensor([[0.0, 1.0, 2.0]] * 3)
+    labels = LabelLogit(unlabelled="teacher").labels(torch.tensor([0, -1, 1]), logits)
+    assert labels.tolist() == [0, 2, 1]
