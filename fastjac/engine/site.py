@@ -113,16 +113,17 @@ class Site:
                 continue
             if number in call.rule.sources and call.unchanged():
                 calls[i] = call.by_copies(call.rule.with_source_copied(number))
+            receivers = []
             for receiver in call.receivers:
                 given = receiver.tensor
                 same = given is tensor or given._base is whole
                 known = self.tape.value(given) if same and receiver.source is not None else None
-                if known and id(given) not in taps and as_read(known, call, receiver):
-                    taps[id(given)] = _Tap.apply(given)
-            if any(id(r.tensor) in taps for r in call.receivers):
-                calls[i].receivers = tuple(
-                    Receiver(taps.get(id(r.tensor), r.tensor), r.source) for r in call.receivers
-                )
+                if known and as_read(known, call, receiver):
+                    if id(given) not in taps:
+                        taps[id(given)] = _Tap.apply(given)
+                    receiver = Receiver(taps[id(given)], receiver.source)
+                receivers.append(receiver)
+            calls[i].receivers = tuple(receivers)
 
     def receives(self, tensor: Any, source: int | None = None) -> tuple[Receiver, ...]:
         """Where a gradient of ``tensor`` goes, if it is trainable.

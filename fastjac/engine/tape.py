@@ -137,13 +137,13 @@ class Tape(Fusion):
             self.outputs[place, i] = Value(number, 0, trainable, None, None)
         return numbers
 
-    def _know(self, tensor: Tensor, value: Value) -> None:
+    def _note_value(self, tensor: Tensor, value: Value) -> None:
         values, key = self._values, id(tensor)
         alive = weakref.ref(tensor, lambda _: values.pop(key, None))
         values[key] = Value(*value[:-1], alive)
 
     def _hold(self, tensor: Tensor, value: Value) -> None:
-        self._know(tensor, value)
+        self._note_value(tensor, value)
         node = _node(tensor)
         self._nodes.add(node)
         self.outputs[node, tensor.output_nr] = value
@@ -282,7 +282,7 @@ class Tape(Fusion):
     def _by_another_route(self, name: Any, tensor: Tensor) -> Value:
         """The caller's x, or what was made of it outside: an error where J passes through."""
         number = self._number(tensor.shape, tensor.dtype)
-        self._know(tensor, Value(number, tensor._version, self.differentiable, None, None))
+        self._note_value(tensor, Value(number, tensor._version, self.differentiable, None, None))
         self.calls.append(Call(Unseen((), other_route(name)), (number,), True, (), "x", None, []))
         return self._values[id(tensor)]
 
