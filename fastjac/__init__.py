@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from fastjac.matching import JacobianMatching, MatchingOutput
     from fastjac.targets import AttentionWindow, LabelLogit, Logits, Projection, Scalar, Target
 
+__version__: str  # of the installed package, looked up when it is read
+
 __all__ = [
     "AttentionWindow",
     "FastjacError",
@@ -73,6 +75,10 @@ _SOURCES = (
 if not TYPE_CHECKING:  # else every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("fastjac")
         if name in __all__:
             _import_public()
             return globals()[name]

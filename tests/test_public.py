@@ -6,6 +6,7 @@ import ast
 import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,10 @@ def test_each_way_to_import_them(use):
 def test_an_unpickled_target_needs_no_import():
     target = pickle.dumps(fastjac.AttentionWindow("layer1", window=0.3))
     assert "window=0.3" in python(f"import pickle; print(pickle.loads({target!r}))")
+
+
+def test_the_version():
+    assert fastjac.__version__ == version("fastjac")
 
 
 @pytest.mark.parametrize("name", ["attention_windows", "_cpu", "__wrapped__"])

@@ -5,7 +5,15 @@ its class as an int. Needs torchvision, and scikit-learn for ``digits``.
 """
 
 from fastjac.data.batches import epoch_batches
-from fastjac.data.sets import DATASETS, ImageData, NoisyImages, add_unlabelled, load_data
+from fastjac.data.image_files import read_image
+from fastjac.data.sets import (
+    DATASETS,
+    ImageData,
+    NoisyImages,
+    add_unlabelled,
+    evaluation_transform,
+    load_data,
+)
 from fastjac.data.subset import class_balanced
 
 __all__ = [
@@ -15,5 +23,7 @@ __all__ = [
     "add_unlabelled",
     "class_balanced",
     "epoch_batches",
+    "evaluation_transform",
     "load_data",
+    "read_image",
 ]

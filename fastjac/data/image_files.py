@@ -128,17 +128,27 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
         try:
-            image = _read_image(path)
+            image = read_image(path)
         except FastjacError as error:
             raise FastjacError(f"{error}{self.advice}") from error
         return self.transform(image), label
 
 
-def _read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
+    """The image in a file, as the trainer reads it: in RGB, 8 bits, the way up that its EXIF data says.
+
+    Of several frames it is the first. Raises :class:`FastjacError` for what is no image, and for one
+    that 8 bits cannot hold, such as floats beyond 1.
+
+    Example:
+        >>> from sklearn.datasets import load_sample_images
+        >>> read_image(load_sample_images().filenames[0]).size
+        (640, 427)
+    """
     try:
         with Image.open(path) as image:
             tags = getattr(image, "tag_v2", {})  # of a TIFF file
-            return _as_rgb(ImageOps.exif_transpose(image), tags, path)
+            return _as_rgb(ImageOps.exif_transpose(image), tags, Path(path))
     except Exception as error:  # Pillow lets through what damaged bytes raise in its decoders
         name = str(path).replace("\n", "\\n").replace("\r", "\\r")  # an error is one line
         raise FastjacError(f"{name} is not a readable image: {first_line(error)}") from error
@@ -211,7 +221,7 @@ def without_damaged(samples: Sequence[tuple[Path, int]]) -> list[tuple[Path, int
 
     def damage(sample: tuple[Path, int]) -> str:
         try:
-            _read_image(sample[0])
+            read_image(sample[0])
         except FastjacError as error:
             return str(error)
         return ""

@@ -101,24 +101,46 @@ def load_data(
     if root is None and name != "digits":
         raise FastjacError(f"{name}: the folder of its files is missing (--data-dir)")
     moves: Augmentation = "crop" if augment else "flip" if flip else "none"
-    with reading():
-        if name == "digits":
-            data = _digits(16 if size is None else size)
-        elif name == "fashion-mnist":
-            data = _fashion_mnist(Path(root), 32 if size is None else size, moves, download)
-        elif name == "cifar100":
-            data = _cifar100(Path(root), 32 if size is None else size, moves, download)
-        else:
-            build = _mit67 if name == "mit67" else _folder
-            data = build(Path(root), 224 if size is None else size, moves, skip_damaged)
-    if channels not in (None, data.channels):
-        data = _repeat_channels(data, channels)
+    side = _SIZES.get(name, 224) if size is None else size
+
+    def load(moves: Augmentation) -> ImageData:
+        with reading():
+            if name == "digits":
+                data = _digits(side)
+            elif name == "fashion-mnist":
+                data = _fashion_mnist(Path(root), side, moves, download)
+            elif name == "cifar100":
+                data = _cifar100(Path(root), side, moves, download)
+            else:
+                files = _mit67(Path(root)) if name == "mit67" else _folder(Path(root), validation)
+                data = _photographs(name, *files, side, moves, skip_damaged)
+        return data if channels in (None, data.channels) else _repeat_channels(data, channels)
+
+    data = load(moves)
     if validation is None:
         return data
-    plain = data  # what is held out is not augmented
-    if moves != "none":
-        plain = load_data(name, root, size, skip_damaged=skip_damaged, channels=channels)
+    plain = data if moves == "none" else load("none")  # what is held out is not augmented
     return _hold_out(data, plain.train, validation)
+
+
+_SIZES = {"digits": 16, "fashion-mnist": 32, "cifar100": 32}
+
+
+def evaluation_transform(name: str, size: int, channels: int) -> Callable[[Any], Tensor]:
+    """Makes of an image in RGB what the test images of the data set ``name`` are.
+
+    A PIL image or a uint8 tensor ``[3, H, W]`` becomes ``[channels, size, size]`` float32 in [0, 1]. Of
+    photographs (``mit67``, ``folder``) it is the middle, as :func:`middle_crop` cuts it, of others the
+    largest square.
+    """
+    from torchvision.transforms import v2
+
+    if name in ("mit67", "folder"):
+        return middle_crop(size)
+    grey = [v2.Grayscale(channels)] if name in ("digits", "fashion-mnist") else []
+    if name == "fashion-mnist":
+        return v2.Compose([*grey, _whole(28), *_to_size(size)])
+    return v2.Compose([*grey, _whole(size)])
 
 
 _SKIP_DAMAGED = "; --skip-damaged leaves out what cannot be read"
@@ -290,9 +312,7 @@ def _fashion_mnist(root: Path, size: int, moves: Augmentation, download: bool) -
         if (highest := int(labels.max())) >= len(_FASHION_CLASSES):
             raise FastjacError(f"{beside}: expected labels from 0 to 9, got {highest}")
         parts.append(TensorDataset(images[:, None], labels.long()))
-    # 28 in the middle of 32, as the paper's networks halve five times; other sizes from there.
-    fit = [v2.Pad(2)] + ([] if size == 32 else [v2.Resize(size)])
-    to_float = v2.ToDtype(torch.float32, scale=True)
+    fit, to_float = _to_size(size), v2.ToDtype(torch.float32, scale=True)
     plain = v2.Compose([*fit, to_float])
     moved = v2.Compose([*_moves(moves, v2.RandomCrop(28, padding=2)), *fit, to_float])
     train, test = parts
@@ -308,6 +328,13 @@ def _fashion_mnist(root: Path, size: int, moves: Augmentation, download: bool) -
         std=(0.3318,),
         from_rgb=v2.Compose([v2.Grayscale(), _whole(28), moved]),
     )
+
+
+def _to_size(size: int) -> list[Callable[[Any], Any]]:
+    """28 in the middle of 32, as the paper's networks halve five times; other sizes from there."""
+    from torchvision.transforms import v2
+
+    return [v2.Pad(2), *([] if size == 32 else [v2.Resize(size)])]
 
 
 def _moves(moves: Augmentation, crop: Callable[[Any], Any]) -> list[Callable[[Any], Any]]:
@@ -418,7 +445,11 @@ def _photographs(
     )
 
 
-def _mit67(root: Path, size: int, moves: Augmentation, skip_damaged: bool) -> ImageData:
+# The images to train on, those to test, each with its label, and the classes.
+_Files = tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]
+
+
+def _mit67(root: Path) -> _Files:
     """MIT Indoor 67 by its official lists."""
     lists = {part: _read_list(root, f"{part}Images.txt") for part in ("Train", "Test")}
     classes = sorted({name for name, _ in lists["Train"]})
@@ -430,7 +461,7 @@ def _mit67(root: Path, size: int, moves: Augmentation, skip_damaged: bool) -> Im
     )
     index = {name: k for k, name in enumerate(classes)}
     train, test = ([(path, index[k]) for k, path in part] for part in lists.values())
-    return _photographs("mit67", train, test, classes, size, moves, skip_damaged)
+    return train, test, classes
 
 
 def _read_list(root: Path, name: str) -> list[tuple[str, Path]]:
@@ -455,17 +486,23 @@ def _read_list(root: Path, name: str) -> list[tuple[str, Path]]:
     return entries
 
 
-def _folder(root: Path, size: int, moves: Augmentation, skip_damaged: bool) -> ImageData:
-    """``train/<class>/*`` and ``val/<class>/*``."""
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
+def _folder(root: Path, validation: int | None) -> _Files:
+    """``train/<class>/*`` and ``val/<class>/*``; the former alone, or ``<class>/*``, to hold out of."""
+    train = root / "train"
+    if validation is not None:
+        images, classes = _image_folder(train if train.is_dir() else root)
+        return images, images, classes
+    tests = [root / name for name in ("val", "valid", "validation", "test")]
+    test = next((path for path in tests if path.is_dir()), tests[0])
+    for part in (train, test):
+        if not part.is_dir():
             raise FastjacError(
-                f"folder: {root / part} is missing; expected {root}/train/<class>/* and "
-                f"{root}/val/<class>/*"
+                f"folder: {part} is missing; expected {root}/train/<class>/* and {root}/val/<class>/* "
+                "(or valid, validation, test), or --validation N, which holds out training images"
             )
-    (train, classes), (val, val_classes) = (_image_folder(root / part) for part in ("train", "val"))
-    _same_classes(f"{root / 'val'}", set(val_classes), f"{root / 'train'}", set(classes))
-    return _photographs("folder", train, val, classes, size, moves, skip_damaged)
+    (images, classes), (held, names) = _image_folder(train), _image_folder(test)
+    _same_classes(str(test), set(names), str(train), set(classes))
+    return images, held, classes
 
 
 def _image_folder(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:

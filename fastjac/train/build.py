@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastjac.data import ImageData, add_unlabelled, load_data
+from fastjac.data import ImageData, add_unlabelled, evaluation_transform, load_data
 from fastjac.errors import FastjacError, first_line, is_file
 from fastjac.models import (
     ModelSpec,
@@ -96,7 +96,17 @@ def build_model(options: RunOptions, data: ImageData) -> tuple[nn.Module, ModelS
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that was trained here, and what it was trained for."""
+    """A network that the trainer has made, and what it was trained for.
+
+    Attributes:
+        model: takes images ``[B, C, size, size]`` float32 in [0, 1], which it normalises itself, and
+            gives logits ``[B, len(classes)]``. On the CPU, in train mode.
+        spec: builds a network of the kind again.
+        dataset: name of the data set.
+        size: height and width of its images.
+        classes: their names, in the order of the logits.
+        source: the file of the weights.
+    """
 
     model: nn.Module
     spec: ModelSpec
@@ -105,9 +115,18 @@ class Trained:
     classes: list[str]
     source: Path
 
+    @property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """Makes ``[C, size, size]`` of an image in RGB, as the test images were cut to size."""
+        return evaluation_transform(self.dataset, self.size, self.spec.in_channels)
+
 
 def load_trained(source: str | Path) -> Trained:
-    """The network in a run's folder, a checkpoint (``.pt``), or a ``model.safetensors``."""
+    """The network in a run's folder, a checkpoint (``.pt``), or a ``model.safetensors``.
+
+    Raises :class:`FastjacError` for what is not of a run, for a file that is damaged, and for weights
+    that are not the network's, each by name. docs/own_images.md has a program that uses one.
+    """
     path = find_trained(source)
     if path.suffix == ".safetensors":
         said = path.with_name("config.json")

@@ -137,20 +137,27 @@ class RunFolder:
         import fcntl
 
         self.make()
-        with suppress(OSError):  # one that cannot be written to is found when args.yaml is written
-            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)
-        if self._lock is None:
-            return
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            self._lock = None
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+        path = self.path / ".lock"
+        for _ in range(100):  # more only where files change their identity: no locks there either
+            try:
+                lock = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
+            except OSError:
+                return  # a folder that cannot be written to is found when args.yaml is written
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(lock)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # the file system has no locks
                 raise FastjacError(
                     f"another process trains in {self.path}; wait for its end, or name another folder "
                     "by --experiment"
                 ) from error
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), path.stat()):
+                    self._lock = lock
+                    return
+            os.close(lock)  # of a process that has ended since, and removed the file
 
     def close(self) -> None:
         """Let other processes have the folder."""

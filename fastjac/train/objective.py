@@ -471,4 +471,9 @@ def find_teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, l
             f"the teacher {source}, trained on {trained.dataset}, does not take the images of "
             f"{data.name}: {error}"
         ) from error
+    if trained.size != data.size:
+        notice(
+            f"the teacher {source} was trained on images of {trained.size} x {trained.size}, and sees "
+            f"{data.size} x {data.size} here"
+        )
     return trained.model, trained.classes

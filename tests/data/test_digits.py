@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from fastjac import FastjacError
-from fastjac.data import load_data
+from fastjac.data import evaluation_transform, load_data
 
 
 def test_every_digit_is_in_one_part_once():
@@ -33,6 +34,14 @@ def test_scale_and_split():
     assert data.std == pytest.approx([x.std().item()])
     assert data.classes == list("0123456789")
     assert (data.channels, data.size) == (1, 16)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_as_the_test_images_are(channels):
+    test = load_data("digits", size=8, channels=channels).test[0][0]
+    pixels = test[0].mul(255).round().byte().numpy()
+    made = evaluation_transform("digits", 8, channels)(Image.fromarray(pixels).convert("RGB"))
+    torch.testing.assert_close(made, test, rtol=0, atol=0.51 / 255)
 
 
 def test_labels_go_with_their_images():

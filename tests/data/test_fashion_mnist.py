@@ -6,9 +6,10 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastjac import FastjacError
-from fastjac.data import load_data
+from fastjac.data import evaluation_transform, load_data
 from fastjac.data.idx import read_idx
 
 PARTS = {"train": 40, "t10k": 20}
@@ -61,6 +62,16 @@ def test_sizes_and_channels(tmp_path):
     assert len(large.mean) == len(large.std) == 3
     with pytest.raises(FastjacError, match=r"images of 1 channels, got --channels 2; expected 3"):
         load_data("fashion-mnist", tmp_path, channels=2)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(32, 1), (48, 3)])
+def test_an_image_as_the_test_images_are(tmp_path, size, channels):
+    pixels = write(tmp_path, True)
+    data = load_data("fashion-mnist", tmp_path, size=size, channels=channels, augment=True)
+    image = Image.fromarray(pixels["t10k"][3]).convert("RGB")
+    made = evaluation_transform("fashion-mnist", size, channels)(image)
+    rounded = 1e-6 if size == 32 else 1.01 / 255  # the data set's are resized in 8 bits
+    torch.testing.assert_close(made, data.test[3][0], rtol=0, atol=rounded)
 
 
 def test_augmentation_moves_the_training_images_alone(tmp_path):

@@ -1,5 +1,7 @@
 """MIT Indoor 67 by its lists, and folders of images, from small trees in their formats."""
 
+import doctest
+import shutil
 import struct
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastjac import FastjacError
-from fastjac.data import image_files, load_data
+from fastjac.data import evaluation_transform, image_files, load_data, read_image
 
 COLOURS = {"bar": (200, 0, 0), "kitchen": (0, 200, 0), "airport_inside": (0, 0, 200)}
 
@@ -424,3 +426,41 @@ def test_an_empty_class_is_named(folder):
         "folder",
         folder,
     )
+
+
+@pytest.mark.parametrize("inside", ["train", "."])
+def test_images_held_out_of_a_folder(folder, inside):
+    """Of ``train``, or of the folder itself; ``val`` need not be there."""
+    shutil.rmtree(folder / "val")
+    if inside == ".":
+        shutil.copytree(folder / "train", folder, dirs_exist_ok=True)
+        shutil.rmtree(folder / "train")
+    fails("is missing; .* or --validation N, which holds out training images", "folder", folder)
+    data = load_data("folder", folder, size=21, validation=1)
+    assert list(data.classes) == sorted(COLOURS)
+    check_colours(data.train, data.classes, 2)
+    check_colours(data.test, data.classes, 1)
+    assert sorted([data.test[0][1], *data.labels]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_other_names_of_val(folder, name):
+    for path in (folder / "val").iterdir():
+        save(folder / name / path.name / "b.png", COLOURS[path.name])
+    assert [path.name for path, _ in load_data("folder", folder).test.samples] == ["a.png"] * 3
+    (folder / "val").rename(folder / "else")
+    assert [path.name for path, _ in load_data("folder", folder).test.samples] == ["b.png"] * 3
+
+
+def test_a_photograph_as_the_test_images_are(folder):
+    path = folder / "val" / "bar" / "a.png"
+    Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (40, 60, 3), "uint8")).save(path)
+    data = load_data("folder", folder, size=21, augment=True)
+    made = evaluation_transform("folder", 21, 3)(read_image(path))
+    assert torch.equal(made, data.test[list(data.classes).index("bar")][0])
+
+
+def test_read_image_by_its_example():
+    result = doctest.testmod(image_files)
+    assert result.attempted == 2
+    assert result.failed == 0

@@ -1,5 +1,6 @@
 """Real processes, really killed: what is left is whole, and resuming gives the same weights."""
 
+import fcntl
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from fastjac.train import interrupts
 from fastjac.train.build import load_trained
 from fastjac.train.changes import changed
 from fastjac.train.commands import prepare
+from fastjac.train.files import RunFolder
 from fastjac.train.options import StudentOptions, TeacherOptions
 from fastjac.train.parse import parse
 
@@ -223,6 +225,23 @@ def test_resumed_with_more_epochs(trainer, small, photographs, tmp_path, flags):
     whole, cut = (tmp_path / "runs" / name for name in ("whole", "cut"))
     assert lines(whole) == lines(cut)
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+
+
+def test_a_lock_of_a_run_that_ends_meanwhile(tmp_path, monkeypatch):
+    """The file that was locked is gone: what others would lock is another."""
+    lockf, path = fcntl.lockf, tmp_path / "x" / ".lock"
+
+    def lock(file, how):
+        monkeypatch.undo()
+        path.unlink()
+        lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lock)
+    folder = RunFolder(tmp_path, "x")
+    folder.lock()
+    assert os.path.samestat(os.fstat(folder._lock), path.stat())
+    folder.close()
+    assert not path.exists()
 
 
 def test_one_process_trains_in_a_folder(start, trainer, small, tmp_path):

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from fastjac import JacobianMatching, LabelLogit, activation_match_loss, attention_match_loss
 from fastjac.data import load_data
 from fastjac.features import forward_with_features
-from fastjac.progress import progress_bar
+from fastjac.progress import _Lines, progress_bar
 from fastjac.train.build import load_trained
 from fastjac.train.commands import prepare
 from fastjac.train.loop import evaluate
@@ -262,6 +262,15 @@ def test_a_teacher_whose_classes_have_other_names(trainer, small, teacher, tmp_p
     assert "class 0 is 'number 0', of digits it is '0': they count as one class" in caplog.text
 
 
+def test_a_teacher_of_another_size(trainer, small, teacher, caplog):
+    words = ["student", *small, "--teacher", teacher, "--jacobians", 0.1, "--epochs", 1]
+    assert trainer(*words)[0] == 0
+    assert not caplog.text
+    assert trainer(*words, "--img-size", 24, "--experiment", "x")[0] == 0
+    said = f"the teacher {teacher} was trained on images of 16 x 16, and sees 24 x 24 here"
+    assert said in caplog.text
+
+
 def test_tensorboard(trainer, small, tmp_path):
     pytest.importorskip("tensorboard")
     assert trainer("teacher", *small, "--tensorboard", "--experiment", "x")[0] == 0
@@ -317,6 +326,33 @@ def test_no_standard_error(shell, tmp_path):
 def test_a_bar_without_a_standard_error(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     assert list(progress_bar([1, 2])) == [1, 2]
+
+
+def test_progress_in_a_log(monkeypatch, capsys):
+    """A line when it is time for one, without a terminal's control characters."""
+    clock = iter([0.0, 29.0, 31.0, 32.0, 60.0, 61.0])
+    monkeypatch.setattr("fastjac.progress.time.monotonic", lambda: next(clock))
+    lines = _Lines()
+    for text in ("\r0 of 9", "\r1 of 9", "\n", "\r3 of 9", "\r4 of 9  "):
+        lines.write(text)
+    assert capsys.readouterr().err == "1 of 9\n4 of 9\n"
+    monkeypatch.undo()
+    monkeypatch.setattr("fastjac.progress.LINE_EVERY", 0.0)
+    with progress_bar(total=4, desc="run", unit="step") as bar:
+        bar.update(3)
+        bar.set_postfix(loss="0.5")
+    assert "run: 3 of 4 steps [00:00<00:00, loss=0.5]\n" in capsys.readouterr().err
+
+
+def test_a_log_that_nobody_reads_any_more(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("fastjac.progress.LINE_EVERY", 0.0)
+    with open(writer, "wb", 0) as pipe:
+        monkeypatch.setattr("sys.stderr", io.TextIOWrapper(pipe, write_through=True))
+        assert list(progress_bar([1, 2])) == [1, 2]
+        with pytest.raises(BrokenPipeError):
+            sys.stderr.write("x")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
