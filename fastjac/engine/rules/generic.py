@@ -4,25 +4,20 @@ Right wherever PyTorch has the operation's derivatives, if slower. The reverse s
 and differentiates it. The forward sweep differentiates the call alone twice, in reverse:
 <delta, f'(x) x'> is linear in delta, so its derivative in delta is the tangent y', and its derivatives
 in x and w are the curvature and the gradients. The graph of that backward holds one call, and is gone
-when the rule returns.
-
-Where PyTorch has no second derivative in reverse, call and backward run on dual numbers instead. That
-is not for other calls: where a backward reads something that carries no tangent (the factors that
-torch.linalg.solve saves), PyTorch drops a term and says nothing; and its jvp of a layer, instance or
-batch norm takes the statistics as constants.
+when the rule returns. Forward mode would do no more: PyTorch 2.14 has no operator whose backward it can
+differentiate in that mode alone, and there it drops terms without a word (of torch.linalg.solve, whose
+saved factors carry no tangent; of the statistics of norms).
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,9 +37,6 @@ if TYPE_CHECKING:
 _ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
-
-# PyTorch has one forward mode for all threads, and no second one inside of it.
-_forward_mode = threading.RLock()
 
 # By a part of the name: calls that update running statistics or observers, without a new version.
 _STATEFUL = ("native_batch_norm", "fused_moving_avg_obs")
@@ -156,35 +148,23 @@ class Generic(Rule):
         with torch.enable_grad(), named_errors(self.function, "derivative"):
             sources = [fresh(t) for t in self.leaves[:count]]
             outputs = self._again(sources + self.leaves[count:])
-            return _gradients(outputs, self._deltas(delta), sources, zeros=True)
+            pairs = [
+                (y, d.to(y.dtype))
+                for y, d in zip(outputs, self._deltas(delta), strict=True)
+                if y is not None and d is not None and y.requires_grad
+            ]
+            if not pairs:
+                return [torch.zeros_like(x) for x in sources]
+            ys, deltas = zip(*pairs, strict=True)
+            return list(torch.autograd.grad(ys, sources, deltas, materialize_grads=True))
 
     def jvp(self, tangents: Any, delta: Any) -> tuple[Any, list[Tensor | None]]:
         with torch.enable_grad(), named_errors(self.function, "second derivative"):
-            leaves = [fresh(t) for t in self.leaves]
-            try:
-                pushed, gradients = self._reverse_over_reverse(leaves, tangents, delta)
-            except RuntimeError as error:
-                if not (isinstance(error, NotImplementedError) or _is_missing(str(error))):
-                    raise
-                leaves = [fresh(t) for t in leaves]
-                pushed, gradients = self._forward_over_reverse(leaves, tangents, delta)
+            pushed, gradients = self._reverse_over_reverse(
+                [fresh(t) for t in self.leaves], tangents, delta
+            )
         wanted = [g for g, received in zip(gradients, self.receives, strict=True) if received]
         return pushed[0] if self.single else pushed, wanted
-
-    def _forward_over_reverse(
-        self, leaves: list[Tensor], tangents: Any, delta: Any
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        count = len(self.sources)
-        with _forward_mode, fwAD.dual_level():
-            pairs = zip(leaves[:count], tangents, strict=True)
-            duals = [fwAD.make_dual(x, _own_memory(t.to(x.dtype))) for x, t in pairs]
-            outputs = self._again(duals + leaves[count:])
-            pushed = [None if y is None else fwAD.unpack_dual(y).tangent for y in outputs]
-            gradients: list[Tensor | None] = [None] * len(leaves)
-            if self.needs_delta():
-                found = _gradients(outputs, self._deltas(delta), duals + leaves[count:])
-                gradients = [None if g is None else fwAD.unpack_dual(g).tangent for g in found]
-        return _detached(outputs, pushed), gradients
 
     def _reverse_over_reverse(
         self, leaves: list[Tensor], tangents: Any, delta: Any
@@ -308,11 +288,6 @@ class _Context:
         return (args[position] if len(args) > position else kwargs.get("dropout_p", 0.0)) > 0
 
 
-def _is_missing(reason: str) -> bool:
-    """Whether PyTorch has no such derivative, or is in forward mode already."""
-    return "not implemented" in reason or "Nested forward mode" in reason
-
-
 def _is_leaf(site: Site, tensor: Tensor) -> bool:
     """Whether a call is differentiated in this argument."""
     return site.varies(tensor) or bool(site.receives(tensor))
@@ -352,14 +327,7 @@ def named_errors(function: Any, what: str) -> Iterator[None]:
 
 def fresh(tensor: Tensor) -> Tensor:
     """A leaf of a graph of its own, with the same values."""
-    return _own_memory(tensor).detach().requires_grad_()
-
-
-def _own_memory(tensor: Tensor) -> Tensor:
-    """A tensor whose elements lie apart: dual numbers of an expanded one cannot be written."""
-    if tensor.layout != torch.strided or 0 not in tensor.stride():
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.detach().requires_grad_()
 
 
 def _detached(outputs: list[Tensor | None], pushed: list[Tensor | None]) -> list[Tensor | None]:
@@ -384,24 +352,3 @@ def check_twice_differentiable(*pulled: Tensor) -> None:
             raise RuntimeError("a backward in it is once_differentiable")
         seen.add(node)
         todo += [following for following, _ in node.next_functions]
-
-
-def _gradients(
-    outputs: list[Tensor | None],
-    deltas: list[Tensor | None],
-    inputs: list[Tensor],
-    zeros: bool = False,
-) -> list[Tensor | None]:
-    """The gradients of sum <y, d> in ``inputs``; None, or zeros, where there is none."""
-    pairs = [
-        (y, d.to(y.dtype))
-        for y, d in zip(outputs, deltas, strict=True)
-        if y is not None and d is not None and y.requires_grad
-    ]
-    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
-    if pairs and inputs:
-        ys, ds = zip(*pairs, strict=True)
-        found = torch.autograd.grad(ys, inputs, ds, allow_unused=True)
-    if not zeros:
-        return list(found)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
