@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, FastjacError, JacobianMatching, LabelLogit, fuse, with_jacobian
+from fastjac import (
+    AttentionWindow,
+    FastjacError,
+    JacobianMatching,
+    LabelLogit,
+    Logits,
+    fuse,
+    with_jacobian,
+)
 
 TARGETS = {"window": AttentionWindow("pool"), "logit": LabelLogit()}
 EVERY = pytest.mark.parametrize(
@@ -214,6 +222,26 @@ def test_a_hook_on_the_input_sees_the_jacobian():
     out = with_jacobian(model, images(), LabelLogit(), LABELS)
     assert len(model.seen) == 1
     torch.testing.assert_close(model.seen[0], out.jacobian.detach(), rtol=0, atol=0)
+
+
+def test_a_hook_sees_each_row_of_the_jacobian_as_in_a_double_backward():
+    """Once, though the backward takes each row's reverse sweep again."""
+
+    def seen(strategy: str) -> list[Tensor]:
+        found = []
+
+        def register(module: nn.Module, args: tuple[Tensor], z: Tensor) -> None:
+            z.register_hook(lambda g: found.append(g.detach().clone()))
+
+        model = network()
+        model.body[0].register_forward_hook(register)
+        out = with_jacobian(model, images(), Logits(), LABELS, strategy=strategy)
+        out.jacobian.square().sum().backward()
+        return found
+
+    expected = seen("autograd")
+    assert len(expected) == 5  # four rows, and the loss of J
+    torch.testing.assert_close(seen("dense"), expected, rtol=1e-9, atol=1e-12)
 
 
 # Hooks on autograd nodes

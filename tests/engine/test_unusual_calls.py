@@ -157,9 +157,16 @@ def test_a_nested_tensor_is_an_error():
         with_jacobian(model, images(), LabelLogit(), LABELS)
 
 
+def written_at(z: Tensor, index: Tensor) -> Tensor:
+    z, parts = z.sin(), z.cos()
+    z[:, index] = parts
+    return z
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        written_at,
         lambda z, index: z.index_select(1, index),
         lambda z, index: z[:, index],
         lambda z, index: z.gather(1, index[:, None, None].expand_as(z)),
