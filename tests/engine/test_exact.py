@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import assert_exact, relative_error, step
+from small_network import agrees, network
 from torch import nn
 
 import fastjac
@@ -116,6 +117,24 @@ def test_gamma_of_zero(batch_stats):
 def test_batch_norm_without_parameters(batch_stats):
     student, teacher = pair(networks.vgg, affine=False)
     assert_exact(student, teacher, *batch(3), LabelLogit(), batch_stats=batch_stats)
+
+
+class NormOfAParameter(nn.Module):
+    """A BatchNorm whose map does not depend on x, in a chain with one that does."""
+
+    def __init__(self, add) -> None:
+        super().__init__()
+        self.map, self.add = nn.Parameter(torch.rand(3, 4, 4, 4)), add
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(self.add(self.norm(self.map), z).relu(), 2, 2).repeat(1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("batch_stats", ["frozen", "batch"])
+@pytest.mark.parametrize("add", [torch.add, lambda y, z: z + y, lambda y, z: y.add_(z)])
+def test_the_norm_of_a_parameter_in_a_chain(add, batch_stats):
+    agrees(lambda: network(NormOfAParameter(add)), batch_stats)
 
 
 class InPlaceOnView(nn.Module):
