@@ -511,3 +511,13 @@ def test_only_missing_labels_are_the_teachers():
     logits = torch.tensor([[0.0, 1.0, 2.0]] * 3)
     labels = LabelLogit(unlabelled="teacher").labels(torch.tensor([0, -1, 1]), logits)
     assert labels.tolist() == [0, 2, 1]
+
+
+def test_a_missing_label_needs_the_teachers_logits():
+    target, y = LabelLogit(unlabelled="teacher"), torch.tensor([0, -1, 1])
+    with pytest.raises(
+        FastjacError, match=r"needs logits \[B, classes\]; the model gave \[3, 4, 4\]"
+    ):
+        target.labels(y, torch.rand(3, 4, 4))
+    with pytest.raises(FastjacError, match="the model gave dict: name its logits with output="):
+        target.labels(y, {"logits": torch.rand(3, 4)})
