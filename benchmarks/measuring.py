@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,9 +193,20 @@ def peak_memory(contender: Contender, device: str, warm: Callable[[], Any]) -> i
     return resident("VmHWM") - before
 
 
-def spawn(module: str, words: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
-    """What ``python -m module words`` prints, as JSON: a measurement in a process of its own."""
-    command = [sys.executable, "-m", module, *words]
+def spawn(
+    module: str,
+    task: str,
+    config: Any,
+    args: argparse.Namespace,
+    contenders: Sequence[str],
+    layouts: Sequence[str],
+    env: Mapping[str, str],
+) -> dict[str, Any]:
+    """Measure in a process of its own: ``task`` of the ``module``'s ``--worker``, which prints JSON."""
+    command = [sys.executable, "-m", module]
+    command += ["--worker", task, "--worker-config", json.dumps(asdict(config))]
+    command += ["--device", args.device, "--rounds", str(args.rounds), *(["--amp"] * args.amp)]
+    command += ["--contenders", *contenders, "--layouts", *layouts]
     done = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 

@@ -30,6 +30,7 @@ memory in it on a CPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ from benchmarks import measuring
 from fastjac import Scalar, gradient_penalty, jacobian_norm_penalty, with_jacobian
 
 MODULE = "benchmarks.penalty"
+spawn = functools.partial(measuring.spawn, MODULE)
 CONTENDERS = ("plain", "naive", "fastjac")
 NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(32, channels)}
 GAMMA = 10.0
@@ -204,21 +206,6 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     if args.worker == "validate":
         return {"errors": validate(config, args)}
     return {"bytes": peak_memory(args, config)}
-
-
-def spawn(
-    task: str,
-    config: Configuration,
-    args: argparse.Namespace,
-    contenders: list[str],
-    layouts: list[str],
-    env: Mapping[str, str],
-) -> dict[str, Any]:
-    """Measure in a process of its own."""
-    words = ["--worker", task, "--worker-config", json.dumps(asdict(config))]
-    words += ["--device", args.device, "--rounds", str(args.rounds), *(["--amp"] * args.amp)]
-    words += ["--contenders", *contenders, "--layouts", *layouts]
-    return measuring.spawn(MODULE, words, env)
 
 
 def measure(config: Configuration, args: argparse.Namespace) -> dict[str, Any]:

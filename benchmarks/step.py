@@ -48,6 +48,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import statistics
@@ -61,6 +62,7 @@ from benchmarks import contenders, measuring, rivals
 from benchmarks.contenders import CONFIGURATIONS, Configuration, Contender
 
 MODULE = "benchmarks.step"
+spawn = functools.partial(measuring.spawn, MODULE)
 CONTENDERS = ("plain", "plain-compiled", "naive", "naive-compiled", "crop-compiled", "fastjac")
 HOST_STEPS = 200
 WRONG = 1e-9  # a relative error of the gradient in float64 above it
@@ -185,21 +187,6 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     if args.worker == "first":
         return first_steps(args, config)
     return {"bytes": peak_memory(args, config)}
-
-
-def spawn(
-    task: str,
-    config: Configuration,
-    args: argparse.Namespace,
-    contenders: list[str],
-    layouts: list[str],
-    env: Mapping[str, str],
-) -> dict[str, Any]:
-    """Measure in a process of its own."""
-    words = ["--worker", task, "--worker-config", json.dumps(asdict(config))]
-    words += ["--device", args.device, "--rounds", str(args.rounds), *(["--amp"] * args.amp)]
-    words += ["--contenders", *contenders, "--layouts", *layouts]
-    return measuring.spawn(MODULE, words, env)
 
 
 def host_configuration(config: Configuration, args: argparse.Namespace) -> Configuration:

@@ -208,12 +208,25 @@ class SlottedBatchNorm(torch.autograd.Function):
             gu, gw, gb = aten.native_batch_norm_backward.default(
                 gy, u, weight, None, None, mean, invstd, True, ctx.eps, wanted
             )
-        if curvature is not None:
-            gu = curvature.clone() if gu is None else gu.add_(curvature)
-        if coefficient is not None:
-            gu = torch.zeros_like(u) if gu is None else gu
-            gu.add_(times_xhat(coefficient, u, mean, invstd))
+        gu = with_slots(gu, u, mean, invstd, coefficient, curvature)
         return gu, gw, gb, None, None, None, None
+
+
+def with_slots(
+    gu: Tensor | None,
+    u: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    coefficient: Tensor | None,
+    curvature: Tensor | None,
+) -> Tensor | None:
+    """The cotangent ``gu`` of u, None for 0, with what has come to the slots added, in its place."""
+    if curvature is not None:
+        gu = curvature.clone() if gu is None else gu.add_(curvature)
+    if coefficient is not None:
+        gu = torch.zeros_like(u) if gu is None else gu
+        gu.add_(times_xhat(coefficient, u, mean, invstd))
+    return gu
 
 
 def times_xhat(coefficient: Tensor, u: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:

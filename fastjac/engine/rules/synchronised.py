@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
 from fastjac.engine.rules.base import Recorded, compute_type, register_rule
-from fastjac.engine.rules.layers import BatchNorm, times_xhat
+from fastjac.engine.rules.layers import BatchNorm, times_xhat, with_slots
 from fastjac.errors import FastjacError
 from fastjac.fusion.mode import active_fusion, in_checkpoint
 
@@ -107,11 +107,8 @@ class SlottedSyncBatchNorm(torch.autograd.Function):
             if wants_u:
                 gu = _projection(gy, u, mean, invstd, _all_reduced(gw, gb, ctx.group) / count)
                 gu = gu if weight is None else gu * _column(weight, gu)
-        if wants_u and curvature is not None:
-            gu = curvature.clone() if gu is None else gu.add_(curvature)
-        if wants_u and coefficient is not None:
-            gu = torch.zeros_like(u) if gu is None else gu
-            gu.add_(times_xhat(coefficient, u, mean, invstd))
+        if wants_u:
+            gu = with_slots(gu, u, mean, invstd, coefficient, curvature)
         gw, gb = gw if wants_weight else None, gb if wants_bias else None  # autograd casts them
         return gu, gw, gb, None, None, None, None, None
 
