@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from agreement import assert_agrees
 from small_network import Apply
 from torch import Tensor, nn
 
-from fastjac import AttentionWindow, LabelLogit
-from fastjac.engine.rules.smooth import _DERIVATIVES
+from fastjac import AttentionWindow, FastjacError, LabelLogit, with_jacobian
+from fastjac.engine.rules.smooth import _KNOWN, _power
 
 LABELS = torch.tensor([0, 2, 1])
 FUNCTIONS = pytest.mark.parametrize(
-    "function", _DERIVATIVES, ids=[f"{f.__name__} {i}" for i, f in enumerate(_DERIVATIVES)]
+    ("function", "options"),
+    [
+        *((function, ()) for function in _KNOWN if _KNOWN[function] is not _power),
+        *((F.softplus, options) for options in ((3,), (2, 1))),
+        (F.elu, (0.7,)),
+        *((torch.pow, (exponent,)) for exponent in (-2, -0.5, 1, 1.0, 1.5, 2, 3, 2.5)),
+        *((function, (3,)) for function in (Tensor.pow, Tensor.__pow__)),
+    ],
+    ids=lambda part: getattr(part, "__name__", None),
 )
+
+
+def needs_positive(function, options) -> bool:
+    """Whether a function has no derivative, or no value, at numbers below 0."""
+    singular = _KNOWN[function](*options).singular
+    return singular or function in (torch.log1p, Tensor.log1p) or options == (2.5,)
 
 
 def images() -> Tensor:
@@ -29,33 +44,52 @@ def network(function) -> nn.Sequential:
 
 
 @FUNCTIONS
-def test_the_derivatives_are_autograds(function):
-    known = _DERIVATIVES[function]
-    x = torch.linspace(-4, 4, 81).double().requires_grad_()
-    y = function(x)
+def test_the_derivatives_are_autograds(function, options):
+    known = _KNOWN[function](*options)
+    x = (
+        torch.linspace(0.1 if needs_positive(function, options) else -4, 4, 81)
+        .double()
+        .requires_grad_()
+    )
+    y = function(x, *options)
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), x)
+    (second,) = torch.autograd.grad(first.sum(), x, materialize_grads=True)
     z = (y if known.of_output else x).detach()
-    exact = {"rtol": 1e-11, "atol": 1e-13}
-    torch.testing.assert_close(known.first(torch.full_like(z, 3), z), 3 * first.detach(), **exact)
-    torch.testing.assert_close(known.second(z), second, **exact)
+    exact, three = {"rtol": 1e-11, "atol": 1e-13}, torch.full_like(z, 3)
+    torch.testing.assert_close(known.first(three, z), 3 * first.detach(), **exact)
+    torch.testing.assert_close(known.second(three, z), 3 * second, **exact)
 
 
 @FUNCTIONS
 @pytest.mark.parametrize("target", [LabelLogit(), AttentionWindow("4", window=0.3)])
-def test_it_is_exact(function, target):
-    assert_agrees(lambda: network(function), images(), target, LABELS)
+def test_it_is_exact(function, options, target):
+    def apply(z: Tensor) -> Tensor:
+        return function(z.square() + 0.5 if needs_positive(function, options) else z, *options)
+
+    assert_agrees(lambda: network(apply), images(), target, LABELS)
+
+
+@pytest.mark.parametrize("function", [Tensor.log, Tensor.sqrt, lambda z: z**-1, lambda z: z**0.5])
+def test_a_derivative_that_is_not_finite_outside_of_a_map_has_no_crops(function):
+    model = network(lambda z: function(z.square() + 0.5))
+    target = AttentionWindow("4", window=0.3)
+    with pytest.raises(FastjacError, match="its derivative at 0, which stands outside of the map"):
+        with_jacobian(model, images(), target, strategy="local")
 
 
 @pytest.mark.parametrize(
     "function",
     [
         lambda z: torch.tanh(input=z),
-        lambda z: nn.functional.gelu(z, approximate="tanh"),
-        lambda z: nn.functional.silu(z * 1, inplace=True),
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda z: F.silu(z * 1, inplace=True),
         lambda z: torch.tanh(torch.complex(z, z.sin())).real,
+        lambda z: F.elu(z * 1, 0.5, True) + F.celu(z, 0.7),
+        lambda z: z.exp() ** 0 * z + z.exp() ** True + (z.square() + 1) ** z.tanh(),
+        lambda z: torch.pow(z.square() + 1, torch.tensor(1.5)) + 2**z,
+        lambda z: F.softplus(z, threshold=1, beta=2) + z.pow(exponent=3),
     ],
-    ids=["by name", "another form", "in place", "complex"],
+    ids=["name", "form", "in place", "complex", "elu", "powers", "pow of tensors", "names"],
 )
 def test_calls_that_the_rule_does_not_cover(function):
     assert_agrees(lambda: network(function), images(), LabelLogit(), LABELS)

@@ -6,12 +6,15 @@ from typing import Any
 
 from fastjac.engine.rules import (  # noqa: F401  they register
     affine_maps,
+    attention,
     group_norm,
+    layer_norm,
     layers,
     linear_maps,
     pointwise,
     pools,
     smooth,
+    softmax,
     synchronised,
     views,
 )

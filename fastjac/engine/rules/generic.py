@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastjac.engine.crops import Crops
-from fastjac.engine.receptive_field import Region
-from fastjac.engine.rules.base import NotLocalError, Receiver, Recorded, Rule, register_rule
+from fastjac.engine.rules.base import Receiver, Recorded, Rule, register_rule
 from fastjac.engine.rules.enclosed import enclosed
 from fastjac.engine.rules.random_numbers import RecordDraws, ReplayDraws
 from fastjac.errors import FastjacError
@@ -213,22 +211,6 @@ class LogCumSumExp(Generic):
         pushed, shifted = super().jvp(tangents, delta + shift)
         _, surplus = super().jvp(tangents, shift)
         return pushed, [a - b for a, b in zip(shifted, surplus, strict=True)]
-
-
-@register_rule(F.layer_norm)
-class LayerNorm(Generic):
-    """Over the channels of a channels-last map, it sees one pixel at a time."""
-
-    def input_regions(self, region: Region) -> list[Region]:
-        shape = self.leaves[0].shape
-        (_, *normalised), _ = self.template
-        over_channels = normalised and list(normalised[0]) == [shape[-1]]
-        if region.axis != 1 or len(self.sources) > 1 or not over_channels:
-            raise NotLocalError("it normalises over the map")
-        return [region]
-
-    def crop(self, crops: Crops, region: Region) -> Rule:
-        return self.changed(leaves=[crops.gather(self.leaves[0], region), *self.leaves[1:]])
 
 
 class _Context:

@@ -1,7 +1,7 @@
 """Smooth functions of each element: common ones by their derivatives, others by autograd.
 
 For y = f(x): the cotangent f'(x) delta, the tangent f'(x) x', and the curvature f''(x) x' delta. Of
-tanh, sigmoid and exp both derivatives are functions of y, which autograd saves too.
+some (tanh, exp, a root) both derivatives are functions of y, which autograd saves too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastjac.engine.crops import Crops
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import (
+    NotLocalError,
     Pointwise,
     Recorded,
     Rule,
@@ -34,43 +35,125 @@ aten = torch.ops.aten
 
 
 class Derivatives(NamedTuple):
-    """f' times a tensor, and f'', of z: of y where ``of_output``, else of x.
+    """f' and f'' times a tensor, both of z: of y where ``of_output``, else of x.
 
-    ``options``: the further arguments of a call that these hold for.
+    ``singular``: not finite at z = 0, which stands outside of a map, so that there are no crops.
     """
 
     first: Callable[[Tensor, Tensor], Tensor]
-    second: Callable[[Tensor], Tensor]
+    second: Callable[[Tensor, Tensor], Tensor]
     of_output: bool = False
-    options: tuple[Any, ...] = ()
+    singular: bool = False
 
 
-def _second_of_silu(x: Tensor) -> Tensor:
-    s = x.sigmoid()
-    return s * (1 - s) * (2 + x * (1 - 2 * s))
-
-
-def _second_of_gelu(x: Tensor) -> Tensor:
-    return (x.square() / -2).exp() * ((2 - x.square()) / math.sqrt(2 * math.pi))
-
-
-_TANH = Derivatives(aten.tanh_backward.default, lambda y: -2 * y * (1 - y * y), of_output=True)
-_SIGMOID = Derivatives(
-    aten.sigmoid_backward.default, lambda y: y * (1 - y) * (1 - 2 * y), of_output=True
+_tanh, _sigmoid = aten.tanh_backward.default, aten.sigmoid_backward.default
+_TANH = Derivatives(_tanh, lambda g, y: _tanh(g, y).mul_(y).mul_(-2), of_output=True)
+_SIGMOID = Derivatives(_sigmoid, lambda g, y: _sigmoid(g, y).mul_(1 - 2 * y), of_output=True)
+_EXP = Derivatives(torch.mul, torch.mul, of_output=True)
+_EXPM1 = Derivatives(*[lambda g, y: torch.addcmul(g, g, y)] * 2, of_output=True)
+_SIN = Derivatives(lambda g, x: x.cos().mul_(g), lambda g, x: x.sin().mul_(g).neg_())
+_COS = Derivatives(lambda g, x: x.sin().mul_(g).neg_(), lambda g, x: x.cos().mul_(g).neg_())
+_SQUARE = Derivatives(lambda g, x: 2 * g * x, lambda g, x: 2 * g)
+_LOG = Derivatives(lambda g, x: g / x, lambda g, x: -g / (x * x), singular=True)
+_LOG1P = Derivatives(lambda g, x: g / (x + 1), lambda g, x: -g / (x + 1).square())
+_SQRT = Derivatives(
+    lambda g, y: g / (2 * y), lambda g, y: g / (-4 * y.pow(3)), of_output=True, singular=True
 )
-_EXP = Derivatives(torch.mul, lambda y: y, of_output=True)
-_SIN = Derivatives(lambda g, x: g * x.cos(), lambda x: -x.sin())
-_COS = Derivatives(lambda g, x: -g * x.sin(), lambda x: -x.cos())
-_SQUARE = Derivatives(lambda g, x: 2 * g * x, lambda x: torch.full_like(x, 2))
-_DERIVATIVES = {
-    **dict.fromkeys((F.tanh, torch.tanh, Tensor.tanh), _TANH),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), _SIGMOID),
-    **dict.fromkeys((torch.exp, Tensor.exp), _EXP),
-    **dict.fromkeys((torch.sin, Tensor.sin), _SIN),
-    **dict.fromkeys((torch.cos, Tensor.cos), _COS),
-    **dict.fromkeys((torch.square, Tensor.square), _SQUARE),
-    F.silu: Derivatives(aten.silu_backward.default, _second_of_silu, options=(False,)),
-    F.gelu: Derivatives(aten.gelu_backward.default, _second_of_gelu, options=("none",)),
+_RSQRT = Derivatives(
+    *(lambda g, y: -0.5 * g * y.pow(3), lambda g, y: 0.75 * g * y.pow(5)),
+    *(True, True),
+)
+_RECIPROCAL = Derivatives(
+    lambda g, y: -g * y * y, lambda g, y: 2 * g * y.pow(3), of_output=True, singular=True
+)
+_LOGSIGMOID = Derivatives(
+    lambda g, x: (-x).sigmoid().mul_(g), lambda g, x: _sigmoid(g, x.sigmoid()).neg_()
+)
+
+
+def _second_of_silu(g: Tensor, x: Tensor) -> Tensor:
+    s = x.sigmoid()
+    return _sigmoid(g, s).mul_((1 - 2 * s).mul_(x).add_(2))
+
+
+def _second_of_gelu(g: Tensor, x: Tensor) -> Tensor:
+    square = x.square()
+    return (square / -2).exp_().mul_((2 - square).mul_(g)).div_(math.sqrt(2 * math.pi))
+
+
+def _second_of_mish(g: Tensor, x: Tensor) -> Tensor:
+    s, t = x.sigmoid(), F.softplus(x).tanh()
+    return _tanh(g, t).mul_(s).mul_((1 - s - 2 * t * s).mul_(x).add_(2))
+
+
+_SILU = Derivatives(aten.silu_backward.default, _second_of_silu)
+_GELU = Derivatives(aten.gelu_backward.default, _second_of_gelu)
+_MISH = Derivatives(aten.mish_backward.default, _second_of_mish)
+
+
+def _softplus(beta: float = 1, threshold: float = 20) -> Derivatives:
+    def second(g: Tensor, x: Tensor) -> Tensor:
+        return _sigmoid(beta * g, (beta * x).sigmoid_()).masked_fill_(beta * x > threshold, 0)
+
+    return Derivatives(lambda g, x: aten.softplus_backward.default(g, x, beta, threshold), second)
+
+
+def _elu(alpha: float = 1.0, inplace: bool = False) -> Derivatives | None:
+    return None if inplace else _elu_like(alpha, 1, 1)
+
+
+def _celu(alpha: float = 1.0, inplace: bool = False) -> Derivatives | None:
+    return None if alpha != 1 else _elu(alpha, inplace)  # its backward rounds others to float32
+
+
+def _selu(inplace: bool = False) -> Derivatives | None:
+    return None if inplace else _elu_like(1.6732632423543772, 1.0507009873554805, 1)
+
+
+def _elu_like(alpha: float, scale: float, rate: float) -> Derivatives:
+    """Of y = scale x from 0 on, and scale alpha (exp(rate x) - 1) below."""
+
+    def first(g: Tensor, x: Tensor) -> Tensor:
+        return aten.elu_backward.default(g, alpha, scale, rate, False, x)
+
+    return Derivatives(first, lambda g, x: first(g * rate, x).masked_fill_(x >= 0, 0))
+
+
+def _power(exponent: Any) -> Derivatives | None:
+    if type(exponent) not in (int, float) or exponent == 0:
+        return None
+    if exponent == 2:
+        return _SQUARE
+    return Derivatives(
+        lambda g, x: g * (exponent * x.pow(exponent - 1)),
+        lambda g, x: g * (exponent * (exponent - 1) * x.pow(0 if exponent == 1 else exponent - 2)),
+        singular=exponent < 2 and exponent != 1,
+    )
+
+
+# Of a call's further arguments, its derivatives; None, or a TypeError, for those not covered.
+_KNOWN: dict[Any, Callable[..., Derivatives | None]] = {
+    **dict.fromkeys((F.tanh, torch.tanh, Tensor.tanh), lambda: _TANH),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), lambda: _SIGMOID),
+    **dict.fromkeys((torch.exp, Tensor.exp), lambda: _EXP),
+    **dict.fromkeys((torch.expm1, Tensor.expm1), lambda: _EXPM1),
+    **dict.fromkeys((torch.sin, Tensor.sin), lambda: _SIN),
+    **dict.fromkeys((torch.cos, Tensor.cos), lambda: _COS),
+    **dict.fromkeys((torch.square, Tensor.square), lambda: _SQUARE),
+    **dict.fromkeys((torch.log, Tensor.log), lambda: _LOG),
+    **dict.fromkeys((torch.log1p, Tensor.log1p), lambda: _LOG1P),
+    **dict.fromkeys((torch.sqrt, Tensor.sqrt), lambda: _SQRT),
+    **dict.fromkeys((torch.rsqrt, Tensor.rsqrt), lambda: _RSQRT),
+    **dict.fromkeys((torch.reciprocal, Tensor.reciprocal), lambda: _RECIPROCAL),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
+    F.silu: lambda inplace=False: None if inplace else _SILU,
+    F.gelu: lambda approximate="none": _GELU if approximate == "none" else None,
+    F.mish: lambda inplace=False: None if inplace else _MISH,
+    F.softplus: _softplus,
+    F.logsigmoid: lambda: _LOGSIGMOID,
+    F.elu: _elu,
+    **dict.fromkeys((F.celu, torch.celu), _celu),
+    **dict.fromkeys((F.selu, torch.selu), _selu),
 }
 
 
@@ -86,13 +169,14 @@ class Smooth(Pointwise):
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
-        derivatives = _DERIVATIVES[site.function]
-        x, *options = (*args, *kwargs.values())
-        if "input" in kwargs or tuple(options) not in ((), derivatives.options):
+        try:
+            x, derivatives = args[0], _KNOWN[site.function](*args[1:], **kwargs)
+        except (IndexError, TypeError):  # input= or out=
             return NotImplemented
         # Under autocast some give another type; a checkpoint may overwrite x, unseen.
         if (
-            x.is_complex()
+            derivatives is None
+            or x.is_complex()
             or torch.is_autocast_enabled(x.device.type)
             or (derivatives.of_output and in_checkpoint())
         ):
@@ -119,9 +203,16 @@ class Smooth(Pointwise):
         gradients = []
         if self.curved:
             wide = compute_type(self.z)
-            curvature = self.derivatives.second(self.z.to(wide)) * tangent * delta
+            curvature = self.derivatives.second(tangent.to(wide) * delta, self.z.to(wide))
             gradients = [curvature.to(tangent.dtype)]
         return self.derivatives.first(tangent, self.z), gradients
+
+    def input_regions(self, region: Region) -> list[Region]:
+        if self.derivatives.singular:
+            raise NotLocalError(
+                "its derivative at 0, which stands outside of the map, is not finite"
+            )
+        return super().input_regions(region)
 
     def crop(self, crops: Crops, region: Region) -> Rule:
         return self.changed(z=crops.gather(self.z, region))
@@ -144,9 +235,10 @@ class SmoothPointwise(Generic):
         return self.changed(leaves=[crops.gather(self.leaves[0], region)])
 
 
-register_alternatives(*_DERIVATIVES, rules=[Smooth, SmoothPointwise])
+_SINGULAR = (_LOG, _SQRT, _RSQRT, _RECIPROCAL)
+for _function, _known in _KNOWN.items():
+    _others = [] if _known is _power or _known() in _SINGULAR else [SmoothPointwise]
+    register_alternatives(_function, rules=[Smooth, *_others])
 register_alternatives(
-    *(F.softplus, F.elu, F.celu, F.selu, F.mish, F.hardswish, F.logsigmoid, F.softsign),
-    *(F.tanhshrink, torch.selu, torch.celu, torch.erf, Tensor.erf, torch.expm1, Tensor.expm1),
-    rules=[SmoothPointwise],
+    *(F.hardswish, F.softsign, F.tanhshrink, torch.erf, Tensor.erf), rules=[SmoothPointwise]
 )
