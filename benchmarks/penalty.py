@@ -1,7 +1,8 @@
-"""One discriminator step with a gradient penalty: plain, by double backward, compiled, and by fastjac.
+"""One step with a gradient penalty: plain, by double backward, compiled, and by fastjac.
 
     python -m benchmarks.penalty --norm batch --compiled
     python -m benchmarks.penalty --norm group --penalty wgan-gp
+    python -m benchmarks.penalty --network vit convnext sdf --compiled
 
 The discriminator is DCGAN's: images of 64 x 64 pixels, four convolutions of 4 x 4 with stride 2 and 64,
 128, 256, 512 channels, BatchNorm (``--norm batch``) or GroupNorm of 32 groups behind all but the first,
@@ -15,6 +16,11 @@ three products each in ``plain``, and six with the penalty (9 of 6 with both).
 With ``--penalty wgan-gp``, the loss is E D(generated) - E D(real), and the penalty
 gamma E (||dD/dx|| - 1)^2 on images between the two (Gulrajani et al., NeurIPS 2017), which take a
 forward of their own: its convolutions take twelve products where ``plain`` has six.
+
+Other networks (``--network``), each with real inputs alone: timm's ``vit_tiny_patch16_224`` and
+``convnext_atto`` on images of 224 x 224 with R1, and ``sdf``, the network of implicit geometric
+regularisation (Gropp et al., ICML 2020): eight linear layers under weight norm, softplus of beta 100
+between, its input joined in again in the middle; on 4096 points, E |D| + gamma E (||dD/dx|| - 1)^2.
 
 ``naive`` is the usual code: ``autograd.grad(create_graph=True)`` on the real images, then backward.
 ``compiled`` is that function of images and loss under ``torch.compile``, with
@@ -32,6 +38,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +47,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import weight_norm
 
 from benchmarks import measuring
 from fastjac import Scalar, gradient_penalty, jacobian_norm_penalty, with_jacobian
@@ -47,6 +56,7 @@ from fastjac import Scalar, gradient_penalty, jacobian_norm_penalty, with_jacobi
 MODULE = "benchmarks.penalty"
 spawn = functools.partial(measuring.spawn, MODULE)
 CONTENDERS = ("plain", "naive", "fastjac")
+TIMM = {"vit": "vit_tiny_patch16_224", "convnext": "convnext_atto"}
 NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(32, channels)}
 GAMMA = 10.0
 
@@ -55,12 +65,44 @@ GAMMA = 10.0
 class Configuration:
     """The discriminator, and its images."""
 
-    norm: str
+    norm: str = ""  # of dcgan
+    network: str = "dcgan"
     images: str = "both"
     penalty: str = "r1"
     batch: int = 64
     size: int = 64
     channels: int = 3
+
+
+class SignedDistance(nn.Module):
+    """Points ``[B, 3]`` to distances ``[B]``."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        widths = [3, width, width, width, width - 3, width, width, width, 1]
+        inputs = [*widths[:4], width, *widths[5:8]]
+        self.layers = nn.ModuleList(
+            weight_norm(nn.Linear(*sizes)) for sizes in zip(inputs, widths[1:], strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for i, layer in enumerate(self.layers):
+            y = layer(torch.cat([y, x], 1) / math.sqrt(2) if i == 4 else y)
+            if i < len(self.layers) - 1:
+                y = F.softplus(y, beta=100)
+        return y[:, 0]
+
+
+def network(config: Configuration) -> nn.Module:
+    """Inputs to logits ``[B]``."""
+    if config.network == "dcgan":
+        return discriminator(config)
+    if config.network == "sdf":
+        return SignedDistance()
+    import timm
+
+    return nn.Sequential(timm.create_model(TIMM[config.network], num_classes=1), nn.Flatten(0))
 
 
 def discriminator(config: Configuration) -> nn.Sequential:
@@ -97,13 +139,15 @@ class Contender:
     ) -> None:
         torch.manual_seed(0)
         form = measuring.memory_format(layout)
-        self.model = discriminator(config).to(device, dtype, memory_format=form)
+        self.model = network(config).to(device, dtype, memory_format=form)
         shape = (config.batch, config.channels, config.size, config.size)
+        if config.network == "sdf":
+            shape, form = (config.batch, 3), torch.contiguous_format
         images = [(2 * torch.rand(shape) - 1).to(device, dtype, memory_format=form) for _ in "ab"]
         self.real, generated = images
         self.generated = generated if config.images == "both" else None
         self.name, self.device, self.amp = name, device, amp
-        self.wgan = config.penalty == "wgan-gp"
+        self.wgan, self.eikonal = config.penalty == "wgan-gp", config.penalty == "eikonal"
         self.x = self.real.lerp(generated, 0.3) if self.wgan else self.real  # penalised there
         self._compiled = None
         if name == "compiled":
@@ -113,14 +157,15 @@ class Contender:
     def penalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """D of the images and the penalty."""
         if self.name in ("naive", "compiled"):
-            logits, gradient = logits_and_gradient(self.model, x)
+            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+                logits, gradient = logits_and_gradient(self.model, x)
             norms = gradient.flatten(1).square().sum(1)
-            if self.wgan:
+            if self.wgan or self.eikonal:
                 return logits, GAMMA * (norms.sqrt() - 1).square().mean()
             return logits, GAMMA / 2 * norms.mean()
         target = Scalar(lambda logits, y: logits)
         out = with_jacobian(self.model, x, target, batch_stats="batch")
-        if self.wgan:
+        if self.wgan or self.eikonal:
             return out.output, GAMMA * gradient_penalty(out.jacobian)
         return out.output, GAMMA / 2 * jacobian_norm_penalty(out.jacobian)
 
@@ -135,6 +180,8 @@ class Contender:
             logits, penalty = self.penalised(x)
         if self.wgan:
             return self.model(self.generated).mean() - logits.mean() + penalty
+        if self.eikonal:
+            return logits.abs().mean() + penalty
         loss = F.softplus(-logits).mean() + penalty
         if self.generated is not None:
             loss = loss + F.softplus(self.model(self.generated)).mean()
@@ -237,8 +284,8 @@ def measure(config: Configuration, args: argparse.Namespace) -> dict[str, Any]:
 def table(result: dict[str, Any], args: argparse.Namespace) -> str:
     """The figures of one configuration, as text."""
     lines = [
-        f"{result['penalty']}, {result['norm']} norm, {result['images']} images, "
-        f"batch {result['batch']}"
+        f"{result['network']}, {result['penalty']}, {result['norm'] or 'no'} norm, {result['images']} "
+        f"images, batch {result['batch']}"
     ]
     for name in args.contenders:
         cells = [measuring.text_of_time(s, rows[name]) for s, rows in result["time"].items()]
@@ -253,10 +300,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--network", nargs="+", choices=("dcgan", *TIMM, "sdf"), default=["dcgan"])
     parser.add_argument("--norm", nargs="+", choices=NORMS, default=list(NORMS))
     parser.add_argument("--images", choices=("both", "real"), default="both")
     parser.add_argument("--penalty", choices=("r1", "wgan-gp"), default="r1")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, help="default: 64; of vit and convnext 8, of sdf 4096")
     parser.add_argument("--compiled", action="store_true", help="also compiled: it takes minutes")
     parser.add_argument(
         "--measure", nargs="+", choices=("time", "memory"), default=["time", "memory"]
@@ -270,14 +318,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def configurations(args: argparse.Namespace) -> list[Configuration]:
+    """What is to be measured."""
+    found = []
+    for name in args.network:
+        if name == "dcgan":
+            batch = args.batch or 64
+            found += [Configuration(n, name, args.images, args.penalty, batch) for n in args.norm]
+        elif name == "sdf":
+            found.append(Configuration("", name, "real", "eikonal", args.batch or 4096))
+        else:
+            found.append(Configuration("", name, "real", "r1", args.batch or 8, 224))
+    return found
+
+
 def main() -> None:
     args = parse()
     if args.worker:
         print(json.dumps(worker(args)))
         return
     results = []
-    for norm in args.norm:
-        results.append(measure(Configuration(norm, args.images, args.penalty, args.batch), args))
+    for config in configurations(args):
+        results.append(measure(config, args))
         print(table(results[-1], args), flush=True)
         measuring.write_json(args, MODULE, results)
 

@@ -257,14 +257,18 @@ def host(name: str) -> str:
     return markdown(["", "", "ms", "of the plain step's"], rows)
 
 
+PENALISED = {"vit": "ViT-tiny", "convnext": "ConvNeXt-atto", "sdf": "softplus network"}
+
+
 def penalties(*names: str) -> str:
     """Time and memory of a step with the penalty over those of the step without."""
     rows = []
     for name in names:
         for result in results(name):
-            kind = {"r1": "R1", "wgan-gp": "WGAN-GP"}[result["penalty"]]
+            kind = {"r1": "R1", "wgan-gp": "WGAN-GP", "eikonal": "eikonal"}[result["penalty"]]
+            network = PENALISED.get(result.get("network"), f"{result['norm'].capitalize()}Norm")
             for each in ("naive", "compiled", "fastjac"):
-                row = [f"{kind}, {result['norm'].capitalize()}Norm", f"`{each}`"]
+                row = [f"{kind}, {network}", f"`{each}`"]
                 row += [f"{timed[each]['ratio']:.2f}" for timed in result["time"].values()]
                 for memory in (result["memory"], result["memory_needed"]):
                     row.append(f"{memory[each] / memory['plain']:.2f}")
