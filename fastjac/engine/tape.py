@@ -351,6 +351,8 @@ class Tape(Fusion):
         if function in (Tensor.detach_, torch.detach_):
             self._values.pop(id(args[0]))
             return self.run(function, args, kwargs)
+        if function is F.multi_head_attention_forward:  # of its parts, each has a rule
+            return self.run_parts(function, args, kwargs)
         return self._record(function, args, kwargs, varying, trains)
 
     def _special(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -120,6 +120,28 @@ def test_attention_that_is_left_to_autograd(function):
     check(lambda: Apply(lambda z: z + function(tokens(z)).mT.reshape(z.shape)), covered=False)
 
 
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 4, "vdim": 4}],
+    ids=str,
+)
+def test_multi_head_attention_is_recorded_by_its_parts(options, weights):
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+        def forward(self, z: Tensor) -> Tensor:
+            t = z.flatten(2).mT
+            mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+            y, p = self.inner(t, t.sin(), t, need_weights=weights, attn_mask=mask)
+            return z + y.mT.reshape(z.shape) * (1 if p is None else p[:, :1, :4, None])
+
+    check(Heads, name="Linear")
+    check(Heads, "frozen", name="Softmax" if weights else "Attention")
+
+
 @pytest.mark.parametrize(
     ("function", "covered"),
     [

@@ -327,14 +327,6 @@ def cube(z: Tensor, power: int = 3) -> Tensor:
     return z**power
 
 
-@pytest.fixture
-def registry():
-    before = dict(_RULES)
-    yield
-    _RULES.clear()
-    _RULES.update(before)
-
-
 def test_a_rule_of_a_function_of_the_users_own(registry):
     seen = []
 

@@ -500,7 +500,7 @@ MODULES = [fastjac.jacobian, fastjac.matching, fastjac.fusion, fastjac.targets, 
 
 
 @pytest.mark.parametrize("module", [*MODULES, fastjac.engine.rules.base], ids=lambda m: m.__name__)
-def test_examples_of_docstrings_run(module):
+def test_examples_of_docstrings_run(module, registry):
     names = {**vars(module), "fastjac": fastjac, "torch": torch}
     result = doctest.testmod(module, extraglobs=names)
     assert result.attempted > 0

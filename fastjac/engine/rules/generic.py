@@ -31,8 +31,6 @@ from fastjac.fusion.mode import function_name, tensors_in, writes_in_place
 if TYPE_CHECKING:
     from fastjac.engine.site import Site
 
-# The attention functions, and the position of their dropout.
-_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -220,8 +218,7 @@ class _Context:
         self.device, self.draws = device, []
         kind = device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.dropout_position = _ATTENTION.get(function)
-        self.attention = function in _ATTENTION
+        self.attention = function is F.scaled_dot_product_attention
         self.recurrent = function in _RECURRENT
 
     @contextmanager
@@ -266,8 +263,7 @@ class _Context:
         if self.recurrent:  # its dropout is its one float, and whether it trains follows
             pairs = itertools.pairwise(args)
             return any(isinstance(p, float) and p > 0 and trains for p, trains in pairs)
-        position = self.dropout_position
-        return (args[position] if len(args) > position else kwargs.get("dropout_p", 0.0)) > 0
+        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
 
 
 def _is_leaf(site: Site, tensor: Tensor) -> bool:
