@@ -109,8 +109,6 @@ class Site:
             if number in call.outputs:
                 calls[i] = call.by_copies(call.rule.with_output_copied())
                 return
-            if in_checkpoint():
-                continue
             if number in call.rule.sources and call.unchanged():
                 calls[i] = call.by_copies(call.rule.with_source_copied(number))
             receivers = []

@@ -167,6 +167,16 @@ def test_what_autograd_does_not_save_may_be_overwritten(name, first):
         assert_exact(student, teacher, x, y, AttentionWindow("1", window=0.3), strategy="local")
 
 
+@pytest.mark.parametrize("name", [name for name in READ_BEFORE if "swish" not in name])
+def test_nor_is_it_an_error_in_a_checkpoint(name):
+    def checkpointed(z: Tensor) -> Tensor:
+        return checkpoint(lambda z: READ_BEFORE[name](z * 1), z, use_reentrant=False)
+
+    x, y = batch()
+    student, teacher = network(checkpointed, False), network(torch.tanh, False)
+    assert_exact(student, teacher, x, y, LabelLogit())
+
+
 @pytest.mark.parametrize("target", [LabelLogit(), AttentionWindow("1", window=0.3)])
 def test_below_the_parameters_anything_may_be_overwritten(target):
     """Where the double backward fails: autograd saves silu's input."""
