@@ -349,6 +349,8 @@ class Tape(Fusion):
         if not torch.is_grad_enabled() or function in _CONSTANTS:
             return self._run_without_gradient(function, args, kwargs, varying)
         if function in (Tensor.detach_, torch.detach_):
+            # Gradients of what has been computed of it still go to what it was computed from.
+            Site(self, function, trains).copy_before_writing(args[0])
             self._values.pop(id(args[0]))
             return self.run(function, args, kwargs)
         if function is F.multi_head_attention_forward:  # of its parts, each has a rule

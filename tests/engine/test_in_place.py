@@ -150,6 +150,7 @@ READ_BEFORE = {
     "where": then(lambda z: torch.where(z > 0, z, -2 * z), lambda z: z.add_(1)),
     "largest": then(lambda z: z.max(1, keepdim=True)[0], lambda z: z.mul_(2)),
     "a part": then(torch.tanh, lambda z: z[:, :1].mul_(3)),
+    "detached": then(torch.sigmoid, Tensor.detach_),
     "two readers": then(lambda z: z.sigmoid() * z.exp(), lambda z: z.mul_(2)),
     "swish": swish,
     "swish of swish": lambda z: swish(swish(z)),
