@@ -474,17 +474,13 @@ class Tape(Fusion):
                 break
         out, rule, receivers = recorded
         result = args[0] if out is None and in_place else out
-        if isinstance(result, Tensor):
-            value = self._values.get(id(result))
-            if value is not None and value.version == result._version:
-                return out  # one of its arguments, as it was
         made = tensors_in(result)
         if any(t.is_nested for t in made):
             raise FastjacError(
                 f"{function_name(function)} makes a nested tensor of what depends on x; expected padded "
                 "tensors and a mask, or strategy='autograd'"
             )
-        numbers = tuple(self._assign(t, trains) if _differentiable(t) else None for t in made)
+        numbers = tuple(self._assign(t, trains) if self._is_new(t) else None for t in made)
         if not any(n is not None for n in numbers):
             return out
         single = isinstance(result, Tensor)
@@ -496,6 +492,11 @@ class Tape(Fusion):
             number = self._assign(base, trains or (whole is not None and whole.trainable))
             self.calls.append(Call(write, (number,), True, (), name, module, []))
         return out
+
+    def _is_new(self, made: Tensor) -> bool:
+        """Whether a call's result has a derivative, and is no argument as it was."""
+        value = self._values.get(id(made))
+        return _differentiable(made) and (value is None or value.version != made._version)
 
     def _owner(self, base: Tensor, view: Tensor) -> Tensor | None:
         """The view of ``base`` as a whole that a call has returned, as F.linear does of 3 dimensions."""

@@ -98,6 +98,17 @@ UNUSUAL = {
 
 
 @STATISTICS
+def test_an_argument_among_several_results_is_what_it_was(batch_stats):
+    def function(z: Tensor) -> Tensor:
+        read_before = z.sin()
+        same, _ = torch.broadcast_tensors(z, z[:1])
+        assert same is z
+        return read_before * same
+
+    agrees(lambda: network(Apply(function)), batch_stats)
+
+
+@STATISTICS
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_calls_are_exact_or_refused(name, frozen, batch_stats):
