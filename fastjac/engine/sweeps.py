@@ -257,7 +257,8 @@ def _pushed(row: Linearization, v: Tensor, whole: bool, release: bool) -> list[T
         v = row.cropped(v) if whole else v
         if not row.half:
             return row.forward_sweep(v, release)
-        largest = v.abs().amax().to(torch.promote_types(v.dtype, torch.float32))
+        largest = v.abs().amax() if v.numel() else v.new_zeros(())
+        largest = largest.to(torch.promote_types(v.dtype, torch.float32))
         scale = torch.where(largest.isfinite() & (largest > 0), largest, 0)
         scale = _largest_of_all(scale, row)
         scale = torch.where(scale > 0, scale, 1)

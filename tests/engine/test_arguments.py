@@ -344,9 +344,10 @@ def test_an_empty_batch_of_images(norm, target):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_an_empty_batch_of_vectors():
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
-    out = with_jacobian(model, torch.rand(0, 4).double(), LabelLogit(), LABELS[:0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_an_empty_batch_of_vectors(dtype):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).to(dtype)
+    out = with_jacobian(model, torch.rand(0, 4, dtype=dtype), LabelLogit(), LABELS[:0])
     (out.jacobian.square().sum() + out.output.sum()).backward()
     assert out.jacobian.shape == (0, 4)
     assert not model[0].weight.grad.any()
