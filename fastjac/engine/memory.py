@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,6 +33,22 @@ class MemoryNotes:
             return None
         known = self._notes.get(tensor.untyped_storage()._cdata)
         return None if known is None or known[0].expired() else known[1]
+
+
+class VersionNotes:
+    """Tensors as they are: none that was overwritten since it was noted is among them."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, tuple[Any, int]] = {}
+
+    def note(self, tensor: Tensor) -> None:
+        """Note a tensor, while it lives."""
+        notes, key = self._notes, id(tensor)
+        notes[key] = weakref.ref(tensor, lambda _: notes.pop(key, None)), tensor._version
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        known = self._notes.get(id(tensor))
+        return known is not None and known[1] == tensor._version
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._autograd import CreationMeta, _get_creation_meta
@@ -16,13 +15,13 @@ from torch.autograd.graph import get_gradient_edge
 
 from fastjac.engine.call import Call, calling_module, own_lists
 from fastjac.engine.hooks import HOOKED, Hooks, leads_to, nodes_behind
-from fastjac.engine.memory import MemoryNotes, clone_on_write, share_memory
+from fastjac.engine.memory import MemoryNotes, VersionNotes, clone_on_write, share_memory
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import PIECEWISE_CONSTANT, custom_output
 from fastjac.engine.rules.linear_maps import LIKE
 from fastjac.engine.rules.views import ViewWrite, view_of
 from fastjac.engine.site import Site, as_read
-from fastjac.engine.unseen import Unseen, other_route, overwritten, unseen
+from fastjac.engine.unseen import Unseen, in_forward_mode, other_route, overwritten, unseen
 from fastjac.errors import FastjacError
 from fastjac.fusion.chains import Chain
 from fastjac.fusion.mode import (
@@ -96,8 +95,8 @@ class Tape(Fusion):
         self.half = False
         self.hooks = Hooks()
         self._values: dict[int, Value] = {}
-        # Tensors with a graph that does not lead to x, while they have this version.
-        self._constants: dict[int, tuple[Any, int]] = {}
+        # Tensors with a graph that does not lead to x.
+        self._constants = VersionNotes()
         with torch.enable_grad():
             trainable = differentiable and x.requires_grad
             self.x = clone_on_write(x if trainable else x.detach().requires_grad_())
@@ -173,8 +172,8 @@ class Tape(Fusion):
                 continue
             if isinstance(argument, Tensor):
                 value = self._values.get(id(argument)) or self._behind_identity(argument)
-                if value is None and argument.requires_grad:
-                    if argument.grad_fn is not None and not self._is_constant(argument):
+                if value is None and _requires_grad(argument):
+                    if argument.grad_fn is not None and argument not in self._constants:
                         value = (
                             self._reread(argument)
                             or self._of_custom_function(argument)
@@ -197,7 +196,7 @@ class Tape(Fusion):
 
     def _behind_identity(self, tensor: Tensor) -> Value | None:
         """What is known of a tensor that an identity of autograd's has given a node of its own."""
-        node, output = tensor.grad_fn, tensor.output_nr
+        node, output = tensor.grad_fn if _has_node(tensor) else None, tensor.output_nr
         if node is None or node.name() not in _IDENTITIES:
             return None
         return self._held(tensor, self.value_behind(node, output))
@@ -227,7 +226,7 @@ class Tape(Fusion):
 
     def _checked(self, name: Any, tensor: Tensor, value: Value) -> Value:
         if tensor._version != value.version:
-            known = self._reread(tensor)
+            known = self._reread(tensor) if torch.is_grad_enabled() else value
             if known is None:
                 raise overwritten(name, tensor)
             return known
@@ -237,13 +236,14 @@ class Tape(Fusion):
 
     def _reread(self, tensor: Tensor) -> Value | None:
         """A view of a value that was overwritten since it was made: a view of the value as it is."""
-        base = tensor._base if torch.is_grad_enabled() else None
+        base = tensor._base
         if base is None or _get_creation_meta(tensor) != CreationMeta.DEFAULT:
             return None  # of several views, or of one made without gradients, PyTorch takes none
         whole = self._values.get(id(base))
-        if whole is None or whole.version != base._version or whole.node is not None:
+        if whole is None or whole.version != base._version:
             return None
-        rule = view_of(whole.number, base, tensor)
+        moved = whole.node not in (None, _node(base))
+        rule = None if moved else view_of(whole.number, base, tensor)
         if rule is None:
             return None
         number = self._assign(tensor, whole.trainable)
@@ -259,7 +259,7 @@ class Tape(Fusion):
         if not self.leads_to_values(tensor.grad_fn):
             if self._origin is not None and leads_to(tensor, self._origin_edge):
                 return self._by_another_route(name, tensor)
-            self._note_constant(tensor)
+            self._constants.note(tensor)
             return None
         error = self._unseen(name, tensor)
         if not isinstance(tensor.grad_fn, BackwardCFunction):
@@ -290,15 +290,6 @@ class Tape(Fusion):
         """Whether the graph behind an autograd node, itself included, has the node of a value."""
         return any(n._sequence_nr() in self._nodes for n in nodes_behind([node]))
 
-    def _note_constant(self, tensor: Tensor) -> None:
-        constants, key = self._constants, id(tensor)
-        alive = weakref.ref(tensor, lambda _: constants.pop(key, None))
-        constants[key] = alive, tensor._version
-
-    def _is_constant(self, tensor: Tensor) -> bool:
-        known = self._constants.get(id(tensor))
-        return known is not None and known[1] == tensor._version
-
     def module_names(self) -> dict[int, str]:
         """The names of the model's modules, by their identity."""
         return {id(module): name for name, module in self.model.named_modules()}
@@ -326,6 +317,8 @@ class Tape(Fusion):
         if kwargs and not like:
             trains = self._scan(function, kwargs.values(), varying) or trains
         if not varying:
+            if written := self._overwritten(function, args, kwargs):
+                return self._run_without_gradient(function, args, kwargs, written)
             return self._run_constant(function, args, kwargs)
         if function in _UNVERSIONED:
             self._unversioned.note(args[0])
@@ -336,7 +329,7 @@ class Tape(Fusion):
                 f"the model calls {function_name(function)} on what depends on x, which fastjac does "
                 "not take; expected Python's own control flow, or strategy='autograd'"
             )
-        if forward_ad._current_level >= 0 and _in_forward_mode(function, args, kwargs):
+        if in_forward_mode(function, args, kwargs):
             raise FastjacError(
                 f"the model calls {function_name(function)} on what depends on x in forward mode, which "
                 "fastjac does not take; strategy='autograd' does"
@@ -386,11 +379,11 @@ class Tape(Fusion):
     def _run_constant(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self.run(function, args, kwargs)
         if isinstance(out, Tensor) and _has_node(out):
-            self._note_constant(out)
-        inside = self._without_gradient and not torch.is_grad_enabled()
-        noted = self._without_gradient.find
-        if inside and any(noted(t) is not None for t in tensors_in(args, kwargs)):
-            self._note_without_gradient(function, out)
+            self._constants.note(out)
+        if self._without_gradient and not torch.is_grad_enabled():
+            noted = map(self._without_gradient.find, tensors_in(args, kwargs))
+            if any(number is not None for number in noted):
+                self._note_without_gradient(function, out)
         return out
 
     def _run_without_gradient(
@@ -399,18 +392,29 @@ class Tape(Fusion):
         """As autograd has it: the result is a constant, and what is written to keeps its derivative."""
         if in_checkpoint():
             self.checkpointed.add(torch._C._autograd._get_sequence_nr() - 1)
+        written = self._overwritten(function, args, kwargs)
+        for tensor in written:
+            Site(self, function, False).copy_before_writing(tensor)
+        known = [(t, self._values[id(t)]) for t in (*varying, *written)]
+        known = [(t, value) for t, value in known if value.version == t._version]
         out = self.run(function, args, kwargs)
         for tensor in tensors_in(out):
-            if tensor.grad_fn is not None and id(tensor) not in self._values:
-                self._note_constant(tensor)  # a sampler's result has a node, of no derivative
+            if _has_node(tensor) and id(tensor) not in self._values:
+                self._constants.note(tensor)  # a sampler's result has a node, of no derivative
         self._note_without_gradient(function, out)
-        for tensor in varying:
-            value = self._values[id(tensor)]
+        for tensor, value in known:
             if tensor._version != value.version:
                 self._values[id(tensor)] = value._replace(
                     version=tensor._version, node=_node(tensor)
                 )
         return out
+
+    def _overwritten(self, function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """The values that a call without gradients writes to, also through a view of them."""
+        if torch.is_grad_enabled() or not writes_in_place(function, args, kwargs):
+            return []
+        given = tensors_in(args[:1], kwargs.get("out"))
+        return [t for t in (*given, *(t._base for t in given)) if self.value(t) is not None]
 
     def _note_without_gradient(self, function: Any, out: Any) -> None:
         if operation_name(function) in PIECEWISE_CONSTANT:
@@ -567,7 +571,7 @@ class Tape(Fusion):
             return
         if self.value(chain.source) is None and self.value(chain.added) is None:
             if value.grad_fn is not None:
-                self._note_constant(value)
+                self._constants.note(value)
             return
         tensors = (chain.source, chain.added, chain.weight, chain.bias)
         trains = any(map(self.trains, tensors))
@@ -578,22 +582,17 @@ class Tape(Fusion):
         self.calls.append(call)
 
 
+def _requires_grad(tensor: Tensor) -> bool:
+    """Whether it does; PyTorch refuses to say of a view that was written to without gradients."""
+    return (torch.is_grad_enabled() or not tensor._is_view()) and tensor.requires_grad
+
+
 def _has_node(tensor: Tensor) -> bool:
-    """Whether a graph leads to it; PyTorch refuses to say of a view that was written to without one."""
-    if not torch.is_grad_enabled() and tensor._is_view():
-        return False
-    return tensor.grad_fn is not None
+    return _requires_grad(tensor) and tensor.grad_fn is not None
 
 
 def _differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _in_forward_mode(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call makes or reads dual numbers; PyTorch's level is that of all threads."""
-    return function is torch._make_dual or any(
-        forward_ad.unpack_dual(t).tangent is not None for t in tensors_in(args, kwargs)
-    )
 
 
 def _node(tensor: Tensor) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import Rule
 from fastjac.errors import FastjacError
-from fastjac.fusion.mode import function_name
+from fastjac.fusion.mode import function_name, tensors_in
 
 
 @dataclass
@@ -59,6 +61,14 @@ def other_route(name: Any) -> FastjacError:
     return FastjacError(
         f"{_text(name)} reads what depends on x, not through the model's argument, and J "
         "would be without it; expected a value computed inside of the model, or a detached one"
+    )
+
+
+def in_forward_mode(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call makes or reads dual numbers; PyTorch's level is that of all threads."""
+    return forward_ad._current_level >= 0 and (
+        function is torch._make_dual
+        or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors_in(args, kwargs))
     )
 
 

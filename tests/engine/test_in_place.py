@@ -310,10 +310,28 @@ def scaled_part(z: Tensor) -> Tensor:
     return y * z
 
 
+def gated_twice(z: Tensor) -> Tensor:
+    y = F.relu6(z * 3)
+    with torch.no_grad():
+        y.mul_(-0.5)
+    return F.leaky_relu(y, 0.1, inplace=True)
+
+
+def scaled_as_a_whole(z: Tensor) -> Tensor:
+    y = z * 2
+    part, another = y[:, :2], y[:, 1:]
+    with torch.no_grad():
+        y.mul_(3)
+        part.sub_(1)
+        y[0].add_(0.5)
+    return y.sin() + part.cos().mean() + another.exp().mean()
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["x", "a map"])
-def test_a_part_that_is_written_without_and_then_with_a_gradient(first):
+@pytest.mark.parametrize("write", [scaled_part, gated_twice, scaled_as_a_whole])
+def test_what_is_written_to_without_a_gradient(write, first):
     x, y = batch()
-    assert_exact(network(scaled_part, first), network(torch.tanh, first), x, y, LabelLogit())
+    assert_exact(network(write, first), network(torch.tanh, first), x, y, LabelLogit())
 
 
 class SetsData(nn.Module):

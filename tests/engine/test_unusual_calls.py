@@ -224,16 +224,13 @@ def test_forward_mode_in_a_model_is_an_error():
         with_jacobian(model, images(), LabelLogit(), LABELS)
 
 
-def test_a_write_to_a_view_made_without_gradients_is_an_error():
+def test_a_write_to_a_view_made_without_gradients():
     def scale(z: Tensor) -> Tensor:
         with torch.no_grad():
             z[:, 0] *= 0.5
         return z
 
-    model = network(Apply(scale))
-    with_jacobian(model, images(), LabelLogit(), LABELS, strategy="autograd")  # as the error says
-    with pytest.raises(FastjacError, match="overwritten in place where fastjac cannot see it"):
-        with_jacobian(model, images(), LabelLogit(), LABELS)
+    agrees(lambda: network(Apply(scale)))
 
 
 class AddsSparse(nn.Module):
