@@ -167,3 +167,26 @@ def test_what_ran_in_float32_under_autocast_is_differentiated_in_float32():
     pairs = zip(gradients("auto", torch.float32), gradients("autograd", torch.float64), strict=True)
     for got, exact in pairs:
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+class Spectrum(nn.Module):
+    """Autocast gives the transform float32, which takes no bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        seed_all(0)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.fft.rfft(self.first(x)).abs())
+
+
+def test_a_linear_map_of_another_type_under_autocast():
+    found = []
+    for strategy in ("auto", "autograd"):
+        model, x = Spectrum(), images().flatten(1)[:, :6]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = with_jacobian(model, x, LabelLogit(), LABELS, strategy=strategy)
+        out.jacobian.square().sum().backward()
+        found.append([out.jacobian.detach(), model.first.weight.grad])
+    torch.testing.assert_close(*found, rtol=0.03, atol=0.01)

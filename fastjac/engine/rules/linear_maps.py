@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,11 +63,18 @@ class LinearMap(Rule):
         for constant in tensors_in(args, kwargs):
             site.keep(constant)
 
+        y = site.run(input, *args, **kwargs)
+        kind, again = input.device.type, nullcontext
+        if isinstance(y, Tensor) and y.dtype != input.dtype and torch.is_autocast_enabled(kind):
+            # It has made another type of it, which the function itself may not do, or not take.
+            again = partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
+
         def linear(x: Tensor) -> Any:
-            return function(x, *args, **kwargs)
+            with again():
+                return function(x, *args, **kwargs)
 
         rule = cls((number,), linear, input.shape, input.stride(), input.dtype, input.device)
-        return site.run(input, *args, **kwargs), rule, ()
+        return y, rule, ()
 
     def vjp(self, delta: Any) -> list[Tensor]:
         # Its derivative is the same at every x of this shape and layout.
