@@ -106,12 +106,10 @@ class Site:
         whole = tensor if value is None or tensor._base is None else tensor._base
         for i in reversed(range(len(calls) if value is not None else 0)):
             call, number = calls[i], value.number
+            if call.unchanged():
+                calls[i] = call.by_copies(call.rule.with_copies(tensor))
             if number in call.outputs:
-                if call.unchanged():
-                    calls[i] = call.by_copies(call.rule.with_output_copied())
                 return
-            if number in call.rule.sources and call.unchanged():
-                calls[i] = call.by_copies(call.rule.with_source_copied(number))
             if not torch.is_grad_enabled():
                 continue  # the write leaves the value where it is in autograd's graph
             receivers = []

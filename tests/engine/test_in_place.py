@@ -151,6 +151,8 @@ READ_BEFORE = {
     "largest": then(lambda z: z.max(1, keepdim=True)[0], lambda z: z.mul_(2)),
     "a part": then(torch.tanh, lambda z: z[:, :1].mul_(3)),
     "detached": then(torch.sigmoid, Tensor.detach_),
+    "a part, of which": then(lambda z: z.view_as(z).softmax(1), lambda z: z[:, :1].mul_(3)),
+    "a part, into another": then(lambda z: z.new_zeros(z.shape).copy_(z[:]), lambda z: z.mul_(2)),
     "two readers": then(lambda z: z.sigmoid() * z.exp(), lambda z: z.mul_(2)),
     "swish": swish,
     "swish of swish": lambda z: swish(swish(z)),

@@ -8,6 +8,7 @@ formulas.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastjac.engine.crops import Crops
+from fastjac.engine.memory import share_memory
 from fastjac.engine.receptive_field import KernelGeometry, Region
 from fastjac.errors import FastjacError
 
@@ -74,13 +76,14 @@ class Rule:
         """Whether ``jvp`` reads the cotangent of the output."""
         return False
 
-    def with_output_copied(self) -> Rule:
-        """The rule for an output that is about to be overwritten: with a copy, where it reads that."""
-        return self
+    def with_copies(self, written: Tensor) -> Rule:
+        """The rule with copies of what it holds of a tensor that is about to be overwritten.
 
-    def with_source_copied(self, source: int) -> Rule:
-        """The same for a source, where autograd may save none of it, and so allow the write."""
-        return self
+        Autograd allows the write where it saves none of that, and raises in the backward where it does.
+        """
+        fields = {name: _apart(value, written) for name, value in vars(self).items()}
+        unchanged = all(value is fields[name] for name, value in vars(self).items())
+        return self if unchanged else self.changed(**fields)
 
     def processes(self) -> Any:
         """The process group that the sweeps exchange sums with; None: none."""
@@ -107,6 +110,15 @@ class Rule:
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, **fields)
         return copy
+
+
+def _apart(value: Any, written: Tensor) -> Any:
+    """A rule's field, with a copy of each tensor that has its memory in common with ``written``."""
+    if type(value) is list:
+        copies = [_apart(item, written) for item in value]
+        return value if all(map(operator.is_, copies, value)) else copies
+    shared = isinstance(value, Tensor) and share_memory(value, written)
+    return value.clone() if shared else value
 
 
 @dataclass

@@ -55,6 +55,9 @@ class NormActPool(Rule):
     recomputes_cotangent: ClassVar[bool] = True
     stays_inside: ClassVar[bool] = True
 
+    def with_copies(self, written: Tensor) -> Rule:
+        return self  # its autograd node has saved them all, and would raise less clearly
+
     def needs_delta(self) -> bool:
         return any(self.receives)
 

@@ -115,13 +115,6 @@ class Generic(Rule):
         )
         return y, rule, tuple(r for group in receivers for r in group)
 
-    def with_source_copied(self, source: int) -> Rule:
-        leaves = list(self.leaves)
-        for place, number in enumerate(self.sources):
-            if number == source:
-                leaves[place] = leaves[place].clone()
-        return self.changed(leaves=leaves)
-
     def needs_delta(self) -> bool:
         return any(self.receives)
 

@@ -87,10 +87,6 @@ class Gate(Pointwise):
         y = site.run(input, *args, **kwargs)
         return y, cls((number,), site.keep(y), gate), ()
 
-    def with_output_copied(self) -> Rule:
-        # Autograd saves the input of these, and so lets the output be overwritten.
-        return self.changed(y=self.y.clone())
-
     def vjp(self, delta: Tensor) -> list[Tensor]:
         return [self.gate(delta, self.y)]
 
@@ -106,9 +102,6 @@ class Gate(Pointwise):
 @register_rule(F.relu, F.relu_, torch.relu, Tensor.relu, Tensor.relu_)
 class ReLU(Gate):
     """y = max(x, 0)."""
-
-    def with_output_copied(self) -> Rule:
-        return self  # autograd saves the output, too, so that the write is an error
 
     @classmethod
     def record(cls, site: Site, input: Tensor, inplace: bool = False) -> Recorded:

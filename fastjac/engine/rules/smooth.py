@@ -186,12 +186,6 @@ class Smooth(Pointwise):
         z = site.keep(y if derivatives.of_output else x)
         return y, cls((number,), z, derivatives, bool(receivers)), receivers
 
-    def with_output_copied(self) -> Rule:
-        return self.changed(z=self.z.clone()) if self.derivatives.of_output else self
-
-    def with_source_copied(self, source: int) -> Rule:
-        return self if self.derivatives.of_output else self.changed(z=self.z.clone())
-
     def needs_delta(self) -> bool:
         return self.curved
 
