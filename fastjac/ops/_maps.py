@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fastjac.errors import FastjacError
 
@@ -23,9 +24,10 @@ def layout(u: Tensor) -> torch.memory_format:
 
 
 def dense(u: Tensor) -> Tensor:
+    """u, or a copy: with the channels last where they are in the map that u is a part of."""
     if u.is_contiguous() or u.is_contiguous(memory_format=torch.channels_last):
         return u
-    return u.contiguous()
+    return u.contiguous(memory_format=suggest_memory_format(u))
 
 
 def laid_out(u: Tensor, *maps: Tensor | None) -> list[Tensor | None]:

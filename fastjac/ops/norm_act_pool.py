@@ -18,7 +18,7 @@ choice. Each derivative is affine in a few sums per channel, so it reads its inp
 Common to all: u is float64, float32, bfloat16 or float16, and every other map has its dtype.
 Statistics, ``weight``, ``bias`` and sums per channel are kept in the *accumulator* dtype, float64 for
 float64 and float32 else; all arithmetic is done in it, and rounded once. Maps are contiguous or
-channels-last; a u of other strides is copied into a contiguous one first, and the other maps into
+channels-last; a u of other strides is copied into one of these first, and the other maps into
 u's layout if they have another. Results have u's layout. Every result is the same from run to run,
 and on a CPU for any number of threads.
 """

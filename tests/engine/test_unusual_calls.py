@@ -450,3 +450,24 @@ def test_a_norm_of_transposed_series_is_viewed(batch_stats):
     torch.testing.assert_close(
         fuse(Series().double())(x), Series().double()(x), rtol=1e-9, atol=1e-12
     )
+
+
+def test_a_norm_of_a_part_of_a_channels_last_map_is_channels_last():
+    """As PyTorch's is: models view it so, and dropout draws its numbers in that order."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, _ = x.chunk(2, 1)
+            y = self.norm(first).relu().permute(0, 2, 3, 1).view(-1, 4)
+            return self.head(y).view(len(x), -1, 5).mean(1)
+
+    x = torch.rand(3, 8, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    x = x.to(memory_format=torch.channels_last)
+    assert_agrees(lambda: Halves().double(), x, LabelLogit(), LABELS)
+    fused, expected = fuse(Halves().double())(x), Halves().double()(x)
+    torch.testing.assert_close(fused, expected, rtol=1e-9, atol=1e-12)
