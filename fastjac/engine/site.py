@@ -110,8 +110,6 @@ class Site:
                 calls[i] = call.by_copies(call.rule.with_copies(tensor))
             if number in call.outputs:
                 return
-            if not torch.is_grad_enabled():
-                continue  # the write leaves the value where it is in autograd's graph
             receivers = []
             for receiver in call.receivers:
                 given = receiver.tensor
@@ -119,7 +117,8 @@ class Site:
                 known = self.tape.value(given) if same and receiver.source is not None else None
                 if known and as_read(known, call, receiver):
                     if id(given) not in taps:
-                        taps[id(given)] = _Tap.apply(given)
+                        with torch.enable_grad():
+                            taps[id(given)] = _Tap.apply(given)
                     receiver = Receiver(taps[id(given)], receiver.source)
                 receivers.append(receiver)
             calls[i].receivers = tuple(receivers)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
@@ -19,7 +18,7 @@ from fastjac.engine.memory import MemoryNotes, VersionNotes, clone_on_write, sha
 from fastjac.engine.rules import fused_rule, rules_for
 from fastjac.engine.rules.custom_functions import PIECEWISE_CONSTANT, custom_output
 from fastjac.engine.rules.linear_maps import LIKE
-from fastjac.engine.rules.views import ViewWrite, view_of
+from fastjac.engine.rules.views import ViewWrite, is_bound, view_of
 from fastjac.engine.site import Site, as_read
 from fastjac.engine.unseen import Unseen, in_forward_mode, other_route, overwritten, unseen
 from fastjac.errors import FastjacError
@@ -237,8 +236,8 @@ class Tape(Fusion):
     def _reread(self, tensor: Tensor) -> Value | None:
         """A view of a value that was overwritten since it was made: a view of the value as it is."""
         base = tensor._base
-        if base is None or _get_creation_meta(tensor) != CreationMeta.DEFAULT:
-            return None  # of several views, or of one made without gradients, PyTorch takes none
+        if base is None or is_bound(tensor):
+            return None
         whole = self._values.get(id(base))
         if whole is None or whole.version != base._version:
             return None
@@ -403,7 +402,7 @@ class Tape(Fusion):
                 self._constants.note(tensor)  # a sampler's result has a node, of no derivative
         self._note_without_gradient(function, out)
         for tensor, value in known:
-            if tensor._version != value.version:
+            if tensor._version != value.version and not is_bound(tensor):
                 self._values[id(tensor)] = value._replace(
                     version=tensor._version, node=_node(tensor)
                 )

@@ -329,8 +329,18 @@ def scaled_as_a_whole(z: Tensor) -> Tensor:
     return y.sin() + part.cos().mean() + another.exp().mean()
 
 
+def one_of_several(z: Tensor) -> Tensor:
+    y = z * 2
+    part, *_ = y.unbind(1)
+    read_before = part.exp()
+    with torch.no_grad():
+        part.mul_(0.5)
+        y.sub_(0.1)
+    return y.sin() + read_before[:, None]
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["x", "a map"])
-@pytest.mark.parametrize("write", [scaled_part, gated_twice, scaled_as_a_whole])
+@pytest.mark.parametrize("write", [scaled_part, gated_twice, scaled_as_a_whole, one_of_several])
 def test_what_is_written_to_without_a_gradient(write, first):
     x, y = batch()
     assert_exact(network(write, first), network(torch.tanh, first), x, y, LabelLogit())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta
 
 from fastjac.engine.rules.base import Recorded, Rule, register_rule
 from fastjac.engine.rules.linear_maps import LinearMap
@@ -122,6 +123,14 @@ class ViewWrite(Rule):
         base = self._laid_out(tangents[0] if len(tangents) > 1 else zero)
         self._view(base).copy_(tangents[-1])
         return base, ()
+
+
+def is_bound(tensor: Tensor) -> bool:
+    """Whether it is a view of which PyTorch takes no gradient once its memory was overwritten.
+
+    That is one of several that a function gives, and one that was made without gradients.
+    """
+    return tensor._is_view() and _get_creation_meta(tensor) != CreationMeta.DEFAULT
 
 
 def view_of(number: int, base: Tensor, view: Tensor) -> Rule | None:
