@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -45,10 +45,10 @@ class Hooks:
         handle.extra_dict_ref = (weakref.ref(hooks),)  # where its remove() looks, too
         return handle
 
-    def check_nodes(self, recorded: set[int]) -> None:
-        """Raise if a node that has been read, or one behind it, has hooks and is in ``recorded``."""
+    def check_nodes(self, recorded: Callable[[Any], Any]) -> None:
+        """Raise if a node that has been read, or one behind it, is ``recorded`` and has hooks."""
         for node in nodes_behind([node for _, node in self.nodes]):
-            here = node._sequence_nr() in recorded and node.name() not in HOOKED
+            here = recorded(node) and node.name() not in HOOKED
             if here and _has_hooks(node):
                 raise FastjacError(
                     f"the model registers a hook on the autograd node {node.name()} of what depends on "

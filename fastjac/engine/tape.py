@@ -99,8 +99,7 @@ class Tape(Fusion):
         with torch.enable_grad():
             trainable = differentiable and x.requires_grad
             self.x = clone_on_write(x if trainable else x.detach().requires_grad_())
-        self._nodes: set[int] = set()  # the autograd nodes of x and of what was recorded
-        self.outputs: dict[tuple[int, int], Value] = {}  # the values by node and output
+        self._key = object()  # of the values in the metadata of the autograd nodes that made them
         # The last nodes before calls without gradients in a checkpoint: those of custom functions.
         self.checkpointed: set[int] = set()
         # What was computed of values without a gradient: the last node before it.
@@ -129,11 +128,14 @@ class Tape(Fusion):
         self, node: Any, made: list[tuple[torch.Size, torch.dtype]], trainable: bool
     ) -> tuple[int, ...]:
         """Numbers for what an autograd node has made, which no call of the model has read yet."""
-        numbers, place = tuple(self._number(*each) for each in made), node._sequence_nr()
-        self._nodes.add(place)
-        for i, number in enumerate(numbers):
-            self.outputs[place, i] = Value(number, 0, trainable, None, None)
+        numbers = tuple(self._number(*each) for each in made)
+        values = (Value(number, 0, trainable, None, None) for number in numbers)
+        node.metadata[self._key] = dict(enumerate(values))
         return numbers
+
+    def outputs_of(self, node: Any) -> dict[int, Value]:
+        """The values that an autograd node has made. (A sequence number is one thread's alone.)"""
+        return node.metadata.get(self._key, {})
 
     def _note_value(self, tensor: Tensor, value: Value) -> None:
         values, key = self._values, id(tensor)
@@ -142,9 +144,9 @@ class Tape(Fusion):
 
     def _hold(self, tensor: Tensor, value: Value) -> None:
         self._note_value(tensor, value)
-        node = _node(tensor)
-        self._nodes.add(node)
-        self.outputs[node, tensor.output_nr] = value
+        if tensor.grad_fn is not None:
+            made = tensor.grad_fn.metadata.setdefault(self._key, {})
+            made[tensor.output_nr] = value
 
     def value(self, tensor: Any) -> Value | None:
         """What is known of a tensor; None: it does not depend on x."""
@@ -214,7 +216,7 @@ class Tape(Fusion):
         """What is known of an output of an autograd node: a call's, or what an identity gives back."""
         value = None
         while node is not None and not hasattr(node, "variable"):
-            value = self.outputs.get((node._sequence_nr(), output))
+            value = self.outputs_of(node).get(output)
             value = value or custom_output(self, node, output)
             if value is not None or node.name() not in _IDENTITIES:
                 break
@@ -287,7 +289,7 @@ class Tape(Fusion):
 
     def leads_to_values(self, node: Any) -> bool:
         """Whether the graph behind an autograd node, itself included, has the node of a value."""
-        return any(n._sequence_nr() in self._nodes for n in nodes_behind([node]))
+        return any(map(self.outputs_of, nodes_behind([node])))
 
     def module_names(self) -> dict[int, str]:
         """The names of the model's modules, by their identity."""
@@ -373,7 +375,7 @@ class Tape(Fusion):
 
     def check_nodes(self) -> None:
         """Raise if the model has registered a hook on an autograd node of a value."""
-        self.hooks.check_nodes(self._nodes)
+        self.hooks.check_nodes(self.outputs_of)
 
     def _run_constant(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self.run(function, args, kwargs)

@@ -64,3 +64,37 @@ def test_threads_that_sweep_at_once_give_the_same_bits():
         sys.setswitchinterval(interval)
     for each in found:
         assert all(map(torch.equal, each, expected))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 5).double()
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (self.layer(x).tanh() * scale).sin()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("length", range(6))
+def test_an_argument_with_a_graph_of_another_thread(length, hooked):
+    """Each thread counts its autograd nodes from 0."""
+    parameter = torch.linspace(0.5, 1, 5).double().requires_grad_()
+    identity = nn.Identity()
+    identity.register_full_backward_hook(lambda *_: None)
+
+    def made_of_parameter() -> Tensor:
+        scale = parameter * 1
+        for _ in range(length):
+            scale = scale * 1
+        return identity(scale) if hooked else scale
+
+    def step(scale: Tensor, strategy: str) -> list[Tensor]:
+        x, model = images().flatten(1)[:, :4], Scaled()
+        out = with_jacobian(model, x, LabelLogit(), LABELS, args=(scale,), strategy=strategy)
+        wanted = [parameter, model.layer.weight]
+        return [out.jacobian, *torch.autograd.grad(out.jacobian.square().sum(), wanted)]
+
+    found = in_a_thread(step, in_a_thread(made_of_parameter), "auto")
+    torch.testing.assert_close(found, step(made_of_parameter(), "autograd"), rtol=1e-9, atol=0)

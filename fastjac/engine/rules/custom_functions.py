@@ -48,15 +48,14 @@ def custom_output(tape: Tape, node: Any, output: int) -> Value | None:
     if not isinstance(node, BackwardCFunction):
         return None
     function = node._forward_cls
-    place = (node._sequence_nr(), output)
-    if place not in tape.outputs:
+    if output not in tape.outputs_of(node):
         named = function.__name__ in _WITH_ADVICE
         if named or function.__module__.partition(".")[0] in _NOT_THE_USERS:
             return None
-        if in_checkpoint() or place[0] in tape.checkpointed:
+        if in_checkpoint() or node._sequence_nr() in tape.checkpointed:
             return None  # what it has saved can be read in the backward alone
         _record(tape, node, function)
-    return tape.outputs.get(place)
+    return tape.outputs_of(node).get(output)
 
 
 def _record(tape: Tape, node: Any, function: Any) -> None:
