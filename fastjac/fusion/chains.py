@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fastjac.errors import FastjacError
 from fastjac.fusion.recompute import Recompute, version_of
@@ -120,6 +121,13 @@ class Chain:
             tensors = (self.u, self.residual, self.weight, self.bias, self.mean, self.invstd)
             y = forward(*tensors, *self.steps.options)
             placeholder.data = y if y.shape == self.shape else y.reshape(self.shape)
+
+    def has_layout_of(self, other: Tensor) -> bool:
+        """Whether a sum that begins with ``other``, and so has its layout, has the chain's too."""
+        strided = other.layout == torch.strided
+        if not strided or other.shape != self.u.shape or other.stride() == self.u.stride():
+            return True
+        return suggest_memory_format(other) == suggest_memory_format(self.u)
 
     def reads(self, storage: int) -> bool:
         """Whether the operator still has to read the storage at this address."""

@@ -365,6 +365,8 @@ class Fusion(TorchFunctionMode):
             self.compute(other)
             if not self.may_add(chain, other):
                 continue
+            if other is args[0] and not chain.has_layout_of(other):
+                continue
             residual = self.chain_input(other, chain.u, chain.weight, chain.bias)
             longer = chain.with_residual(residual, other)
             if longer is not None:

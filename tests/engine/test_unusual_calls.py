@@ -471,3 +471,23 @@ def test_a_norm_of_a_part_of_a_channels_last_map_is_channels_last():
     assert_agrees(lambda: Halves().double(), x, LabelLogit(), LABELS)
     fused, expected = fuse(Halves().double())(x), Halves().double()(x)
     torch.testing.assert_close(fused, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sum_has_the_layout_of_its_first_term():
+    """As PyTorch's has."""
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x + self.norm(x.contiguous()))
+            return self.head(y.permute(0, 2, 3, 1).view(-1, 4)).view(len(x), -1, 5).mean(1)
+
+    x = torch.rand(3, 4, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    x = x.to(memory_format=torch.channels_last)
+    assert_agrees(lambda: Adds().double(), x, LabelLogit(), LABELS)
+    fused, expected = fuse(Adds().double())(x), Adds().double()(x)
+    torch.testing.assert_close(fused, expected, rtol=1e-9, atol=1e-12)
