@@ -452,14 +452,15 @@ def test_a_norm_of_transposed_series_is_viewed(batch_stats):
     )
 
 
-def test_a_norm_of_a_part_of_a_channels_last_map_is_channels_last():
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda channels: nn.GroupNorm(2, channels)])
+def test_a_norm_of_a_part_of_a_channels_last_map_is_channels_last(norm):
     """As PyTorch's is: models view it so, and dropout draws its numbers in that order."""
 
     class Halves(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 5)
+            self.norm, self.head = norm(4), nn.Linear(4, 5)
 
         def forward(self, x: Tensor) -> Tensor:
             first, _ = x.chunk(2, 1)

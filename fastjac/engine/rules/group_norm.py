@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fastjac.engine.rules.base import Recorded, Rule, register_rule
-from fastjac.engine.rules.pools import layout
 
 if TYPE_CHECKING:
     from fastjac.engine.site import Site
@@ -131,4 +131,4 @@ class GroupNorm(Rule):
 
 def _dense(x: Tensor) -> torch.memory_format:
     """The layout that PyTorch's kernels expect, as F.group_norm gives it: channels-last on a CPU."""
-    return layout(x) if x.device.type == "cpu" else torch.contiguous_format
+    return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
