@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from fastjac.errors import FastjacError, notice
+from fastjac.errors import FastjacError, first_line, notice
 from fastjac.models.create import find_head
 from fastjac.models.efficientnet_pytorch import as_timm, is_efficientnet_pytorch
 
@@ -230,7 +230,7 @@ def _load(path: Path, start: bytes) -> Any:
     except Exception:  # a file from before PyTorch 1.6, which cannot be searched, or a damaged one
         unknown = []
     try:
-        return _unpickle(path, unknown)
+        content = _unpickle(path, unknown)
     except Exception as error:  # damaged bytes may raise anything
         if "TorchScript" in str(error):
             raise FastjacError(
@@ -242,6 +242,32 @@ def _load(path: Path, start: bytes) -> Any:
         raise FastjacError(
             f"{path} is not a readable PyTorch file of plain tensors: {reason}"
         ) from error
+    _check_sums(path)
+    return content
+
+
+def _check_sums(path: Path) -> None:
+    """Raise if a byte of the file is another than was written, which ``torch.load`` does not see."""
+    if not zipfile.is_zipfile(path):  # from before 1.6
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            wrong = [name for name in names if not _sum_is_right(archive, name)]
+    except Exception as error:  # as above
+        raise FastjacError(f"{path} is damaged: {first_line(error)}") from error
+    if wrong and len(wrong) < len(names):  # all: PyTorch was told to write none
+        raise FastjacError(f"{path} is damaged: the checksum of {wrong[0]} in it is wrong")
+
+
+def _sum_is_right(archive: zipfile.ZipFile, name: str) -> bool:
+    try:
+        with archive.open(name) as part:
+            while part.read(1 << 24):
+                pass
+    except (zipfile.BadZipFile, EOFError):
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

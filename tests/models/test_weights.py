@@ -384,6 +384,24 @@ def test_damaged_anywhere(tmp_path, donor):
     assert all(str(path) in line and "\n" not in line for line in lines)
 
 
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_flipped_bit_is_found(tmp_path, donor, sums):
+    """By the checksums, where the file has them."""
+    path = tmp_path / "w.pth"
+    torch.serialization.set_crc32_options(sums)
+    try:
+        torch.save(donor.state_dict(), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    check(donor, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(donor.fc.weight.detach().numpy().tobytes()) + 5] ^= 16
+    path.write_bytes(content)
+    if sums:
+        with pytest.raises(FastjacError, match=r"w\.pth is damaged: the checksum of w/"):
+            read_weights(path)
+
+
 def test_no_code_of_a_file_is_run(tmp_path, donor):
     """What calls a function in the file is an empty object here, and the weights beside it arrive."""
 
