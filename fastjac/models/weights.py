@@ -144,10 +144,7 @@ def load_weights(
     ]  # fmt: skip
     off = {k for k in weights if getattr(model, k.partition(".")[0], model) is None}
     surplus = [k for k in weights if k not in own and k not in off]
-    for k, value in weights.items():
-        if k in own and own[k].is_floating_point() and not value.is_floating_point():
-            kind = str(value.dtype).removeprefix("torch.")
-            raise FastjacError(f"{source}: {k} is {kind}, expected floating point; dequantise it")
+    _check_numbers(own, {k: weights[k] for k in own if k in weights}, source)
     if different := [*reshaped, *missing, *surplus]:
         in_head = all(k.startswith(tuple(heads)) for k in different) and all(
             weights[k].shape[1:] == own[k].shape[1:] for k in reshaped
@@ -179,6 +176,16 @@ def _check_values(weights: dict[str, Tensor], source: str | Path) -> None:
         else:
             continue
         raise FastjacError(f"{source}: {name} is {kind}; expected a plain tensor of real numbers")
+
+
+def _check_numbers(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
+    """Raise for numbers that are no longer themselves in the types of ``own``."""
+    for k, value in weights.items():
+        if own[k].is_floating_point() and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise FastjacError(f"{source}: {k} is {kind}, expected floating point; dequantise it")
+        if value.to(own[k].dtype).isinf().any() and not own[k].isinf().any():
+            raise FastjacError(f"{source}: {k} is infinite in places; expected finite numbers")
 
 
 def _refuse(

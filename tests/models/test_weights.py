@@ -436,6 +436,8 @@ def test_auxiliary_heads_are_left_out(caplog):
     ("change", "message"),
     [
         (lambda v: v * torch.nan, "fc.weight is not a number in places; expected a plain tensor"),
+        (lambda v: v / 0, "fc.weight is infinite in places; expected finite numbers"),
+        (lambda v: v.double() * 1e300, "fc.weight is infinite in places; expected finite numbers"),
         (lambda v: v.to(torch.int8), "fc.weight is int8, expected floating point; dequantise it"),
         (lambda v: v > 0, "fc.weight is bool, expected floating point"),
         (lambda v: v.to_sparse(), "fc.weight is sparse_coo; expected a plain tensor"),
