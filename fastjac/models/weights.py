@@ -39,10 +39,12 @@ class _Opaque:
     """Stands for any class or function that a file names: what it would make is an empty mapping.
 
     A mapping, since torch's unpickler adds items to those alone; a module's state is in its __dict__.
+    What is made of a module is that module, as torch.compile's wrapper is.
     """
 
     def __new__(cls, *args: Any) -> OrderedDict:
-        return OrderedDict()
+        modules = [each for each in args if "_modules" in getattr(each, "__dict__", {})]
+        return modules[0] if modules else OrderedDict()
 
 
 class _OpaqueNumpy:

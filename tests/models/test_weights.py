@@ -209,6 +209,7 @@ def test_the_average_is_preferred_and_said_so(arrives, resnet, caplog, tmp_path,
 def test_other_formats(arrives, resnet):
     arrives(resnet)  # a whole module, of a class that this file's reader never imports
     arrives({"epoch": 1, "model": torch.nn.DataParallel(copy.deepcopy(resnet))})
+    arrives(torch.compile(copy.deepcopy(resnet)))
     arrives(plain(resnet), save_file)  # safetensors under the name of another format
     arrives(plain(resnet), name="w.safetensors")
     arrives(plain(resnet), lambda c, p: torch.save(c, p, _use_new_zipfile_serialization=False))
