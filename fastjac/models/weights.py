@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastjac.errors import FastjacError, first_line, notice
 from fastjac.models.create import find_head
@@ -167,6 +168,8 @@ def _check_values(weights: dict[str, Tensor], source: str | Path) -> None:
             kind = str(value.layout).removeprefix("torch.")
         elif value.is_nested:
             kind = "nested"
+        elif is_traceable_wrapper_subclass(value):  # a DTensor, a part of a weight perhaps
+            kind = f"a {type(value).__name__}"
         elif value.is_quantized:
             kind = "quantised"
         elif value.is_meta:
@@ -201,11 +204,18 @@ def _refuse(
     problems = [f"{k} is {list(weights[k].shape)}, expected {list(own[k].shape)}" for k in reshaped]
     problems += [f"no {k}" for k in missing] + [f"unexpected {k}" for k in surplus]
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    advice = "; only the head differs, which --ignore-head leaves out of --weights"
+    advice = ""
+    if in_head:
+        advice = "; only the head differs, which --ignore-head leaves out of --weights"
+    elif len(missing) == len(problems) and all(k.endswith(_STATISTICS) for k in missing):
+        advice = "; only BatchNorm's statistics are absent: save state_dict(), not parameters()"
     raise FastjacError(
         f"{source} holds another model than this {type(model).__name__}: "
-        f"{'; '.join(problems[:3])}{more}{advice if in_head else ''}"
+        f"{'; '.join(problems[:3])}{more}{advice}"
     )
+
+
+_STATISTICS = (".running_mean", ".running_var")
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -283,6 +293,8 @@ def _reason(error: Exception) -> str:
     """What is wrong, in PyTorch's words, less its advice to run the code in the file."""
     if code := re.search(r"unsupported GLOBAL (\S+) whose module", str(error)):
         return f"it would run {code[1]}"
+    if isinstance(error, OSError) or "central directory" in str(error):
+        return "it is cut off or damaged"
     text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
     first = (text.strip() or type(error).__name__).splitlines()[0]
     return re.split(r"\. (?:In PyTorch 2\.6|This is an internal miniz error)", first)[0]
@@ -404,4 +416,9 @@ def _renamed(
         return plain
     cut = len(prefixes[0])
     inside = {k[cut:]: v for k, v in plain.items() if k.startswith(prefixes[0])}
-    return {k: v for k, v in plain.items() if k in own} | inside  # a head may be outside
+    outside = {}  # where a head may be, under a prefix of its own
+    for k in (k for k in own if k.startswith(head) and k not in inside):
+        named = [name for name in plain if f".{name}".endswith(f".{k}")]
+        if len(named) == 1:
+            outside[k] = plain[named[0]]
+    return outside | inside

@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastjac import FastjacError
 from fastjac.errors import notice
@@ -65,6 +66,12 @@ def test_another_model_is_refused_and_nothing_is_copied(donor):
     assert torch.equal(other.fc.weight, before)
 
 
+def test_parameters_without_statistics(resnet):
+    """What is saved by parameters() alone is not taken for another model."""
+    with pytest.raises(FastjacError, match=r"only BatchNorm's statistics are absent: save state_d"):
+        load_weights(create_model(SPEC), dict(resnet.named_parameters()), "f")
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_unreadable(tmp_path, suffix):
     path = tmp_path / f"w.{suffix}"
@@ -78,8 +85,14 @@ def test_unreadable(tmp_path, suffix):
 def test_truncated(tmp_path, donor):
     path = tmp_path / "w.pth"
     torch.save(donor.state_dict(), path)
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(FastjacError, match=r"w\.pth is not a readable PyTorch file"):
+    whole = path.read_bytes()
+    for size in range(3, len(whole), 97):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            FastjacError, match=r"w\.pth is not a readable PyTorch file of plain ten"
+        ):
+            read_weights(path)
+    with pytest.raises(FastjacError, match=r"plain tensors: it is cut off or damaged$"):
         read_weights(path)
 
 
@@ -443,6 +456,7 @@ def test_auxiliary_heads_are_left_out(caplog):
         (lambda v: v > 0, "fc.weight is bool, expected floating point"),
         (lambda v: v.to_sparse(), "fc.weight is sparse_coo; expected a plain tensor"),
         (lambda v: torch.nested.nested_tensor([v]), "fc.weight is nested; expected a plain"),
+        (lambda v: TwoTensor(v, v), "fc.weight is a TwoTensor; expected a plain tensor"),
         (lambda v: v.to("meta"), "fc.weight is on the meta device; expected a plain tensor"),
         (lambda v: v.to(torch.complex64), "fc.weight is complex64; expected a plain tensor"),
         (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "fc.weight is quantised; ex"),
@@ -453,12 +467,19 @@ def test_values_that_are_no_weights(tmp_path, donor, change, message):
     torch.save(weights | {"fc.weight": change(weights["fc.weight"])}, tmp_path / "w.pth")
     model = VGG("4 M", 3)
     before = model.fc.weight.clone()
+    with torch.serialization.safe_globals([TwoTensor]):
+        weights = read_weights(tmp_path / "w.pth")
     with pytest.raises(FastjacError, match=f"f: {message}"):
-        load_weights(model, read_weights(tmp_path / "w.pth"), "f")
+        load_weights(model, weights, "f")
     assert torch.equal(model.fc.weight, before)
 
 
 @pytest.mark.parametrize("prefix", ["encoder.", "module.backbone."])
 def test_a_head_beside_its_prefixed_body(arrives, resnet, prefix):
     weights = plain(resnet)
-    arrives({k if k.startswith("fc.") else prefix + k: v for k, v in weights.items()})
+    for other in ("", "head.", "module.classifier."):
+        arrives({(other if k.startswith("fc.") else prefix) + k: v for k, v in weights.items()})
+    heads = {f"{h}.{k}": v for h in ("h1", "h2") for k, v in weights.items() if "fc." in k}
+    body = {prefix + k: v for k, v in weights.items() if "fc." not in k}
+    with pytest.raises(FastjacError, match=r"no fc\.weight; no fc\.bias; only the head differs"):
+        load_weights(create_model(SPEC), body | heads, "f", ignore_head=False)
