@@ -5,6 +5,7 @@ Of the dataclasses in ``TOPICS``, the docstring is the heading above their optio
 
 from __future__ import annotations
 
+import os
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
@@ -155,6 +156,7 @@ class RunOptions(_Output, _Machine, _Optimisation, _Network, DataOptions):
 
     def __post_init__(self) -> None:
         _check_values(self)
+        _expand_home(self)
         check_dataset(self.dataset)
         if "/" not in self.model and self.model not in MODELS:
             known = [*MODELS, f"torchvision/{self.model}", f"timm/{self.model}"]
@@ -504,6 +506,7 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         _check_values(self)
+        _expand_home(self)
         _check_more_than_zero(self, ["batch_size"])
         _check_not_negative(self, ["workers"])
         if self.dataset is not None:
@@ -540,6 +543,19 @@ def _check_values(options: Any) -> None:
                 )
             if (isinstance(value, int) or name in _MOST) and value is not None and value > most:
                 raise FastjacError(f"{flag(name)}: expected at most {most}, got {value}")
+
+
+_PATHS = {
+    "data_dir", "weights", "teacher", "teacher_weights", "teacher_cache", "unlabelled", "output",
+    "checkpoint",
+}  # fmt: skip
+
+
+def _expand_home(options: Any) -> None:
+    """Read ~ in a path as a shell does, which does not see it in --output=~/runs or a recipe."""
+    for name in _PATHS.intersection(names(type(options))):
+        if (path := getattr(options, name)) is not None:
+            setattr(options, name, os.path.expanduser(path))
 
 
 def _check_more_than_zero(options: Any, these: list[str]) -> None:

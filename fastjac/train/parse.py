@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -29,22 +30,24 @@ def parse(
     or of the wrong type. ``--help`` prints and exits.
     """
     parser = _parser(command, cls)
+    argv = _switches_alone(argv, cls)
     flags = {option for action in parser._actions for option in action.option_strings}
     for word in argv:
         name = word.partition("=")[0]
         if name.startswith("--") and name not in flags:
             raise unknown("option", name, flags)
     try:
-        chosen = parser.parse_args(list(argv))
+        chosen = parser.parse_args(argv)
         recipe = chosen.get("config")
         if recipe is not None:
             section = command if command in SECTIONS else "table"
-            values = _typed(parser, cls, read_recipe(recipe, section), f"in {recipe}")
+            given = read_recipe(os.path.expanduser(recipe), section)
+            values = _typed(parser, cls, given, f"in {recipe}")
             if rows := values.get("rows"):
                 values["rows"] = {str(name): _typed_row(name, row) for name, row in rows.items()}
             parser.set_defaults(values)
             parser.set_defaults({"config": recipe})
-            chosen = parser.parse_args(list(argv))
+            chosen = parser.parse_args(argv)
     except ArgumentError as error:
         raise FastjacError(_one_line(error, flag)) from error
     return cls(**{**chosen.as_dict(), **(overrides or {})})
@@ -56,8 +59,11 @@ def _typed(parser: ArgumentParser, cls: type, given: dict[str, Any], where: str)
         expected = None
         if get_origin(kind) is list and not isinstance(given.get(name, []), list):
             expected = "a list"
-        if kind in (bool, bool | None) and str(given.get(name)).lower() not in _YES_OR_NO:
-            expected = "true or false"
+        if kind in _SWITCH and name in given:
+            if (word := str(given[name]).lower()) in _YES_OR_NO:
+                given = given | {name: _YES_OR_NO[word]}
+            else:
+                expected = "true or false"
         if expected is not None:
             raise FastjacError(
                 f"recipe key {flag(name)[2:]!r} {where}: expected {expected}, got {given[name]}"
@@ -77,8 +83,27 @@ def _typed_row(name: Any, row: dict[str, Any]) -> dict[str, Any]:
     return {key: typed.get(str(key).replace("-", "_"), value) for key, value in row.items()}
 
 
-# What jsonargparse takes for a bool; of another it does not say which option it is of.
-_YES_OR_NO = ("true", "yes", "false", "no", "none")
+_SWITCH = (bool, bool | None)
+_YES_OR_NO = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_YES_OR_NO |= {"none": None}
+
+
+def _switches_alone(argv: Sequence[str], cls: type) -> list[str]:
+    """``argv`` with ``--amp`` and ``--no-amp`` for ``--amp=true`` and ``--amp false``."""
+    switches = [flag(name) for name, kind in get_type_hints(cls).items() if kind in _SWITCH]
+    words: list[str] = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if not equals and words and words[-1] in switches:
+            name, value = words[-1], word
+        chosen = _YES_OR_NO.get(value.lower())
+        if name not in switches or chosen is None:
+            words.append(word)
+            continue
+        if not equals:
+            words.pop()
+        words.append(name if chosen else f"--no-{name[2:]}")
+    return words
 
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):

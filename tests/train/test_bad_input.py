@@ -269,7 +269,7 @@ def test_jacobians_with_attention_need_one_target(refused, small, teacher):
         ("img_size: big", "recipe key 'img-size' in {}: expected a whole number; got big"),
         ("epochs: [1", "{} is not YAML: "),
         ("- epochs", "{}: expected a mapping of options to values"),
-        ("from: 2024-13-01", "{} is not YAML: month must be in 1..12"),
+        ("from: !!timestamp 2024-13-01", "{} is not YAML: month must be in 1..12"),
         (2000 * "[", "{} is not YAML: "),
         ("decay-milestones: 3", "recipe key 'decay-milestones' in {}: expected a list, got 3"),
         ("amp: 1", "recipe key 'amp' in {}: expected true or false, got 1"),

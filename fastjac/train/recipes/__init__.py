@@ -24,7 +24,16 @@ SECTIONS: dict[str, type] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, where a key that stands twice in a mapping is an error, as the standard has it."""
+    """YAML, where a key that stands twice in a mapping is an error, as the standard has it.
+
+    A value is a text or null, to be read by the type of its option, as on the command line: YAML would
+    make 750 of 12:30, 1.1 of 1.10 and False of no.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":null", ":merge"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
