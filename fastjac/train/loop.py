@@ -148,6 +148,10 @@ class Training:
             raise FastjacError(
                 f"{folder.path} holds a run: --resume goes on with it, --experiment names another"
             )
+        elif folder.finished():  # of which the checkpoints were removed
+            raise FastjacError(
+                f"{folder.path} holds a finished run; --experiment names another folder"
+            )
         unused = self.try_once()
         self._agree()
         try:

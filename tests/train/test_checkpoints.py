@@ -295,6 +295,19 @@ def test_no_checkpoint_can_be_read(trainer, small, run, tmp_path):
     assert "holds a run: --resume goes on with it" in err
 
 
+def test_a_finished_run_without_checkpoints_is_not_overwritten(trainer, small, run, tmp_path):
+    """They are the largest files, and may have been removed."""
+    run("x")
+    folder = tmp_path / "runs" / "x"
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    status, _, err = trainer("teacher", *small, "--experiment", "x")
+    said = f"fastjac: {folder} holds a finished run; --experiment names another folder\n"
+    assert (status, err) == (2, said)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_run_of_an_older_version_goes_on(run, tmp_path):
     """Without the options and the parts of a checkpoint that are newer."""
     whole = run("whole")
