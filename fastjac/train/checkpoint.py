@@ -43,6 +43,7 @@ def capture(training: Training) -> dict[str, Any]:
         "about": describe(training.spec, training.data),
         "options": asdict(training.options),
         "images": len(training.data.labels),
+        **({} if training.teacher is None else {"teacher": training.teacher}),
         "model": training.model.state_dict(),
         "heads": training.heads.state_dict(),
         **averaged,
@@ -215,6 +216,7 @@ _PARTS: dict[str, Any] = {
 }
 _NEWER_PARTS: dict[str, Any] = {
     "images": int,
+    "teacher": str,
     "heads": dict,
     "micro_batch": (int, NoneType),
     "within_epoch": (dict, NoneType),
@@ -246,5 +248,13 @@ def _check(training: Training, path: Path, state: dict[str, Any]) -> None:
         raise FastjacError(
             f"{path} is of a {kinds[1]}, this is a {kinds[0]}; --experiment names another folder"
         )
-    if different := changed(state["options"], asdict(training.options)):
+    before, now = state["options"], asdict(training.options)
+    if (teacher := state.get("teacher")) is not None and training.teacher is not None:
+        if teacher != training.teacher:
+            raise FastjacError(
+                f"{path} is of a run with another teacher: the weights of {now['teacher']} are not "
+                "those that it began with"
+            )
+        before = before | {k: now[k] for k in ("teacher", "teacher_weights")}  # it may have moved
+    if different := changed(before, now):
         raise FastjacError(f"{path} is of a run with other options: {', '.join(different)}")

@@ -35,6 +35,7 @@ from fastjac.train.objective import Objective
 from fastjac.train.options import RunOptions
 from fastjac.train.step import OutOfMemory, Step, warn_of_batch_norm
 from fastjac.train.tally import Tally
+from fastjac.train.teacher_cache import weights_key
 
 CHECK_EVERY = 20  # steps between looks at the loss, each of which makes the host wait for a GPU
 
@@ -114,6 +115,8 @@ class Training:
                 "indices": indices,
             }
         self.batches = Batches(options, images, len(data.classes), self.device.type == "cuda")
+        teachers = [net.model for net in objective.networks if net.role == "teacher"]
+        self.teacher = weights_key(teachers[0]) if teachers else None
         # Layers that are trained for the objective's terms alone.
         self.heads = objective.heads
         trained = nn.ModuleList([model, self.heads])

@@ -27,12 +27,22 @@ _MAP_BYTES = 1 << 34
 
 def teacher_key(teacher: nn.Module, *settings: Any) -> str:
     """A digest of the teacher's state and of the settings (their ``repr``)."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(teacher.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(_bytes(value))
+    digest = _digest_of(teacher)
     digest.update(repr((FORMAT, type(teacher).__name__, torch.__version__, settings)).encode())
     return digest.hexdigest()
+
+
+def weights_key(model: nn.Module) -> str:
+    """A digest of the model's state."""
+    return _digest_of(model).hexdigest()
+
+
+def _digest_of(model: nn.Module) -> hashlib.blake2b:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
+    return digest
 
 
 class TeacherCache:

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastjac.errors import TrainingFailed, notice
 from fastjac.models.weights import read_checkpoint
@@ -306,6 +307,22 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(trainer, small, r
     said = f"fastjac: {folder} holds a finished run; --experiment names another folder\n"
     assert (status, err) == (2, said)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_teacher_is_known_by_its_weights(trainer, small, teacher, tmp_path):
+    """The same one may be elsewhere under any name; another one at its place is another run."""
+    old, new = tmp_path / "t", tmp_path / "other" / "name"
+    shutil.copytree(teacher, old)
+    words = ["student", *small, "--kd", 1, "--experiment", "x"]
+    assert trainer(*words, "--teacher", old, "--epochs", 1)[0] == 0
+    shutil.copytree(old, new)
+    shutil.rmtree(old)
+    assert trainer(*words, "--teacher", new, "--resume")[0] == 0
+    weights = load_file(new / "model.safetensors")
+    save_file(weights | {"fc.bias": weights["fc.bias"] + 1}, new / "model.safetensors")
+    status, _, err = trainer(*words, "--teacher", new, "--resume", "--epochs", 3)
+    assert status == 2
+    assert f"last.pt is of a run with another teacher: the weights of {new} are not those" in err
 
 
 def test_a_run_of_an_older_version_goes_on(run, tmp_path):
