@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -507,14 +508,23 @@ def _folder(root: Path, validation: int | None) -> _Files:
 
 def _image_folder(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
     """The images and the classes of a folder; says what is skipped of it."""
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
-    if not classes:
+    folders: dict[str, Path] = {}
+    for path in sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name)):
+        # macOS writes an accent as a character of its own, other systems as one with its letter.
+        name = unicodedata.normalize("NFC", path.name)
+        if name in folders:
+            raise FastjacError(
+                f"folder: {root} has {folders[name].name!a} and {path.name!a}, one name in two "
+                "spellings of Unicode; expected one folder"
+            )
+        folders[name] = path
+    if not folders:
         raise FastjacError(f"folder: {root} has no folder of a class")
-    samples, found = [], Listing()
+    samples, found, classes = [], Listing(), sorted(folders)
     for label, name in enumerate(classes):
-        inside = list_images(root / name)
+        inside = list_images(folders[name])
         if not inside.images:
-            raise FastjacError(f"folder: class {name!r}: {no_image(root / name)}")
+            raise FastjacError(f"folder: class {name!r}: {no_image(folders[name])}")
         samples += [(path, label) for path in inside.images]
         found.add(inside)
     loose = sorted(path for path in root.iterdir() if not path.is_dir())
