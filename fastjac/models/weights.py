@@ -184,7 +184,13 @@ def _check_values(weights: dict[str, Tensor], source: str | Path) -> None:
 
 
 def _check_numbers(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
-    """Raise for numbers that are no longer themselves in the types of ``own``."""
+    """Raise for numbers that are no longer themselves in the types of ``own``; tell of empty weights."""
+    empty = [k for k, v in weights.items() if v.dim() > 1 and not v.any() and own[k].any()]
+    if empty:
+        notice(
+            f"{source}: {len(empty)} weights are 0 everywhere, such as {empty[0]}: the end of the "
+            "file may never have been written"
+        )
     for k, value in weights.items():
         if own[k].is_floating_point() and not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")

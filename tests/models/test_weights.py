@@ -416,6 +416,18 @@ def test_a_flipped_bit_is_found(tmp_path, donor, sums):
             read_weights(path)
 
 
+def test_a_file_whose_end_was_never_written(tmp_path, donor, caplog):
+    """As some downloads leave it: of the right length, with zeros behind what has arrived."""
+    path = tmp_path / "w.safetensors"
+    save_file(donor.state_dict(), path)
+    check(donor, path)
+    assert not caplog.messages
+    whole = path.read_bytes()
+    path.write_bytes(whole[: -4 * 12] + bytes(4 * 12))
+    load_weights(VGG("4 M", 3), read_weights(path), path)
+    assert "1 weights are 0 everywhere, such as normalize.std: the end" in caplog.text
+
+
 def test_no_code_of_a_file_is_run(tmp_path, donor):
     """What calls a function in the file is an empty object here, and the weights beside it arrive."""
 
