@@ -202,7 +202,7 @@ class Training:
                 for name, value in row.items():
                     if events is not None and name != "epoch":
                         events.add_scalar(name, value, row["epoch"])
-        return self._finish()
+        return self._finish(self.history[-1])
 
     def _open_folder(self) -> None:
         """Make the folder; bring its files to where the run is."""
@@ -219,19 +219,21 @@ class Training:
 
     def _nothing_left(self) -> dict[str, Any]:
         """End a run that was stopped at or after the last epoch now wanted; train nothing."""
-        notice(
-            f"nothing to train: {self.source} holds epoch {self.epoch}, --epochs is "
-            f"{self.options.epochs}"
-        )
+        held = f"epoch {self.epoch}"
+        if self.done:
+            held = f"step {self.done} of epoch {self.epoch + 1}"
+        notice(f"nothing to train: {self.source} holds {held}, --epochs is {self.options.epochs}")
         self._open_folder()
+        if self.done:  # a network of no epoch; the checkpoint stays at its step
+            self._test(row := dict(self.history[-1]))
+            return self._finish(row)
         if "test_accuracy" not in (row := self.history[-1]):
             best = self._test(row)
             self._save(best)
-        return self._finish()
+        return self._finish(row)
 
-    def _finish(self) -> dict[str, Any]:
-        """Export the weights; the last row of the history."""
-        result = self.history[-1]
+    def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Export the weights; ``result``, which has their score."""
         about = describe(self.spec, self.data) | {"accuracy": result["test_accuracy"]}
         self.folder.save_model(self.tested.state_dict(), about)
         return result

@@ -1,5 +1,6 @@
 """Real processes, really killed: what is left is whole, and resuming gives the same weights."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -360,6 +361,33 @@ def test_resumed_where_no_epoch_is_left(trainer, small, tmp_path, caplog, epochs
     assert trainer(*words, "--epochs", epochs, "--resume")[:2] == (0, out)
     assert trainer(*words, "--epochs", 4, "--resume")[0] == 0
     assert len(lines(folder)) == 4
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+def test_resumed_in_an_epoch_that_is_no_longer_wanted(
+    start, trainer, small, tmp_path, caplog, interval
+):
+    """What is exported is what is scored; the checkpoint stays within its epoch."""
+    words = ["teacher", *small, "--epoch-steps", 200, "--checkpoint-steps", 1, "--experiment", "x"]
+    words += ["--val-interval", interval]
+    last = tmp_path / "runs" / "x" / "last.pt"
+    process, state = start(*words, "--epochs", 90), {"epoch": 0}
+    while state["epoch"] < 2 or state["within_epoch"] is None:
+        with contextlib.suppress(Exception):  # not yet there, or replaced
+            state = torch.load(last, weights_only=True)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    before = torch.load(last, weights_only=True)
+    epoch, step = before["epoch"], before["within_epoch"]["steps"]
+    status, out, err = trainer(*words, "--epochs", 1, "--resume")
+    assert (status, err) == (0, "")
+    assert f"{last} holds step {step} of epoch {epoch + 1}, --epochs is 1" in caplog.text
+    for name, value in load_trained(last.parent).model.state_dict().items():
+        assert torch.equal(value, before["model"][name])
+    assert trainer("evaluate", last.parent)[1].split()[0] == out.split()[0]
+    after = torch.load(last, weights_only=True)
+    assert (after["history"], after["within_epoch"]) == (before["history"], before["within_epoch"])
 
 
 CTRL_C_IN_A_CALLBACK = """
