@@ -198,7 +198,10 @@ class Training:
         self._open_folder()
         with self._bar(bar) as progress, self._events() as events:
             while self.epoch < options.epochs:
-                row = self._epoch(progress)
+                try:
+                    row = self._epoch(progress)
+                except FastjacError as error:  # an image that cannot be read, say
+                    raise FastjacError(f"{str(error).strip()}; {self._held()}") from error
                 for name, value in row.items():
                     if events is not None and name != "epoch":
                         events.add_scalar(name, value, row["epoch"])
@@ -328,13 +331,22 @@ class Training:
         self.epoch, self.done = self.epoch + 1, 0
         row = {"epoch": self.epoch, "lr": self.rate, **self.tally.joint().row()}
         best = False
-        if self.epoch % self.options.val_interval == 0 or self.epoch == self.options.epochs:
-            best = self._test(row)
+        try:
+            if self.epoch % self.options.val_interval == 0 or self.epoch == self.options.epochs:
+                best = self._test(row)
+        except (FastjacError, KeyboardInterrupt):  # the epoch is trained all the same
+            if ranks.count() == 1:
+                self._keep(row, best)
+            raise
+        self._keep(row, best)
+        bar.set_postfix(**(self._shown | self._last_test()))
+        return row
+
+    def _keep(self, row: dict[str, Any], best: bool) -> None:
+        """Save the end of an epoch."""
         row["seconds"] = round(self.seconds(), 3)
         self.history.append(row)
-        bar.set_postfix(**(self._shown | self._last_test()))
         self._save(best)
-        return row
 
     def _place(self, x: Tensor, y: Tensor, number: int) -> Batch:
         """Batch ``number`` of the step, on the device, mixed and smoothed as the options say."""

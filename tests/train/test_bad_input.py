@@ -441,9 +441,30 @@ def test_an_image_that_turns_out_corrupt(trainer, small, images, tmp_path, worke
     status, _, err = trainer(*words, "--workers", workers, "--batch-size", 2, "--experiment", "x")
     assert status == 2
     assert err.startswith(f"fastjac: {bad} is not a readable image: ")
-    assert err.endswith("; --skip-damaged leaves out what cannot be read\n")
+    last = tmp_path / "runs" / "x" / "last.pt"
+    said = "; --skip-damaged leaves out what cannot be read"
+    assert err.endswith(f"{said}; {last} holds epoch 0\n")
     assert err.count("\n") == 1
-    assert torch.load(tmp_path / "runs" / "x" / "last.pt", weights_only=True)["epoch"] == 0
+    assert torch.load(last, weights_only=True)["epoch"] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_test_image_that_turns_out_corrupt(trainer, small, images, tmp_path, workers):
+    """The epoch before the evaluation is kept, and the run goes on once the image is away."""
+    bad = images / "val" / "b" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    words = ["teacher", *small, "--dataset", "folder", "--data-dir", images, "--img-size", 16]
+    words += ["--workers", workers, "--batch-size", 2, "--experiment", "x"]
+    last = tmp_path / "runs" / "x" / "last.pt"
+    for epoch in (1, 2):
+        status, _, err = trainer(*words, *(["--resume"] if epoch == 2 else []))
+        assert status == 2
+        assert err.startswith(f"fastjac: {bad} is not a readable image: ")
+        assert err.endswith(f"; {last} holds epoch {epoch}\n")
+    bad.unlink()
+    assert trainer(*words, "--resume")[0] == 0
+    history = torch.load(last, weights_only=True)["history"]
+    assert ["test_accuracy" in row for row in history] == [False, True]
 
 
 def test_one_class(refused, small, images):
