@@ -238,6 +238,8 @@ class Training:
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Export the weights; ``result``, which has their score."""
         about = describe(self.spec, self.data) | {"accuracy": result["test_accuracy"]}
+        if self.teacher is not None:
+            about["teacher"] = self.teacher
         self.folder.save_model(self.tested.state_dict(), about)
         return result
 

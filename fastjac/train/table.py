@@ -45,8 +45,9 @@ from fastjac.train.options import (
 )
 from fastjac.train.parse import parse
 from fastjac.train.report import write_report
-from fastjac.train.sources import is_library_name
+from fastjac.train.sources import find_trained, is_library_name
 from fastjac.train.tables import Cell, Row, as_text, summarize
+from fastjac.train.teacher_cache import weights_key
 
 
 def tabulate(options: TableOptions, command: str = "") -> str:
@@ -237,7 +238,26 @@ def _finished(run: StudentOptions | TeacherOptions) -> bool:
             f"{folder.path} was run with other options: {', '.join(different)}; "
             "--experiment names another table"
         )
+    about = read_json(folder.path / "config.json")
+    taught_by = about.get("teacher") if isinstance(about, dict) else None
+    source = getattr(run, "teacher", None)
+    if taught_by and source and os.path.exists(source) and taught_by != _key_of(source):
+        raise FastjacError(
+            f"{folder.path} had another teacher: the weights of {source} are not those that it was "
+            "taught by; --experiment names another table"
+        )
     return True
+
+
+def _key_of(teacher: str) -> str:
+    """A digest of the weights of the network in a run's folder or a file."""
+    path = find_trained(teacher)
+    return _read_key(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _read_key(path: Path, written: int) -> str:
+    return weights_key(load_trained(path).model)
 
 
 def _args(folder: Path) -> dict[str, Any]:

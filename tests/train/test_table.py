@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import os
+import shutil
 import signal
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastjac.errors import FastjacError, TrainingFailed
 from fastjac.models import feature_levels
@@ -136,6 +138,22 @@ def test_a_student_of_the_table_is_a_student(trainer, recipe, teacher, tmp_path)
     table = tmp_path / "runs" / "t" / "students" / "ce+jacobians-2-seed7"
     one = tmp_path / "runs" / "s"
     assert (table / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+
+
+def test_finished_students_of_another_teacher(trainer, recipe, teacher, tmp_path):
+    """They are not reported as those of the teacher that is now at its place."""
+    mine = tmp_path / "mine"
+    shutil.copytree(teacher, mine)
+    words = ["table", "--config", recipe[1], "--teacher", mine, "--methods", "ce", "ce+jacobians"]
+    words += ["--samples", 1, "--seeds", 0, "--jobs", 1, "--experiment", "t"]
+    status, table, _ = trainer(*words)
+    assert (status, trainer(*words)[:2]) == (0, (0, table))
+    weights = load_file(mine / "model.safetensors")
+    save_file(weights | {"fc.bias": weights["fc.bias"] + 1}, mine / "model.safetensors")
+    status, _, err = trainer(*words)
+    folder = tmp_path / "runs" / "t" / "students" / "ce+jacobians-1-seed0"
+    assert status == 2
+    assert f"{folder} had another teacher: the weights of {mine} are not those" in err
 
 
 @pytest.mark.check
