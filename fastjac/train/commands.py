@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -69,10 +70,11 @@ def score(options: EvaluateOptions) -> str:
         "channels": 3 if trained.spec.in_channels == 3 else None,  # greyscale may be repeated
     }
     data = build_data(RunOptions(**settings))
-    if list(data.classes) != list(trained.classes):
+    pairs = zip_longest(map(str, trained.classes), data.classes)
+    if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise FastjacError(
             f"{trained.source} knows {len(trained.classes)} classes, {data.name} has "
-            f"{len(data.classes)}, or others"
+            f"{len(data.classes)}; the first to differ is {other[0]!r} and {other[1]!r}"
         )
     check_image_size(trained.model, data.channels, data.size)
     with ranks.together(device):
