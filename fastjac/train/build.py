@@ -25,7 +25,7 @@ from fastjac.models.weights import read_checkpoint
 from fastjac.train import ranks
 from fastjac.train.files import read_json
 from fastjac.train.options import RunOptions
-from fastjac.train.sources import find_trained
+from fastjac.train.sources import find_trained, is_library_name
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -75,15 +75,21 @@ def build_data(options: RunOptions, unlabelled: str | None = None) -> ImageData:
 
 
 def build_model(options: RunOptions, data: ImageData) -> tuple[nn.Module, ModelSpec]:
-    """The network to train, and the spec that builds it again."""
+    """The network to train, and the spec that builds it again.
+
+    The pixels are normalised as the data set's; those of a library's network with weights, as the
+    library has it, unless the file of weights says otherwise.
+    """
+    as_library = options.weights is not None and is_library_name(options.model)
+    own = options.pretrained or (as_library and data.channels == 3)
     spec = ModelSpec(
         options.model,
         len(data.classes),
         data.channels,
         options.width,
         options.plan,
-        None if options.pretrained else data.mean,
-        None if options.pretrained else data.std,
+        None if own else data.mean,
+        None if own else data.std,
     )
     model = create_model(spec, options.pretrained, options.aux_weight > 0)
     check_image_size(model, data.channels, data.size)

@@ -15,6 +15,7 @@ import sys
 import termios
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -24,10 +25,10 @@ from fastjac import JacobianMatching, LabelLogit, activation_match_loss, attenti
 from fastjac.data import load_data
 from fastjac.features import forward_with_features
 from fastjac.progress import _Lines, progress_bar
-from fastjac.train.build import load_trained
+from fastjac.train.build import build_data, build_model, load_trained
 from fastjac.train.commands import prepare
 from fastjac.train.loop import evaluate
-from fastjac.train.options import StudentOptions
+from fastjac.train.options import StudentOptions, TeacherOptions
 
 FILES = {"args.yaml", "metrics.jsonl", "summary.csv", "last.pt", "best.pt"}
 FILES |= {"last-1.pt", "model.safetensors", "config.json"}
@@ -201,6 +202,21 @@ def test_evaluate(trainer, teacher, name):
     expected = max(scores) if name == "best.pt" else scores[-1]
     assert (status, err) == (0, "")
     assert out.startswith(f"{100 * expected:.2f} % of 500 test images right")
+
+
+@pytest.mark.parametrize(("channels", "as_library"), [(3, True), (None, False)])
+def test_weights_of_a_library_s_network_with_its_normalisation(tmp_path, channels, as_library):
+    """As timm's own training has it, and --pretrained; that of one channel is the data set's."""
+    theirs = timm.create_model("test_resnet", num_classes=10, in_chans=channels or 1).eval()
+    assert theirs.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    torch.save(theirs.state_dict(), path := tmp_path / "w.pth")
+    options = TeacherOptions(model="timm/test_resnet", weights=str(path), channels=channels)
+    data = build_data(options)
+    model, spec = build_model(options, data)
+    x = torch.rand(2, channels or 1, 32, 32)
+    mean, std = (0.5, 0.5) if as_library else (data.mean[0], data.std[0])
+    assert spec.mean == pytest.approx((mean,) * (channels or 1))
+    assert torch.allclose(model.eval()(x), theirs((x - mean) / std), atol=1e-5)
 
 
 def test_weights_go_in(trainer, small, teacher, tmp_path):
