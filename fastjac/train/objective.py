@@ -424,7 +424,11 @@ def distillation(options: StudentOptions, student: nn.Module, data: ImageData) -
             "teacher of other classes goes with --activations, --attention, --hints, and --jacobians of "
             "--target attention-window"
         )
-    if by_class and not is_library_name(str(options.teacher)):
+    # Of a library's own classes, the numbers are known.
+    known = not is_library_name(str(options.teacher)) or (
+        options.teacher_weights is None and set(classes) == set(data.classes)
+    )
+    if by_class and known:
         _compare_names(options.teacher, classes, data)
     return Distillation(options, student, teacher, data, len(classes))
 
@@ -437,7 +441,14 @@ def _compare_names(teacher: str | None, classes: list[str], data: ImageData) -> 
     a, b = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
     said = f"of the teacher {teacher}, class {theirs.index(a)} is {a!r}, of {data.name} it is {b!r}"
     if sorted(theirs) == sorted(ours):
-        raise FastjacError(f"{said}; expected a teacher that was trained on classes in this order")
+        advice = ""
+        if all(map(str.isdecimal, ours)):
+            advice = (
+                "; folders 000, 001, ... are in the order of their numbers, 0, 1, 10, 2 are not"
+            )
+        raise FastjacError(
+            f"{said}; expected a teacher that was trained on classes in this order{advice}"
+        )
     notice(f"{said}: they count as one class, and so do all others of one number")
 
 

@@ -409,6 +409,22 @@ def test_evaluate_on_other_classes(refused, teacher, images):
     assert said in refused(*words)
 
 
+def test_folders_of_numbers_and_a_library_s_teacher(refused, small, tmp_path, monkeypatch):
+    """Folders are sorted as texts, as ImageFolder sorts them; the classes of a library are not."""
+    for part in ("train", "val"):
+        for number in range(11):
+            folder = tmp_path / "images" / part / str(number)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (20, 20), (20 * number, 9, 9)).save(folder / "a.png")
+    own = [str(number) for number in range(11)]
+    found = (VGG("4 M", 11), own)
+    monkeypatch.setattr("fastjac.train.objective.find_teacher", lambda *args: found)
+    words = ["student", *small, "--dataset", "folder", "--data-dir", tmp_path / "images"]
+    words += ["--img-size", 16, "--teacher", "torchvision/resnet18", "--kd", 1]
+    said = "of the teacher torchvision/resnet18, class 2 is '2', of folder it is '10'; expected a teach"
+    assert said in refused(*words)
+
+
 def test_a_network_that_evaluates_and_cannot_be_trained(refused, trainer, small, images):
     """BatchNorm of one pixel of one image has no variance; in eval mode it needs none."""
     words = ["teacher", "--dataset", "folder", "--data-dir", images, "--img-size", 32]
