@@ -68,9 +68,9 @@ def evaluate(
             accuracy.update(logits, y)
             loss += nn.functional.cross_entropy(logits.float(), y, reduction="sum")
     model.train(mode)
-    if ranks.count() == 1:
-        return {"loss": loss.item() / len(images), "accuracy": accuracy.compute().item()}
     right = round(accuracy.compute().item() * len(part)) if len(part) else 0
+    if ranks.count() == 1:
+        return {"loss": loss.item() / len(images), "accuracy": right / len(images)}
     total = ranks.add_up(torch.stack([loss.double(), loss.new_tensor(right).double()]))
     return dict(zip(("loss", "accuracy"), (total / len(images)).tolist(), strict=True))
 

@@ -189,6 +189,7 @@ def test_best_is_the_best(trainer, small, tmp_path):
     folder = tmp_path / "runs" / "x"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = [row["test_accuracy"] for row in rows]
+    assert scores == [round(500 * score) / 500 for score in scores]
     best = torch.load(folder / "best.pt", weights_only=True)
     assert best["epoch"] == 1 + scores.index(max(scores))
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 3
