@@ -116,6 +116,10 @@ class RunFolder:
         """Whether the run got to its end."""
         return (self.path / "config.json").is_file()
 
+    def unfinish(self) -> None:
+        """Take away the mark of an end: the run goes on."""
+        (self.path / "config.json").unlink(missing_ok=True)
+
     def open(self, options: dict[str, Any]) -> None:
         """Make the folder and write ``args.yaml``."""
         self.make()
@@ -227,6 +231,9 @@ class SeenFolder(RunFolder):
     """The folder as the processes of a run see it that do not write."""
 
     def lock(self) -> None:
+        """Nothing."""
+
+    def unfinish(self) -> None:
         """Nothing."""
 
     def open(self, options: dict[str, Any]) -> None:

@@ -214,6 +214,8 @@ class Training:
         folder.open(asdict(options) | {"epochs": max(options.epochs, self.epoch)})
         if self.subset is not None:
             folder.save_subset(self.subset)
+        if self.epoch < options.epochs:
+            folder.unfinish()
         if options.resume:
             folder.promote(self.source)
             folder.write_metrics(self.history)

@@ -15,11 +15,15 @@ def is_library_name(model: str) -> bool:
 
 
 def find_trained(source: str | Path) -> Path:
-    """The file with the network of a run's folder, or ``source`` itself where that is a file."""
+    """The file with the network of a run's folder, or ``source`` itself where that is a file.
+
+    Of a run that is not finished, its last checkpoint: it may have been finished before.
+    """
     path = Path(source)
     if is_dir(path):
-        inside = [path / name for name in ("model.safetensors", "last.pt")]
-        path = next((p for p in inside if is_file(p)), inside[0])
+        export, last = path / "model.safetensors", path / "last.pt"
+        finished = is_file(path / "config.json") and is_file(export)
+        path = last if is_file(last) and not finished else export
     return existing_file(path, "a checkpoint or model.safetensors")
 
 

@@ -390,6 +390,26 @@ def test_resumed_in_an_epoch_that_is_no_longer_wanted(
     assert (after["history"], after["within_epoch"]) == (before["history"], before["within_epoch"])
 
 
+def test_a_finished_run_that_goes_on_and_is_killed(start, trainer, small, tmp_path):
+    """It is no longer finished, and the network of its folder is that of the last epoch."""
+    words = ["teacher", *small, "--experiment", "x"]
+    folder = tmp_path / "runs" / "x"
+    trainer(*words)
+    process = start(*words, "--epochs", 90, "--resume")
+    while len(lines(folder)) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (folder / "config.json").exists()
+    assert load_trained(folder).source == folder / "last.pt"
+    score = torch.load(folder / "last.pt", weights_only=True)["history"][-1]["test_accuracy"]
+    assert trainer("evaluate", folder)[1].startswith(f"{100 * score:.2f} % of 500 test images")
+    done = len(lines(folder))
+    assert trainer(*words, "--epochs", done, "--resume")[0] == 0
+    assert load_trained(folder).source == folder / "model.safetensors"
+
+
 CTRL_C_IN_A_CALLBACK = """
 import os, signal, time, weakref
 from fastjac.train.__main__ import _watch_ctrl_c
