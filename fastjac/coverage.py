@@ -57,6 +57,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--img-size", type=int, help="height and width; default: the network's, or 224")
     add("--batch-size", type=int, default=64, help="images of a forward (default: %(default)s)")
     add("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
+    add(
+        "--skip-damaged",
+        action="store_true",
+        help="read every image first; leave out and count damaged ones",
+    )
     add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     known = [option for action in parser._actions for option in action.option_strings]
     for word in argv:
@@ -103,7 +108,10 @@ def cover(options: argparse.Namespace) -> str:
 
     device = pick_device(options.device)
     model, size, channels = _network(options)
-    files = {folder: image_files(folder) for folder in (options.source, *options.candidates)}
+    files = {
+        folder: image_files(folder, options.skip_damaged)
+        for folder in (options.source, *options.candidates)
+    }
     paths = files[options.source]
     if options.pick is not None and options.pick > len(paths):
         raise FastjacError(
@@ -173,15 +181,18 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path, skip_damaged: bool = False) -> list[Path]:
     """The images in ``folder`` and below, sorted; hidden files and folders are skipped and counted."""
-    from fastjac.data.image_files import list_images, no_image
+    from fastjac.data.image_files import list_images, no_image, without_damaged
 
     found = list_images(folder)
     found.tell(folder)
-    if not found.images:
+    paths = found.images
+    if skip_damaged:
+        paths = [path for path, _ in without_damaged([(path, 0) for path in paths])]
+    if not paths:
         raise no_image(folder)
-    return found.images
+    return paths
 
 
 def _network(options: argparse.Namespace) -> tuple[nn.Module, int, int]:
@@ -226,14 +237,14 @@ def _features(
     import torch
     from torch.utils.data import DataLoader
 
-    from fastjac.data.image_files import Images, middle_crop
+    from fastjac.data.image_files import SKIP_DAMAGED, Images, middle_crop
     from fastjac.features import capture
     from fastjac.models.create import find_head
 
     grey = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)  # ITU-R BT.601
     inputs: list[Any] = []
     hook = find_head(model)[1].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    images = Images([(path, 0) for path in paths], middle_crop(size))
+    images = Images([(path, 0) for path in paths], middle_crop(size), SKIP_DAMAGED)
     rows: list[Tensor] = []
     try:
         for x, _ in DataLoader(images, options.batch_size, num_workers=options.workers):

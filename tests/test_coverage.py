@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -219,6 +220,17 @@ def test_mistakes_that_need_the_images(place, cover):
         lines = [line for line in err.splitlines() if "hidden files" not in line]
         assert message in lines[-1]
         assert lines[-1].startswith("fastjac: ")
+
+
+def test_damaged_images_are_left_out(place, cover, caplog):
+    table = cover("source", "far", "--network", "run")[1]
+    folder = place / "partly"
+    shutil.copytree(place / "far", folder)
+    (folder / "a.png").write_bytes(b"no image")
+    words = ["source", "partly", "--network", "run"]
+    assert cover(*words)[2].endswith("; --skip-damaged leaves out what cannot be read\n")
+    assert cover(*words, "--skip-damaged")[:2] == (0, table.replace("far (", "partly ("))
+    assert "1 of 4 images left out; partly/a.png is not a readable image" in caplog.text
 
 
 def test_features_that_are_not_finite(place, cover):

@@ -108,6 +108,9 @@ def no_image(folder: Path) -> FastjacError:
     return FastjacError(f"{folder} has no image; images end in {', '.join(EXTENSIONS)}")
 
 
+SKIP_DAMAGED = "; --skip-damaged leaves out what cannot be read"
+
+
 class Images(Dataset):
     """Image files, read as RGB, the way up that their EXIF data says; of several frames, the first.
 

@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from fastjac.data.idx import read_idx
 from fastjac.data.image_files import (
     EXTENSIONS,
+    SKIP_DAMAGED,
     Images,
     Listing,
     is_hidden,
@@ -144,9 +145,6 @@ def evaluation_transform(name: str, size: int, channels: int) -> Callable[[Any],
     return v2.Compose([*grey, _whole(size)])
 
 
-_SKIP_DAMAGED = "; --skip-damaged leaves out what cannot be read"
-
-
 def add_unlabelled(data: ImageData, folder: str | Path, skip_damaged: bool = False) -> ImageData:
     """``data`` with the images in ``folder`` and below as further training images, of label -1.
 
@@ -162,7 +160,7 @@ def add_unlabelled(data: ImageData, folder: str | Path, skip_damaged: bool = Fal
     if not samples:
         raise no_image(folder)
     items = _Transformed(data.train, torch.nn.Identity())  # each with its label as an int
-    images = ConcatDataset([items, Images(samples, data.from_rgb, _SKIP_DAMAGED)])
+    images = ConcatDataset([items, Images(samples, data.from_rgb, SKIP_DAMAGED)])
     return replace(data, train=images, labels=[*data.labels, *(label for _, label in samples)])
 
 
@@ -434,8 +432,8 @@ def _photographs(
         moved = v2.Compose([v2.ToImage(), *crop, to_float])
     return ImageData(
         name=name,
-        train=Images(train, moved, _SKIP_DAMAGED),
-        test=Images(test, middle, _SKIP_DAMAGED),
+        train=Images(train, moved, SKIP_DAMAGED),
+        test=Images(test, middle, SKIP_DAMAGED),
         labels=[label for _, label in train],
         classes=classes,
         channels=3,
