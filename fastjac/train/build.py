@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastjac.data import ImageData, add_unlabelled, evaluation_transform, load_data
-from fastjac.errors import FastjacError, first_line, is_file
+from fastjac.errors import FastjacError, first_line, is_file, notice
 from fastjac.models import (
     ModelSpec,
     check_image_size,
@@ -134,6 +134,8 @@ def load_trained(source: str | Path) -> Trained:
     that are not the network's, each by name. docs/own_images.md has a program that uses one.
     """
     path = find_trained(source)
+    if path.name == "last.pt" and path != Path(source):
+        notice(f"{source} is not finished: its last checkpoint is taken")
     if path.suffix == ".safetensors":
         said = path.with_name("config.json")
         if not is_file(said):

@@ -390,7 +390,7 @@ def test_resumed_in_an_epoch_that_is_no_longer_wanted(
     assert (after["history"], after["within_epoch"]) == (before["history"], before["within_epoch"])
 
 
-def test_a_finished_run_that_goes_on_and_is_killed(start, trainer, small, tmp_path):
+def test_a_finished_run_that_goes_on_and_is_killed(start, trainer, small, tmp_path, caplog):
     """It is no longer finished, and the network of its folder is that of the last epoch."""
     words = ["teacher", *small, "--experiment", "x"]
     folder = tmp_path / "runs" / "x"
@@ -403,6 +403,7 @@ def test_a_finished_run_that_goes_on_and_is_killed(start, trainer, small, tmp_pa
     process.wait()
     assert not (folder / "config.json").exists()
     assert load_trained(folder).source == folder / "last.pt"
+    assert f"{folder} is not finished: its last checkpoint is taken" in caplog.text
     score = torch.load(folder / "last.pt", weights_only=True)["history"][-1]["test_accuracy"]
     assert trainer("evaluate", folder)[1].startswith(f"{100 * score:.2f} % of 500 test images")
     done = len(lines(folder))
