@@ -413,7 +413,11 @@ def _renamed(
     if not body or any(k in plain for k in body):
         return plain
     ends = [k.removesuffix(body[0]) for k in plain if k.endswith(f".{body[0]}")]
-    prefixes = [p for p in ends if all(p + k in plain for k in body)]
+    prefixes: list[str] = []
+    for p in (p for p in ends if all(p + k in plain for k in body)):
+        # An attribute of two modules, as robustness saves one, is there twice and is one network.
+        if not any(all(torch.equal(plain[p + k], plain[q + k]) for k in body) for q in prefixes):
+            prefixes.append(p)
     if len(prefixes) > 1:
         raise FastjacError(
             f"{source} holds several networks: {', '.join(prefixes)}; expected one; save it alone"

@@ -304,9 +304,9 @@ def test_two_networks_are_not_guessed_at(resnet, tmp_path):
     torch.save({"generator": plain(resnet), "discriminator": plain(resnet)}, tmp_path / "w.pth")
     with pytest.raises(FastjacError, match=r"holds several networks: 'generator', 'discriminator'"):
         read_weights(tmp_path / "w.pth")
-    both = plain(resnet, "student.") | plain(resnet, "teacher.")
+    other = {k: v + 1 for k, v in plain(resnet, "teacher.").items()}
     with pytest.raises(FastjacError, match=r"f holds several networks: student\., teacher\.; exp"):
-        load_weights(create_model(SPEC), both, "f")
+        load_weights(create_model(SPEC), plain(resnet, "student.") | other, "f")
     with pytest.raises(FastjacError, match="holds a network twice, with and without a wrapper"):
         load_weights(create_model(SPEC), plain(resnet) | plain(resnet, "module."), "f")
 
@@ -484,6 +484,10 @@ def test_values_that_are_no_weights(tmp_path, donor, change, message):
     with pytest.raises(FastjacError, match=f"f: {message}"):
         load_weights(model, weights, "f")
     assert torch.equal(model.fc.weight, before)
+
+
+def test_one_network_under_two_names(arrives, resnet):
+    arrives({"model": plain(resnet, "module.model.") | plain(resnet, "module.attacker.model.")})
 
 
 @pytest.mark.parametrize("prefix", ["encoder.", "module.backbone."])
