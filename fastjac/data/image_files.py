@@ -24,7 +24,8 @@ EXTENSIONS = (
 )  # fmt: skip
 _SYSTEM_NAMES = {
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "thumbs.db",
-    "ehthumbs.db", "desktop.ini", "lost+found",
+    "ehthumbs.db", "desktop.ini", "lost+found", "@recycle", "@tmp", "#snapshot", "~snapshot",
+    "__pycache__",
 }  # fmt: skip
 
 

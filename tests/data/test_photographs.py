@@ -397,7 +397,8 @@ def test_damaged_images_are_left_out_and_counted(folder, caplog):
 
 def test_hidden_files_and_folders_are_skipped_and_counted(folder, caplog):
     train = folder / "train"
-    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git"):
+    names = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git", "@Recycle", "#snapshot")
+    for name in names:
         save(train / name / "a.png", (1, 2, 3))
         save(train / "bar" / name / "deeper" / "a.png", (1, 2, 3))
     for name in ("._a.png", ".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt"):
@@ -408,7 +409,7 @@ def test_hidden_files_and_folders_are_skipped_and_counted(folder, caplog):
     data = load_data("folder", folder, size=21)
     assert list(data.classes) == sorted(COLOURS)
     check_colours(data.train, data.classes, 5)
-    assert f"{train}: 16 hidden files and folders skipped, such as bar/.DS_Store" in caplog.text
+    assert f"{train}: 20 hidden files and folders skipped, such as bar/.DS_Store" in caplog.text
     others = "2 files whose names do not end as images do skipped, such as bar/notes.txt"
     assert f"{train}: {others}" in caplog.text
 
