@@ -151,6 +151,9 @@ def read_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.format == "PNG":  # whose checksums the decoder does not compare
+                with Image.open(path) as same:
+                    same.verify()
             tags = getattr(image, "tag_v2", {})  # of a TIFF file
             return _as_rgb(ImageOps.exif_transpose(image), tags, Path(path))
     except Exception as error:  # Pillow lets through what damaged bytes raise in its decoders

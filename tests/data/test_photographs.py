@@ -365,6 +365,20 @@ def test_damaged_files_are_named(folder, suffix):
     assert all(f"{path} is not a readable image: " in t and "\n" not in t for t in lines)
 
 
+def test_a_flipped_bit_of_a_png_is_found(folder):
+    """Pillow's decoder takes some for other pixels, black ones say: it does not compare checksums."""
+    path = folder / "train" / "bar" / "flat.png"
+    Image.new("RGB", (64, 64), "red").save(path)
+    whole = path.read_bytes()
+    at = whole.index(b"IDAT") + 4
+    for k in range(at, at + 40):
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1 :])
+        data = load_data("folder", folder, size=21)
+        index = next(i for i, (p, _) in enumerate(data.train.samples) if p == path)
+        with pytest.raises(FastjacError, match=r"flat\.png is not a readable image: "):
+            data.train[index]
+
+
 def test_a_name_of_two_lines_is_told_in_one(folder):
     (folder / "train" / "bar" / "0\n1.png").write_bytes(b"")
     with pytest.raises(FastjacError, match=r"bar/0\\n1.png is not a readable image: ") as caught:
