@@ -140,12 +140,13 @@ def load_trained(source: str | Path) -> Trained:
         said = path.with_name("config.json")
         if not is_file(said):
             raise FastjacError(
-                f"{said} is missing, which says what network {path.name} is of; weights from elsewhere "
-                "are read by --weights, and a teacher's by --teacher-weights with its name as --teacher"
+                f"{said} is missing, which says what network {path.name} is of{_ELSEWHERE}"
             )
         about = read_json(said)
     else:
         said, about = path, read_checkpoint(path).get("about")
+        if about is None:
+            raise FastjacError(f"{path} does not say what network it is of{_ELSEWHERE}")
     try:
         spec = ModelSpec(**about["spec"])
         dataset, size, classes = about["dataset"], about["size"], about["classes"]
@@ -160,6 +161,12 @@ def load_trained(source: str | Path) -> Trained:
         ) from error
     load_weights(model, read_weights(path), path, ignore_head=False)
     return Trained(model, spec, dataset, size, classes, path)
+
+
+_ELSEWHERE = (
+    "; weights from elsewhere are read by --weights, and a teacher's by --teacher-weights with its "
+    "name as --teacher"
+)
 
 
 def _check_kinds(spec: ModelSpec, dataset: Any, size: Any, classes: Any) -> None:

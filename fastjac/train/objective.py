@@ -462,11 +462,17 @@ def find_teacher(options: StudentOptions, data: ImageData) -> tuple[nn.Module, l
         else:
             weights = read_weights(path)
             teacher = create_model(spec)
-            try:
-                load_weights(teacher, weights, path, ignore_head=False)
-            except FastjacError:  # not the library's classes: then it must be those of the data
-                teacher = create_model(replace(spec, num_classes=len(data.classes)))
-                load_weights(teacher, weights, path, ignore_head=False)
+            head = f".{find_head(teacher)[0]}.weight"
+            counts = {len(v) for k, v in weights.items() if f".{k}".endswith(head) and v.dim()}
+            # In a file of other names, the library's classes are tried, then those of the data.
+            for count in counts if len(counts) == 1 else (None, len(data.classes)):
+                try:
+                    teacher = create_model(replace(spec, num_classes=count))
+                    load_weights(teacher, weights, path, ignore_head=False)
+                    break
+                except FastjacError:
+                    if count is not None:
+                        raise
         check_image_size(teacher, data.channels, data.size)
         with torch.no_grad():
             blank = torch.zeros(1, data.channels, data.size, data.size)

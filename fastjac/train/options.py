@@ -242,8 +242,7 @@ class _Terms:
     )
     teacher_weights: str | None = _option(
         None,
-        "weights for a teacher given by name, for its library's classes or the data's; default: its "
-        "library's pretrained ones",
+        "weights for a teacher given by name, of any classes; default: its library's pretrained ones",
     )
     unlabelled: str | None = _option(
         None, "folder of further training images, without labels, for the terms that take a teacher"

@@ -323,16 +323,20 @@ def test_weights_with_another_head(refused, trainer, small, tmp_path):
 
 
 def test_a_named_teacher_with_weights_from_elsewhere(refused, trainer, small, images, tmp_path):
-    """For the classes of the data, or the library's own; no head of a teacher is left at random."""
+    """Of as many classes as the file has; no head of a teacher is left at random."""
     words = ["student", *small, "--dataset", "folder", "--data-dir", images, "--img-size", 32]
     words += ["--teacher", "torchvision/resnet18", "--teacher-weights", tmp_path / "w.pth"]
     words += ["--kd", 1, "--batch-size", 2, "--epoch-steps", 1]
     for classes, message in (
-        (5, "fc.weight is [5, 512], expected [2, 512]"),
+        (5, "the teacher torchvision/resnet18 has 5 classes, folder has 2, which --kd cannot"),
         (1000, "has 1000 cl"),
     ):
-        torch.save(resnet18(num_classes=classes).state_dict(), tmp_path / "w.pth")
+        weights = resnet18(num_classes=classes).state_dict()
+        torch.save({f"module.{k}": v for k, v in weights.items()}, tmp_path / "w.pth")
         assert message in refused(*words)
+    without = {k: v for k, v in weights.items() if k != "fc.weight"}
+    torch.save(without, tmp_path / "w.pth")
+    assert "no fc.weight" in refused(*words)
     torch.save({"net": resnet18(num_classes=2).state_dict()}, tmp_path / "w.pth")
     assert trainer(*words)[0] == 0
 
@@ -341,7 +345,8 @@ def test_checkpoints_that_are_none(refused, trainer, teacher, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
     for words in (["evaluate", tmp_path / "w.pt"], ["student", "--teacher", tmp_path / "w.pt"]):
         extra = ["--activations", 1] if words[0] == "student" else []
-        assert "does not say what network it is of" in refused(*words, *extra)
+        said = refused(*words, *extra)
+        assert "w.pt does not say what network it is of; weights from elsewhere are read by" in said
     (tmp_path / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes())
     assert "config.json is missing" in refused("evaluate", tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{")
