@@ -8,6 +8,7 @@ Srinivas & Fleuret, "Knowledge Transfer with Jacobian Matching", ICML 2018. All 
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ CROSS_ENTROPY_TERMS = ("all", "logarithm", "paper")
 def activation_match_loss(ls: Tensor, lt: Tensor) -> Tensor:
     """Squared error over pre-softmax activations, ``mean_i ||ls_i - lt_i||^2``.
 
-    ``ls``, ``lt``: logits ``[B, classes]``. Differentiable in both, to any order.
+    ``ls``, ``lt``: logits ``[B, classes]``. Returns a scalar in float32 or wider, differentiable in
+    both, to any order.
 
     >>> import torch
     >>> activation_match_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]))
     tensor(5.)
     """
+    ls, lt = (_wide("activation_match_loss", name, t) for name, t in (("ls", ls), ("lt", lt)))
     _same_shape("activation_match_loss", ls, lt, 2)
     return (ls - lt).square().sum(1).mean()
 
@@ -38,7 +41,7 @@ def attention_match_loss(fs: Tensor, ft: Tensor) -> Tensor:
 
     ``mean_i || A(fs_i)/||A(fs_i)|| - A(ft_i)/||A(ft_i)|| ||^2`` with A(Z) the mean over channels of Z^2
     (Zagoruyko & Komodakis, ICLR 2017). ``fs`` ``[B, Cs, h, w]``, ``ft`` ``[B, Ct, h, w]``.
-    Differentiable in both, to any order.
+    Returns a scalar in float32 or wider, differentiable in both, to any order.
 
     >>> import torch
     >>> fs, ft = torch.zeros(1, 2, 1, 2), torch.zeros(1, 3, 1, 2)
@@ -46,7 +49,8 @@ def attention_match_loss(fs: Tensor, ft: Tensor) -> Tensor:
     >>> attention_match_loss(fs, ft)  # maps without a common pixel
     tensor(2.)
     """
-    maps = [(f * f).sum(1) / f.shape[1] if f.dim() == 4 else f for f in (fs, ft)]
+    both = [_wide("attention_match_loss", name, f) for name, f in (("fs", fs), ("ft", ft))]
+    maps = [(f * f).sum(1) / f.shape[1] if f.dim() == 4 else f for f in both]
     _same_shape("attention_match_loss (maps over h, w)", maps[0], maps[1], 3)
     unit = [m.flatten(1) for m in maps]
     unit = [m / m.norm(dim=1, keepdim=True).clamp_min(1e-12) for m in unit]
@@ -66,6 +70,8 @@ def jacobian_match_loss(js: Tensor, jt: Tensor, normalize: bool = True) -> Tenso
     >>> jacobian_match_loss(js, jt), jacobian_match_loss(js, jt, normalize=False)
     (tensor(0.), tensor(25.))
     """
+    for name, j in (("js", js), ("jt", jt)):
+        _check_tensor("jacobian_match_loss", name, j)
     return jacobian_match(js, jt, normalize)[0].mean()
 
 
@@ -115,11 +121,11 @@ def gradient_penalty(j: Tensor, norm: float = 1.0) -> Tensor:
     >>> gradient_penalty(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
     tensor(8.)
     """
-    if not (isinstance(norm, int | float) and 0 <= norm < math.inf):
+    if not (isinstance(norm, Real) and 0 <= norm < math.inf):
         raise FastjacError(f"gradient_penalty: norm must be a number from 0; got {norm!r}")
     rows = _rows("gradient_penalty", "j", j)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return (norms - norm).square().mean()
+    return (norms - float(norm)).square().mean()
 
 
 def masked_jacobian_penalty(j: Tensor, mask: Tensor) -> Tensor:
@@ -143,6 +149,10 @@ def masked_jacobian_penalty(j: Tensor, mask: Tensor) -> Tensor:
         raise FastjacError(
             f"masked_jacobian_penalty: mask must have {j.dim()} dimensions, each of size 1 or j's, "
             f"{list(j.shape)}; got {list(mask.shape)}"
+        )
+    if mask.is_complex():
+        raise FastjacError(
+            f"masked_jacobian_penalty: mask must be bool or real numbers; got {mask.dtype}"
         )
     return (rows * mask.to(rows.dtype).expand(j.shape).flatten(1)).square().sum(1).mean()
 
@@ -229,9 +239,19 @@ def _check_tensor(loss: str, name: str, value: Any) -> None:
     advice = ""
     if hasattr(value, "jacobian"):
         advice = "; its .jacobian is a tensor"
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, tuple):
         advice = "; of several targets each has its own"
     raise FastjacError(f"{loss}: {name} must be a tensor, got {type(value).__name__}{advice}")
+
+
+def _wide(loss: str, name: str, value: Tensor) -> Tensor:
+    """A floating-point tensor in float32 or wider, so that squares of float16 do not overflow."""
+    _check_tensor(loss, name, value)
+    if not value.is_floating_point():
+        raise FastjacError(
+            f"{loss}: {name} must be floating-point; got {value.dtype} {list(value.shape)}"
+        )
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _same_shape(name: str, student: Tensor, teacher: Tensor, dims: int) -> None:
@@ -254,6 +274,8 @@ def _rows(loss: str, name: str, j: Tensor) -> Tensor:
 
 def _check_class_rows(loss: str, logits_name: str, logits: Tensor, j_name: str, j: Tensor) -> None:
     """Raise unless ``logits`` are ``[B, K]``, finite where that costs no wait, and j ``[B, K, ...]``."""
+    _check_tensor(loss, logits_name, logits)
+    _check_tensor(loss, j_name, j)
     if logits.dim() != 2 or not logits.is_floating_point():
         raise FastjacError(
             f"{loss}: {logits_name} must be floating-point logits [B, K]; "

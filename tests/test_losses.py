@@ -275,6 +275,9 @@ def test_cross_entropys_jacobians_in_low_precision(dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"ls": None}, "^cross_entropy_jacobian_loss: ls must be a tensor, got NoneType$"),
+        ({"js": (torch.zeros(3, 4, 5),)}, "js must be a tensor, got tuple; of several targets each"),
+        ({"jt": "all"}, "jt must be a tensor, got str$"),
         ({"terms": "al"}, "^unknown terms 'al' in cross_entropy_jacobian_loss; nearest: 'all'"),
         ({"jt": None}, "jt is missing; only labels"),
         ({"lt": LABELS}, "labels have no Jacobian; expected jt=None"),
@@ -329,14 +332,27 @@ def test_the_others_differentiate_in_both_to_any_order(loss, shape):
     assert torch.autograd.gradgradcheck(loss, both)
 
 
-def test_dead_features_give_a_finite_loss_and_gradient():
-    fs, ft = pair(2, 3, 4, 4)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dead_features_give_a_finite_loss_and_gradient(dtype):
+    fs, ft = (t.to(dtype) for t in pair(2, 3, 4, 4))
     fs[0] = 0
     loss = attention_match_loss(fs.requires_grad_(), ft)
     loss.backward()
     assert loss.isfinite()
     assert fs.grad.isfinite().all()
     assert fs.grad[1].norm() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("loss", "shape"), [(activation_match_loss, (3, 4)), (attention_match_loss, (2, 3, 3, 2))]
+)
+def test_the_others_in_low_precision(loss, shape, dtype):
+    low = [(300 * t).to(dtype) for t in pair(*shape)]  # squares overflow float16
+    with torch.autocast("cpu", torch.bfloat16):
+        got = loss(*low)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, loss(*(t.float() for t in low)))
 
 
 @pytest.mark.parametrize(
@@ -405,6 +421,31 @@ def test_a_result_in_the_place_of_its_jacobian_is_an_error(loss):
         loss(out)
     with pytest.raises(FastjacError, match="j must be a tensor, got tuple; of several targets"):
         loss((out.jacobian, out.jacobian))
+
+
+def test_norms_may_be_numpys():
+    numpy = pytest.importorskip("numpy")
+    j = torch.ones(2, 4)  # of the norm 2
+    for norm in (numpy.float32(3), numpy.int64(3), 3):
+        assert gradient_penalty(j, norm) == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "message"),
+    [
+        (activation_match_loss, (None, torch.ones(2, 3)), r"^activ.*: ls must be a tensor, got Non"),
+        (activation_match_loss, (torch.ones(2, 3).long(),) * 2, r"ls must be floating-.* \[2, 3\]$"),
+        (attention_match_loss, (torch.ones(2, 1, 3, 3), None), r"^atten.*: ft must be a tensor, got"),
+        (attention_match_loss, (torch.ones(2, 1, 3, 3).cfloat(),) * 2, r"fs must be .*complex64"),
+        (jacobian_match_loss, ((torch.ones(2, 3),), torch.ones(2, 3)), "js must be a tensor.* of se"),
+        (masked_jacobian_penalty, (torch.ones(2, 3), torch.ones(2, 3).cfloat()), "mask must be bool"),
+        (masked_jacobian_penalty, (torch.ones(2, 3), [[1.0]]), r"mask must be a tensor, got list$"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_that_are_no_real_tensors(loss, given, message):
+    with pytest.raises(FastjacError, match=message):
+        loss(*given)
 
 
 def test_arguments_of_another_kind_are_errors():
