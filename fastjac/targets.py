@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -253,12 +254,14 @@ class AttentionWindow(Target):
             raise FastjacError(
                 f"AttentionWindow: layer is a name of named_modules(); got {self.layer!r}"
             )
-        if not 0 < self.window <= 1:
+        if not (isinstance(self.window, Real) and 0 < self.window <= 1):
             raise FastjacError(
-                f"AttentionWindow: window is a share of the map's height, in (0, 1]; got {self.window}"
+                f"AttentionWindow: window is a share of the map's height, in (0, 1]; got {self.window!r}"
             )
-        if self.power != 1 and self.power < 2:
-            raise FastjacError(f"AttentionWindow: power must be 1 or at least 2; got {self.power}")
+        if not (isinstance(self.power, Real) and (self.power == 1 or 2 <= self.power < math.inf)):
+            raise FastjacError(
+                f"AttentionWindow: power must be 1 or at least 2; got {self.power!r}"
+            )
         if self.anchor not in ("teacher", "own"):
             raise FastjacError(
                 f"AttentionWindow: anchor is 'teacher' or 'own'; got {self.anchor!r}"
@@ -438,7 +441,7 @@ class Scalar(Target):
 class Logits(Target):
     """phi = the logits ``[B, classes]``, or those at ``indices``: ``[B, K]``, so J is ``[B, K, ...]``.
 
-    ``indices``: ints, a sequence or a tensor; None: all of them.
+    ``indices``: ints, a sequence, a tensor or an array; None: all of them.
 
     >>> import torch
     >>> Logits([2, 0]).scalar(torch.tensor([[1.0, 2.0, 3.0]]), None, None)
@@ -450,16 +453,17 @@ class Logits(Target):
     def __post_init__(self) -> None:
         if self.indices is None:
             return
-        indices = self.indices.tolist() if isinstance(self.indices, Tensor) else self.indices
+        given: Any = self.indices
+        indices = given.tolist() if hasattr(given, "tolist") else given
         if (
             not isinstance(indices, Sequence)
             or not indices
-            or not all(isinstance(k, int) and k >= 0 for k in indices)
+            or not all(_is_int(k) and k >= 0 for k in indices)
         ):
             raise FastjacError(
                 f"Logits: indices must be ints from 0, at least one, or None; got {self.indices!r}"
             )
-        object.__setattr__(self, "indices", tuple(indices))
+        object.__setattr__(self, "indices", tuple(map(int, indices)))
 
     def scalar(self, output: Tensor, features: Tensor | None, y: Any) -> Tensor:
         _check_logits("Logits", output)
@@ -503,7 +507,7 @@ class Projection(Target):
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n, int) or self.n < 1:
+        if not _is_int(self.n) or self.n < 1:
             raise FastjacError(f"Projection: n must be a positive int; got {self.n!r}")
 
     def scalar(self, output: Tensor, features: Tensor | None, y: Any) -> Tensor:
@@ -534,6 +538,11 @@ class Projection(Target):
         target = copy.copy(self)
         object.__setattr__(target, "_drawn", {})  # the class is frozen
         return target
+
+
+def _is_int(value: Any) -> bool:
+    """Whether it is an int of Python or NumPy; a bool, of a mask say, is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_range(y: Tensor, classes: int) -> None:

@@ -441,7 +441,6 @@ def test_norms_may_be_numpys():
         (masked_jacobian_penalty, (torch.ones(2, 3), torch.ones(2, 3).cfloat()), "mask must be bool"),
         (masked_jacobian_penalty, (torch.ones(2, 3), [[1.0]]), r"mask must be a tensor, got list$"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_arguments_that_are_no_real_tensors(loss, given, message):
     with pytest.raises(FastjacError, match=message):

@@ -329,7 +329,7 @@ def test_logits_are_the_chosen_columns(indices):
 
 
 def test_logits_errors():
-    for wrong in ([], [-1], [0.5], "ab", 3, {0}):
+    for wrong in ([], [-1], [0.5], "ab", 3, {0}, [True], torch.tensor([True, False])):
         with pytest.raises(FastjacError, match=r"^Logits: indices must be ints from 0"):
             Logits(wrong)
     with pytest.raises(FastjacError, match=r"^Logits: expected indices from 0 to 2, got 3$"):
@@ -373,8 +373,14 @@ def test_projections_are_drawn_anew_unless_fixed():
     assert torch.equal(Projection(2).drawn().scalar(output, None, None), default)
 
 
+def test_ints_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    assert Logits(numpy.array([2, 0])) == Logits([numpy.int64(2), 0]) == Logits([2, 0])
+    assert Projection(numpy.int64(2)).scalar(torch.ones(3, 4), None, None).shape == (3, 2)
+
+
 def test_projection_errors():
-    for wrong in (0, -1, 1.5, None):
+    for wrong in (0, -1, 1.5, None, True):
         with pytest.raises(FastjacError, match=r"^Projection: n must be a positive int"):
             Projection(wrong)
     with pytest.raises(FastjacError, match=r"needs an output \[B, ...\]; the model gave \[3\]"):
@@ -470,7 +476,10 @@ def test_window_errors():
         AttentionWindow("z").pooled(torch.empty(1, 2, 10, 1))
     for wrong, message in (
         ({"window": 0}, r"window is a share of the map's height, in \(0, 1\]; got 0"),
+        ({"window": "half"}, "window is a share .*; got 'half'"),
         ({"power": 1.5}, "power must be 1 or at least 2; got 1.5"),
+        ({"power": math.inf}, "power must be 1 or at least 2; got inf"),
+        ({"power": "2"}, "power must be 1 or at least 2; got '2'"),
         ({"anchor": "student"}, "anchor is 'teacher' or 'own'; got 'student'"),
     ):
         with pytest.raises(FastjacError, match=message):
