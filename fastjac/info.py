@@ -4,7 +4,8 @@ Environment variables, read when fastjac is first used: ``FASTJAC_NATIVE=0`` run
 operators, on their PyTorch references; ``FASTJAC_CPU_ISA=portable|avx2|avx512`` limits the CPU's
 instruction set.
 When building: ``FASTJAC_NATIVE=0`` and ``FASTJAC_CUDA=0`` leave out native and CUDA code,
-``FASTJAC_CUDA=1`` insists on CUDA, ``TORCH_CUDA_ARCH_LIST`` chooses its architectures.
+``FASTJAC_CUDA=1`` insists on CUDA, ``TORCH_CUDA_ARCH_LIST`` chooses its architectures, and
+``FASTJAC_BUILD_FOR=here`` compiles for this machine alone.
 """
 
 from __future__ import annotations

@@ -129,6 +129,20 @@ def test_without_native_operators():
     assert "FASTJAC_NATIVE=0 is set" in warning(python(MATCH, PACKAGE.parent, FASTJAC_NATIVE="0"))
 
 
+@pytest.mark.skipif(_library.CPU.path is None, reason="not built")
+def test_a_library_that_is_switched_off_is_not_to_be_built():
+    line = warning(python(MATCH, PACKAGE.parent, FASTJAC_NATIVE="0"))
+    assert f"unset it to load {_library.CPU.path.name}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("FASTJAC_NATIVE", "0, 1, keep"), ("FASTJAC_CPU_ISA", "portable, avx2, avx5")]
+)  # fmt: skip
+def test_an_unknown_value_of_a_variable_is_told(name, expected):
+    told = python(MATCH, PACKAGE.parent, **{name: "no"}).stderr
+    assert f"fastjac:1: RuntimeWarning: {name}=no has no effect; expected one of {expected}" in told
+
+
 def test_a_library_that_does_not_load_gives_the_reason(source):
     (source / "fastjac" / "_cpu.abi3.so").write_bytes(b"not a library")
     line = warning(python(MATCH, source))

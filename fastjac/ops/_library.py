@@ -65,7 +65,8 @@ def _instruction_sets() -> set[str]:
 def _load(name: str, needs: NativeLibrary | None = None) -> NativeLibrary:
     path = next(iter(sorted(PACKAGE.glob(f"_{name}.*.so"))), None)
     if os.environ.get("FASTJAC_NATIVE") == "0":
-        return NativeLibrary(name, path, "FASTJAC_NATIVE=0 is set")
+        advice = "" if path is None else f"; unset it to load {path.name}"
+        return NativeLibrary(name, path, f"FASTJAC_NATIVE=0 is set{advice}")
     if name == "cuda" and torch.version.cuda is None:
         return NativeLibrary(name, path, f"PyTorch {torch.__version__} has no CUDA")
     if path is None:
@@ -100,6 +101,14 @@ def _warn(message: str) -> None:
     # Attributed to no file: Python would print a line of this one below the message.
     warnings.warn_explicit(message, RuntimeWarning, "fastjac", 1)
 
+
+_WORDS = {
+    "FASTJAC_NATIVE": ("0", "1", "keep"),  # keep: for setup.py
+    "FASTJAC_CPU_ISA": ("portable", "avx2", "avx512"),
+}
+for _name, _known in _WORDS.items():
+    if (_word := os.environ.get(_name)) and _word not in _known:
+        _warn(f"{_name}={_word} has no effect; expected one of {', '.join(_known)}")
 
 CPU = _load("cpu")
 CUDA = _load("cuda", needs=CPU)  # the schemas are in the CPU's
