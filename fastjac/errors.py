@@ -10,7 +10,9 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 
 class FastjacError(ValueError):
@@ -33,6 +35,20 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> F
     return FastjacError(
         f"unknown {kind} {name!r}{place}; nearest: {', '.join(map(repr, near)) or 'none'}"
     )
+
+
+def is_int(value: object) -> bool:
+    """Whether it is an int of Python or NumPy; a bool, of a mask say, is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, least: int) -> int:
+    """``value`` as an int; raises unless it is one, and at least ``least``."""
+    if not is_int(value):
+        raise FastjacError(f"{name}: expected an int, got {value!r}")
+    if value < least:
+        raise FastjacError(f"{name}: expected {least} or more, got {value}")
+    return int(value)
 
 
 def existing_file(path: str | Path, expected: str = "weights (.safetensors, .pth or .pt)") -> Path:

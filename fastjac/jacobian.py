@@ -404,11 +404,6 @@ def check_options(batch_stats: str, strategy: str) -> None:
 
 
 def _check_input(x: Any, model: nn.Module, args: Any, kwargs: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise FastjacError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}; of a function, a Module "
-            "whose forward calls it, with the networks in attributes"
-        )
     check_input(x, model, "model")
     if not isinstance(args, tuple | list):
         raise FastjacError(
@@ -427,8 +422,18 @@ def _check_input(x: Any, model: nn.Module, args: Any, kwargs: Any) -> None:
             )
 
 
+def check_module(model: Any, name: str) -> None:
+    """Raise unless the model is a module."""
+    if not isinstance(model, nn.Module):
+        raise FastjacError(
+            f"{name}: expected a torch.nn.Module, got {type(model).__name__}; of a function, a Module "
+            "whose forward calls it, with the networks in attributes"
+        )
+
+
 def check_input(x: Any, model: nn.Module, name: str) -> None:
     """Raise unless x is a batch that the model can take."""
+    check_module(model, name)
     if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
         came = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         advice = ""

@@ -19,6 +19,7 @@ from fastjac.jacobian import (
     Forward,
     Output,
     check_input,
+    check_module,
     check_options,
     eager,
     ordinary_tensors,
@@ -182,6 +183,8 @@ class JacobianMatching(nn.Module):
         super().__init__()
         self.target, self.targets = target, check_targets(target)
         check_options(batch_stats, strategy)
+        check_module(student, "student")
+        check_module(teacher, "teacher")
         self.normalize = normalize
         self.batch_stats, self.strategy = batch_stats, strategy
         self.output = output

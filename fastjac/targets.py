@@ -11,13 +11,13 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastjac.errors import FastjacError
+from fastjac.errors import FastjacError, is_int
 from fastjac.ops.attention_window import attention_window, attention_window_slope
 
 
@@ -458,7 +458,7 @@ class Logits(Target):
         if (
             not isinstance(indices, Sequence)
             or not indices
-            or not all(_is_int(k) and k >= 0 for k in indices)
+            or not all(is_int(k) and k >= 0 for k in indices)
         ):
             raise FastjacError(
                 f"Logits: indices must be ints from 0, at least one, or None; got {self.indices!r}"
@@ -507,7 +507,7 @@ class Projection(Target):
     )
 
     def __post_init__(self) -> None:
-        if not _is_int(self.n) or self.n < 1:
+        if not is_int(self.n) or self.n < 1:
             raise FastjacError(f"Projection: n must be a positive int; got {self.n!r}")
 
     def scalar(self, output: Tensor, features: Tensor | None, y: Any) -> Tensor:
@@ -538,11 +538,6 @@ class Projection(Target):
         target = copy.copy(self)
         object.__setattr__(target, "_drawn", {})  # the class is frozen
         return target
-
-
-def _is_int(value: Any) -> bool:
-    """Whether it is an int of Python or NumPy; a bool, of a mask say, is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_range(y: Tensor, classes: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastjac import (
     AttentionWindow,
     FastjacError,
+    LabelLogit,
     Logits,
     cross_entropy_jacobian_loss,
     input_jacobian,
@@ -251,7 +252,13 @@ def call(**change):
         ({"sigmas": [-1]}, "^sigmas: "),
         ({"sigmas": [math.nan]}, "^sigmas: "),
         ({"sigmas": []}, r"^sigmas: expected numbers above 0, at least one"),
+        ({"sigmas": 0.1}, "^sigmas: expected a sequence of numbers, got 0.1$"),
+        ({"sigmas": [0.1, 1e200]}, "^sigmas: expected numbers above 0"),
         ({"pairs": 1}, "^pairs: expected 2 or more, got 1$"),
+        ({"pairs": 1e3}, "^pairs: expected an int, got 1000.0$"),
+        ({"rows": 0}, "^rows: expected 1 or more, got 0$"),
+        ({"terms": "papr"}, "^unknown terms 'papr'; nearest: 'paper'"),
+        ({"student": len}, "^student: expected a torch.nn.Module, got builtin_function_or_method"),
         ({"loss": "squared"}, "^unknown loss 'squared'; nearest: 'squared_error'"),
         ({"loss": "cross_entropy", "terms": "none"}, "^unknown terms 'none'"),
         ({"student": nn.Linear(4, 3).double()}, "^the student is in train mode"),
@@ -265,6 +272,26 @@ def call(**change):
 def test_bad_input_of_the_expansions(change, message):
     with pytest.raises(FastjacError, match=message):
         call(**change)
+
+
+def test_the_curvature_in_inference_mode():
+    student, teacher, x = linear()
+    student = nn.Sequential(student, nn.Tanh()).eval()
+
+    def expansion():
+        make = torch.Generator().manual_seed(0)
+        options = {"curvature": True, "pairs": 4, "generator": make}
+        return noise_expansion(student, teacher, x, [0.1], **options).expansion
+
+    with torch.inference_mode():
+        inside = expansion()
+    assert torch.equal(inside, expansion())
+
+
+def test_one_target_alone_is_expanded():
+    student, teacher, x = linear()
+    with pytest.raises(FastjacError, match=r"expected one target, got a tuple$"):
+        normalized_noise_expansion(student, teacher, x, [0.1], (LabelLogit(),))
 
 
 def test_networks_that_cannot_be_expanded():
@@ -430,7 +457,12 @@ POINTS = torch.rand(6, 3)
         (lambda: hausdorff(POINTS, 0 * POINTS, "angular"), "^the small set's point 0 is 0"),
         (lambda: farthest_first(POINTS, k=7), "k must be from 1 to the set's 6 points, got 7$"),
         (lambda: farthest_first(POINTS, k=0), "k must be from 1"),
+        (lambda: farthest_first(POINTS, k=2.0), "k must be from 1 .* got 2.0$"),
         (lambda: farthest_first(broken(1), k=1), "in point 1"),
+        (lambda: hausdorff(POINTS, POINTS, block_bytes=1e9), "^block_bytes: expected an int, got 1000"),
+        (lambda: lipschitz_estimate(POINTS, POINTS[:, 0], pairs=1e5), "^pairs: expected an int"),
+        (lambda: bound(large_losses=[0.0] * 6), "the large losses must be a tensor .*, got list$"),
+        (lambda: bound(small_losses=torch.zeros(6).cfloat()), "real numbers, got torch.complex64$"),
         (lambda: bound(lipschitz=0.0), "^transfer_bound: lipschitz must be"),
         (lambda: bound(lipschitz=math.nan), "^transfer_bound: lipschitz"),
         (lambda: bound(large_losses=torch.zeros(5)), r"^the large losses must be one for each of 6"),
@@ -442,6 +474,19 @@ POINTS = torch.rand(6, 3)
 def test_bad_sets(call, message):
     with pytest.raises(FastjacError, match=message):
         call()
+
+
+def test_the_bound_is_numbers():
+    found = bound(lipschitz=torch.tensor(2.0))
+    assert type(found.lipschitz) is type(found.bound) is float
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-30])
+def test_angles_of_points_near_zero(scale):
+    """The squares of such numbers underflow in float32."""
+    others = POINTS.flip(0) + 0.1
+    found = nearest_distances(scale * POINTS, scale * others, "angular")
+    torch.testing.assert_close(found, nearest_distances(POINTS, others, "angular"))
 
 
 def broken(point: int) -> Tensor:

@@ -60,6 +60,8 @@ def fuse(model: nn.Module) -> FusedModel:
     Raises :class:`fastjac.errors.FastjacError` for a model that is fused already, and a backward with
     ``create_graph=True``.
     """
+    if not isinstance(model, nn.Module):
+        raise FastjacError(f"fuse: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, FusedModel):
         raise FastjacError("fuse: the model is fused already")
     return FusedModel(model)

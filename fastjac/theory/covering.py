@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastjac.errors import FastjacError, unknown
+from fastjac.errors import FastjacError, check_int, is_int, unknown
 
 METRICS = ("euclidean", "manhattan", "angular")
 Metric = Literal["euclidean", "manhattan", "angular"]
@@ -61,7 +61,7 @@ def hausdorff(
     Hausdorff(distance=3.0, point=2, nearest=1)
     """
     a, b = _check_sets(large, small, metric)
-    size = block_bytes // a.element_size()
+    size = check_int("block_bytes", block_bytes, 1) // a.element_size()
     centre = b.mean(0)
     order = torch.cat([(r - centre).square().sum(1) for r in _row_blocks(a, size)])
     best, point = a.new_full((), -math.inf), 0
@@ -88,7 +88,7 @@ def nearest_distances(
     (tensor([0., 1., 3.]), tensor([0, 0, 1]))
     """
     a, b = _check_sets(large, small, metric)
-    size = block_bytes // a.element_size()
+    size = check_int("block_bytes", block_bytes, 1) // a.element_size()
     index = torch.cat([found for _, _, found in _nearest_blocks(a, b, metric, size)])
     blocks = zip(_row_blocks(a, size), _row_blocks(index[:, None], size, a.shape[1]), strict=True)
     apart = [_pairwise(rows, b[found[:, 0]], metric) for rows, found in blocks]
@@ -161,7 +161,7 @@ def transfer_bound(
         if len(points) > 1:
             others = lipschitz_estimate(points, losses, metric, pairs=pairs, generator=generator)
             lipschitz = max(lipschitz, others)
-    elif not 0 < lipschitz < math.inf:
+    elif not 0 < (lipschitz := float(lipschitz)) < math.inf:
         raise FastjacError(f"transfer_bound: lipschitz must be a number above 0, got {lipschitz}")
     else:
         distance = hausdorff(large, small, metric, block_bytes=block_bytes).distance
@@ -189,7 +189,7 @@ def lipschitz_estimate(
     """
     a, _ = _check_sets(points, points, metric)
     values = _check_losses("given", losses, a)
-    if len(a) < 2 or pairs < 1:
+    if len(a) < 2 or check_int("pairs", pairs, 0) < 1:
         raise FastjacError(
             f"lipschitz_estimate: expected 2 points and 1 pair or more, got {len(a)}, {pairs}"
         )
@@ -242,11 +242,11 @@ def farthest_first(
     FarthestFirst(picks=tensor([2, 1]), distances=tensor([5., 1., 0.]))
     """
     a, _ = _check_sets(large, large if small is None else small, metric)
-    if not 1 <= k <= len(a):
+    if not is_int(k) or not 1 <= k <= len(a):
         raise FastjacError(
-            f"farthest_first: k must be from 1 to the set's {len(a)} points, got {k}"
+            f"farthest_first: k must be from 1 to the set's {len(a)} points, got {k!r}"
         )
-    size = block_bytes // a.element_size()
+    size = check_int("block_bytes", block_bytes, 1) // a.element_size()
     if small is None:
         left = a.new_full((len(a),), math.inf)
         first = int(_direct(a, a.mean(0), "euclidean", size).argmin())
@@ -313,17 +313,21 @@ def _rows(name: str, points: Tensor, metric: str) -> Tensor:
             f"{most:.3g}: rescale both sets"
         )
     if metric == "angular":
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        if not (norm > 0).all():
-            point = int((norm[:, 0] == 0).nonzero()[0])
+        # By their largest numbers first, so that no square underflows.
+        scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True)
+        if not (scale > 0).all():
+            point = int((scale[:, 0] == 0).nonzero()[0])
             raise FastjacError(
                 f"the {name} set's point {point} is 0, which has no angle to another"
             )
-        rows = rows / norm
+        rows = torch.nn.functional.normalize(rows / scale)
     return rows
 
 
 def _check_losses(name: str, losses: Tensor, points: Tensor) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.is_complex():
+        came = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise FastjacError(f"the {name} losses must be a tensor of real numbers, got {came}")
     if losses.shape != points.shape[:1] or losses.device != points.device:
         raise FastjacError(
             f"the {name} losses must be one for each of {len(points)} points, on {points.device}; got "

@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjac.errors import FastjacError, unknown
+from fastjac.errors import FastjacError, check_int, unknown
 from fastjac.features import forward_with_features
-from fastjac.jacobian import check_input, input_jacobian
-from fastjac.losses import cross_entropy_jacobian_loss, jacobian_match_loss
+from fastjac.jacobian import check_input, input_jacobian, ordinary_tensors
+from fastjac.losses import (
+    CROSS_ENTROPY_TERMS,
+    cross_entropy_jacobian_loss,
+    jacobian_match_loss,
+)
 from fastjac.targets import LabelLogit, Logits, Target, check_targets
 
 LOSSES = ("squared_error", "cross_entropy")
@@ -112,7 +116,9 @@ def noise_expansion(
     """
     if loss not in LOSSES:
         raise unknown("loss", loss, LOSSES)
-    scales = _check_noise(student, teacher, x, sigmas, pairs)
+    if terms not in CROSS_ENTROPY_TERMS:
+        raise unknown("terms", terms, CROSS_ENTROPY_TERMS)
+    scales, pairs = _check_noise(student, teacher, x, sigmas, pairs)
     value = _squared_error if loss == "squared_error" else _cross_entropy
     with torch.no_grad():
         s, t = _logits(student, x, "student"), _logits(teacher, x, "teacher")
@@ -138,7 +144,7 @@ def noise_expansion(
     jacobian, at_x = torch.cat([js, jt], 1).flatten(2), value(s, t)
 
     parts: list[Tensor] = []  # of [n, 1 + S]: the curvature's term, and the residual at each scale
-    most = max(1, rows // len(x))
+    most = max(1, check_int("rows", rows, 1) // len(x))
     for n in [most] * (pairs // most) + [pairs % most] * (pairs % most > 0):
         z = torch.randn(n, *x.shape, dtype=x.dtype, device=x.device, generator=generator)
         tangent = torch.einsum("bkd,nbd->nbk", jacobian, z.flatten(2))
@@ -195,8 +201,9 @@ def normalized_noise_expansion(
     >>> found.student.noisy
     tensor([0.0100, 0.0400], dtype=torch.float64)
     """
-    scales = _check_noise(student, teacher, x, sigmas, pairs)
-    (target,) = check_targets((target,))
+    scales, pairs = _check_noise(student, teacher, x, sigmas, pairs)
+    if len(check_targets(target)) != 1 or isinstance(target, tuple):
+        raise FastjacError("normalized_noise_expansion: expected one target, got a tuple")
     drawn = target.drawn()
     of_teacher = drawn.for_teacher()
     with torch.no_grad():
@@ -269,7 +276,8 @@ def normalized_noise_expansion(
 
 def _check_noise(
     student: nn.Module, teacher: nn.Module, x: Tensor, sigmas: Sequence[float], pairs: int
-) -> list[float]:
+) -> tuple[list[float], int]:
+    """The noise's scales, and the number of pairs."""
     for name, model in (("student", student), ("teacher", teacher)):
         check_input(x, model, name)
         if any(m.training for m in model.modules()):
@@ -278,12 +286,13 @@ def _check_noise(
         raise FastjacError("x: expected at least one sample, got none")
     if not x.isfinite().all():
         raise FastjacError("x: expected finite numbers, got a NaN or an infinity")
-    scales = [float(s) for s in sigmas]
-    if not scales or not all(0 < s < math.inf for s in scales):
+    try:
+        scales = [float(s) for s in sigmas]
+    except (TypeError, ValueError):
+        raise FastjacError(f"sigmas: expected a sequence of numbers, got {sigmas!r}") from None
+    if not scales or not all(s > 0 and 0 < s * s < math.inf for s in scales):
         raise FastjacError(f"sigmas: expected numbers above 0, at least one; got {scales}")
-    if pairs < 2:
-        raise FastjacError(f"pairs: expected 2 or more, got {pairs}")
-    return scales
+    return scales, check_int("pairs", pairs, 2)
 
 
 def _logits(model: nn.Module, x: Tensor, name: str) -> Tensor:
@@ -308,7 +317,7 @@ def _second_derivative(
     student: nn.Module, teacher: nn.Module, slopes: Tensor, x: Tensor, z: Tensor
 ) -> Tensor:
     """Along each z, of the logits weighted with ``slopes``: ``[n, B]`` for z ``[n, B, ...]``."""
-    with torch.enable_grad():
+    with ordinary_tensors((x, slopes, z), student, teacher) as (x, slopes, z), torch.enable_grad():
         leaf = x.expand_as(z).flatten(0, 1).clone().requires_grad_()
         logits = torch.cat([student(leaf), teacher(leaf)], 1)
         weighted = (logits * slopes.repeat(len(z), 1)).sum()

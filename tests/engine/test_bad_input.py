@@ -14,6 +14,7 @@ from fastjac import (
     JacobianMatching,
     LabelLogit,
     attention_match_loss,
+    fuse,
     input_jacobian,
     with_jacobian,
 )
@@ -97,6 +98,16 @@ def fails(message: str):
 def test_arguments_of_a_matcher(options, message):
     with fails(message):
         matching(**options)
+
+
+def test_what_is_no_module():
+    layer, function = nn.Linear(4, 3), lambda x: x
+    with fails(r"^student: expected a torch.nn.Module, got function; of a function, a Module"):
+        JacobianMatching(function, layer)
+    with fails(r"^teacher: expected a torch.nn.Module, got NoneType"):
+        JacobianMatching(layer, None)
+    with fails(r"^fuse: expected a torch.nn.Module, got function$"):
+        fuse(function)
 
 
 @pytest.mark.parametrize(
