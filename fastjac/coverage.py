@@ -1,8 +1,9 @@
 """``python -m fastjac.coverage``: how far the images of one set lie from those of others.
 
 Which target images to transfer on, by Proposition 3: the smaller the directed Hausdorff distance of the
-source's images from them, the tighter the bound. Exit status: 0; 2 for bad input and 130 if interrupted,
-each with one line on the standard error. PyTorch is imported once the command line is known to be right.
+source's images from them, the tighter the bound. Exit status: 0; 1 if the system failed (a file,
+memory), 2 for bad input and 130 if interrupted, each with one line on the standard error. PyTorch is
+imported once the command line is known to be right.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastjac.errors import FastjacError, existing_file, unknown
+from fastjac.train.__main__ import report
 from fastjac.train.sources import find_trained, is_library_name
 
 if TYPE_CHECKING:
@@ -89,6 +91,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise FastjacError(f"{twice[0]} is named twice; expected different folders")
     if options.csv is not None and not options.csv.parent.is_dir():
         raise FastjacError(f"--csv {options.csv}: no folder {options.csv.parent} to write it to")
+    if options.csv is not None and options.csv.is_dir():
+        raise FastjacError(f"--csv {options.csv} is a folder; expected a file to write")
     if not is_library_name(options.network):
         find_trained(options.network)
         if options.weights is not None:
@@ -142,9 +146,13 @@ def cover(options: argparse.Namespace) -> str:
         text = "\n".join(str(paths[p]) for p in picks)
         print(f"H from {distances[0]:.6g} to {distances[-1]:.6g}", file=sys.stderr)
     if options.csv is not None:
-        from fastjac.train.files import write_csv
+        from fastjac.train.files import CannotWrite, write_csv
 
-        write_csv(options.csv, rows)
+        try:
+            write_csv(options.csv, rows)
+        except CannotWrite:
+            print(text)  # which took long
+            raise
     return text
 
 
@@ -275,17 +283,7 @@ def _row_per_image(value: Tensor | None, images: int, layer: str) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; report on the standard output, or say in one line what was wrong; the exit status."""
-    try:
-        print(cover(parse(sys.argv[1:] if argv is None else argv)))
-    except FastjacError as error:
-        # A loader's worker process sends its error after a traceback: the last line is the news.
-        line = str(error).strip().splitlines()[-1].removeprefix("fastjac.errors.FastjacError: ")
-        print(f"fastjac: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fastjac: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return report(lambda: cover(parse(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """``python -m fastjac.coverage``: on real images, in real processes, against distances taken by hand."""
 
 import csv
+import errno
 import os
 import shutil
 import subprocess
@@ -173,6 +174,7 @@ def test_a_named_network_and_layer(place, cover):
         ("source near --network run --pick many", "argument --pick: invalid int value: 'many'"),
         ("source near --network run --batch-size 0", "--batch-size: expected 1 or more"),
         ("source near --network run --csv no/t.csv", "no folder no to write it to"),
+        ("source near --network run --csv near", "--csv near is a folder; expected a file to write"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_before_pytorch(place, words, message):
@@ -231,6 +233,30 @@ def test_damaged_images_are_left_out(place, cover, caplog):
     assert cover(*words)[2].endswith("; --skip-damaged leaves out what cannot be read\n")
     assert cover(*words, "--skip-damaged")[:2] == (0, table.replace("far (", "partly ("))
     assert "1 of 4 images left out; partly/a.png is not a readable image" in caplog.text
+
+
+def test_a_table_that_cannot_be_written_is_printed(place, cover, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    status, out, err = cover("source", "near", "--network", "run", "--csv", "table.csv")
+    assert status == 1
+    assert "candidate (farthest image of the source)\n" in out
+    assert err.splitlines()[-1] == "fastjac: table.csv cannot be written: No space left on device"
+
+
+def test_the_standard_output_may_be_closed(place):
+    words = ["source", "--network", "run", "--pick", "1"]
+    command = [sys.executable, "-m", "fastjac.coverage", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            command, cwd=place, env=env, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert run.returncode == 1
+    assert "fastjac: the standard output cannot be written to: No space left" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_features_that_are_not_finite(place, cover):

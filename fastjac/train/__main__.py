@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 
 from fastjac.errors import FastjacError, TrainingFailed, first_line, unknown
@@ -80,11 +80,15 @@ def run(argv: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; report on the standard output, or say in one line what was wrong; the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    help_asked = argv[:1] in (["-h"], ["--help"])
+    return report(lambda: USAGE if help_asked else run(argv))
+
+
+def report(work: Callable[[], str]) -> int:
+    """Do ``work``, and report what it gives, or say in one line what was wrong; the exit status."""
     _open_closed()
-    if argv[:1] in (["-h"], ["--help"]):
-        return _tell(USAGE + "\n")
     try:
-        line = run(argv)
+        line = work()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "fastjac":
             raise
