@@ -65,6 +65,8 @@ CASES = {
     "logit, around the student": Case(
         LOGIT, "synchronised", "batch", around="student", unused=True
     ),
+    "window, without logits": Case(WINDOW, "none", around="loss", unused=True),
+    "logit, without logits": Case(LOGIT, "none", around="loss", unused=True),
 }
 SHARDED = {  # layer by layer, and whether the parameters are kept after the forward
     "window, sharded": (WINDOW, True),
@@ -112,6 +114,17 @@ def synchronise(model: nn.Sequential) -> nn.Sequential:
     return model
 
 
+class Alone(nn.Module):
+    """The Jacobian term, as a module that returns it and no logits."""
+
+    def __init__(self, matcher: JacobianMatching) -> None:
+        super().__init__()
+        self.matcher = matcher
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.matcher(x, y).jacobian_loss
+
+
 def gradients(
     case: Case, x: Tensor, y: Tensor, weight: float, wrap: Callable = lambda module, **_: module
 ) -> dict[str, Tensor]:
@@ -134,14 +147,19 @@ def gradients(
             strategy=case.strategy,
         )
         matcher.train(case.norm != "eval")
+        if case.around == "loss":
+            matcher = Alone(matcher)
         matcher = wrap(matcher, find_unused_parameters=case.unused)
     if case.norm in ("synchronised", "eval") and wrap is DistributedDataParallel:
         synchronise(student)
     for _ in range(2):
         student.zero_grad(set_to_none=True)
         out = matcher(x, y)
-        loss = F.cross_entropy(out.student_logits, y, reduction="sum") / max(len(y), 1)
-        loss = weight * (loss + out.jacobian_loss)
+        if case.around == "loss":
+            loss = weight * out
+        else:
+            loss = F.cross_entropy(out.student_logits, y, reduction="sum") / max(len(y), 1)
+            loss = weight * (loss + out.jacobian_loss)
         loss.backward()
     found = {name: p.grad for name, p in student.named_parameters()}
     return found | {"loss": loss.detach()} | dict(student.named_buffers())
