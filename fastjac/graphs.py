@@ -211,6 +211,12 @@ class GraphedStep:
     def _begin(self, given: list[Any], structure: Any) -> None:
         """Note the first arguments, which all others must resemble."""
         tensors = [t for t in given if isinstance(t, Tensor)]
+        for place, value in enumerate(given):
+            # An array's values may change, unseen.
+            if getattr(value, "shape", None) and not isinstance(value, Tensor):
+                raise FastjacError(
+                    f"graphed: argument {place}: expected a tensor on a GPU, got {type(value).__name__}"
+                )
         if not tensors:
             raise FastjacError("graphed: the step takes no tensor; expected tensors on a GPU")
         devices = {t.device for t in tensors}
@@ -234,7 +240,7 @@ class GraphedStep:
             )
         for place, (known, value) in enumerate(zip(self._example, given, strict=True)):
             expected, came = _described(known), _described(value)
-            if type(expected) is not type(came) or expected != came:
+            if expected is not came and (type(expected) is not type(came) or expected != came):
                 raise FastjacError(
                     f"graphed: argument {place}: expected {expected}, as in the first call, got {came}; "
                     "call the step itself for a batch of another size"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastjac
 from fastjac import AttentionWindow, FastjacError, LabelLogit, Projection, Scalar
+from fastjac.graphs import GraphedStep
 
 ON_CUDA = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
@@ -333,6 +334,13 @@ def test_other_arguments(device):
 def test_first_arguments(device, wrong, message):
     with pytest.raises(FastjacError, match=message):
         fastjac.graphed(lambda x: x)(wrong(device))
+
+
+def test_an_array_of_numpy_is_an_error():
+    """Its values may change, unseen by a replay. Said before a GPU is needed."""
+    array = pytest.importorskip("numpy").ones(3)
+    with pytest.raises(FastjacError, match="argument 1: expected a tensor on a GPU, got ndarray"):
+        GraphedStep(lambda x, a: x, 2)(torch.ones(3), array)
 
 
 @ON_CUDA
