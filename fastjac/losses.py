@@ -1,7 +1,8 @@
 """Losses of input Jacobians, and the paper's other terms; each averaged over the batch.
 
 Jacobians are ``[B, ...]`` or ``[B, K, ...]``, as :func:`fastjac.with_jacobian` gives them. Norms and
-products are over all of a sample's dimensions, K included, in float32 or wider. "The paper":
+products are over all of a sample's dimensions, K included, in float32 or wider. A norm whose square
+overflows there (from 1.8e19 on in float32) counts as infinite. "The paper":
 Srinivas & Fleuret, "Knowledge Transfer with Jacobian Matching", ICML 2018. All are deterministic.
 """
 
@@ -62,6 +63,7 @@ def jacobian_match_loss(js: Tensor, jt: Tensor, normalize: bool = True) -> Tenso
 
     normalised (eq. 2 of the paper's supplement): ``mean_i || js_i/||js_i|| - jt_i/||jt_i|| ||^2``; raw
     (Proposition 1): ``mean_i || js_i - jt_i ||^2``.
+    A norm below 1e-12 counts as 1e-12 there, so that a Jacobian of zeros gives finite gradients.
     ``js``, ``jt``: ``[B, ...]``, one shape, dtype and device. Returns a scalar in float32 or wider,
     differentiable once, in ``js``.
 
