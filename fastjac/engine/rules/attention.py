@@ -78,13 +78,6 @@ class Attention(Rule):
         )
         return o, rule, tuple(r for group in receivers for r in group)
 
-    def with_source_copied(self, source: int) -> Rule:
-        copied = list(self.tensors)
-        for number, place in zip(self.sources, self.places, strict=True):
-            if number == source:
-                copied[place] = copied[place].clone()
-        return self.changed(tensors=copied)
-
     def needs_delta(self) -> bool:
         return any(self.receives)
 

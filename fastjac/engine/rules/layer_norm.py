@@ -71,9 +71,6 @@ class LayerNorm(Rule):
         )
         return y, rule, receivers[0] + receivers[1]
 
-    def with_source_copied(self, source: int) -> Rule:
-        return self.changed(x=self.x.clone())
-
     def needs_delta(self) -> bool:
         return any(self.receives)
 

@@ -60,9 +60,6 @@ class Softmax(Rule):
         y = site.run(input, dim, *others, **named)
         return y, cls((site.number(input),), site.keep(y), dim, bool(receivers)), receivers
 
-    def with_output_copied(self) -> Rule:
-        return self.changed(y=self.y.clone())
-
     def needs_delta(self) -> bool:
         return self.curved
 
