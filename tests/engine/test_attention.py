@@ -1,4 +1,4 @@
-"""Attention, softmax and layer norm: their rules, and the calls that these leave to autograd."""
+"""Attention, softmax, layer and instance norms: their rules, and the calls left to autograd."""
 
 from __future__ import annotations
 
@@ -259,3 +259,21 @@ def test_narrow_types_are_as_exact_as_the_double_backward(function, dtype):
     truth = gradient("autograd", wide=True)
     ours, theirs = ((gradient(each) - truth).norm() / truth.norm() for each in ("auto", "autograd"))
     assert ours <= 2 * theirs + torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize(
+    ("make", "covered"),
+    [
+        (lambda: nn.InstanceNorm2d(4), True),
+        (lambda: nn.InstanceNorm2d(4, 0.01, affine=True), True),
+        (lambda: nn.InstanceNorm2d(4, affine=True).eval(), True),
+        (lambda: nn.InstanceNorm2d(4, track_running_stats=True), False),
+        (lambda: nn.InstanceNorm2d(4, track_running_stats=True).eval(), False),
+        (lambda: Apply(lambda z: F.instance_norm(z.flatten(2)).view_as(z)), True),
+        (lambda: Apply(lambda z: F.instance_norm(z[:, :, None])[:, :, 0]), True),
+        (lambda: Apply(lambda z: F.instance_norm(z, weight=z.mean((0, 2, 3)))), False),
+    ],
+    ids=["plain", "affine", "eval", "running", "of running", "series", "volumes", "a weight of x"],
+)
+def test_instance_norm(make, covered):
+    check(make, covered=covered, name="InstanceNorm")

@@ -132,3 +132,25 @@ class GroupNorm(Rule):
 def _dense(x: Tensor) -> torch.memory_format:
     """The layout that PyTorch's kernels expect, as F.group_norm gives it: channels-last on a CPU."""
     return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+
+
+@register_rule(F.instance_norm)
+class InstanceNorm(GroupNorm):
+    """Each channel a group of its own, where there are no running statistics."""
+
+    @classmethod
+    def record(
+        cls,
+        site: Site,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Recorded | Any:
+        if running_mean is not None or running_var is not None or not use_input_stats:
+            return NotImplemented
+        return super().record(site, input, input.shape[1], weight, bias, eps)
