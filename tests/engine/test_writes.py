@@ -244,6 +244,16 @@ def test_what_its_derivative_does_not_read_may_be_overwritten(name, batch_stats)
     agrees(lambda: network(Apply(function)), batch_stats)
 
 
+def test_so_may_a_constant_that_is_a_term():
+    def function(z: Tensor) -> Tensor:
+        memory = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view(z.shape)
+        y = torch.stack([z, memory]).sum(0) + torch.where(z > 0, z, memory)
+        memory.mul_(0.9).add_(z.detach())
+        return y.sin() * memory
+
+    agrees(lambda: network(Apply(function)))
+
+
 @STATISTICS
 def test_whose_shape_or_type_was_read_may_be_overwritten(batch_stats):
     agrees(lambda: network(Apply(shape_or_type_of)), batch_stats)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjac.engine.rules.base import Recorded, register_alternatives, register_rule
-from fastjac.engine.rules.generic import Generic
+from fastjac.engine.rules.generic import Generic, map_tensors
 from fastjac.engine.rules.linear_maps import Difference, Pad
 from fastjac.engine.rules.pointwise import Add, Subtract, SubtractFrom
 from fastjac.fusion.mode import tensors_in, writes_in_place
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 class AffineMap(Generic):
     """y = A(x1, x2, ...) + b. A is the same at every x, and so is taken at zeros: none is kept.
 
-    So the model may overwrite them later, as autograd lets it.
+    Nor are constants of b. So the model may overwrite them later, as autograd lets it.
     """
+
+    multiplies: ClassVar[bool] = False  # whether a constant may be a factor, not a term
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
@@ -43,11 +45,23 @@ class AffineMap(Generic):
             return NotImplemented
         y, rule, _ = super().record(site, *args, **kwargs)
         held = set(map(id, rule.leaves))
+        if not cls.multiplies:
+            held.update(id(t) for t in tensors_in(*rule.template) if _is_term(t))
         site.kept[:] = [entry for entry in site.kept if id(entry[0]) not in held]
-        leaves = [
-            torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) for t in rule.leaves
-        ]
-        return y, rule.changed(leaves=leaves, receives=[False] * len(leaves)), ()
+        template = map_tensors(lambda t: _zeros(t) if id(t) in held else t, rule.template)
+        leaves = [*map(_zeros, rule.leaves)]
+        rule = rule.changed(leaves=leaves, template=template, receives=[False] * len(leaves))
+        return y, rule, ()
+
+
+def _is_term(constant: Tensor) -> bool:
+    """Whether a constant is neither an index, nor a mask, nor (as a single number) a factor."""
+    return constant.dim() > 0 and (constant.is_floating_point() or constant.is_complex())
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Of a tensor's shape and type, in no memory."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 @register_rule(
@@ -56,6 +70,8 @@ class AffineMap(Generic):
 )
 class AffineInOne(AffineMap):
     """A product of which one factor alone is differentiated; a scatter that multiplies nothing."""
+
+    multiplies: ClassVar[bool] = True
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
