@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 
@@ -196,6 +197,8 @@ def _watch_ctrl_c() -> None:
 
 if __name__ == "__main__":
     _watch_ctrl_c()
+    # Of images that it reads all the same: a broken date in their EXIF data, say.
+    warnings.filterwarnings("ignore", module="PIL", append=True)
     status = main()
     if ranks.launched():  # the process group's threads may abort the interpreter's end
         sys.stdout.flush()

@@ -40,7 +40,7 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
         torch.get_device_module(device)  # of "meta", whose tensors hold nothing, there is none
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error).partition(". ")[0]  # behind it, all that PyTorch has
         raise FastjacError(f"--device {name} is not to be had: {reason}") from error
     return device
 

@@ -227,6 +227,21 @@ def test_weights_go_in(trainer, small, teacher, tmp_path):
     torch.testing.assert_close(model.conv1.weight, load_trained(teacher).model.conv1.weight)
 
 
+def test_broken_exif_data_is_no_news(start, small, tmp_path, monkeypatch):
+    """Pillow warns of it, by the lines of its own code, and reads the image."""
+    monkeypatch.delenv("PYTHONWARNINGS")
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        exif = b"Exif\0\0II*\0\x08\0\0\0"
+        Image.new("RGB", (20, 20)).save(tmp_path / folder / "x.jpg", exif=exif)
+    words = ["teacher", *small, "--dataset", "folder", "--data-dir", tmp_path, "--img-size", 16]
+    process = start(*words, "--batch-size", 2, "--epochs", 1)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "2 test images" in out
+    assert "Corrupt EXIF" not in err
+
+
 def test_a_teacher_by_name_with_other_classes(trainer, tmp_path, caplog):
     """Transfer at a layer needs no common classes: a torchvision network, its weights from a file."""
     import torchvision
