@@ -343,7 +343,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets": lambda: scaling("targets.json"),
     "ablation": lambda: steps("ablation.json"),
     "penalties": lambda: penalties("penalty-cpu.json", "penalty-cpu-wgan-gp.json"),
-    "penalties-networks": lambda: penalties("penalty-cpu-networks.json"),
     "trainer": lambda: trainer("trainer-cpu.json"),
     "exactness": exactness,
     "teacher-cache": lambda: teacher_cache("teacher-cache-cpu.json"),
