@@ -277,3 +277,26 @@ def test_narrow_types_are_as_exact_as_the_double_backward(function, dtype):
 )
 def test_instance_norm(make, covered):
     check(make, covered=covered, name="InstanceNorm")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_of_a_narrow_map_by_a_wide_weight(dtype):
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(8, 8).to(dtype), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.first(x).tanh()).square()
+
+    def gradient(strategy: str) -> Tensor:
+        torch.manual_seed(0)
+        model, x = Mixed(), torch.randn(3, 8).to(dtype)
+        out = with_jacobian(model, x, LabelLogit(), LABELS, strategy=strategy)
+        out.jacobian.square().sum().backward()
+        return torch.cat(
+            [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+        )
+
+    error = gradient("auto") - gradient("autograd")
+    assert error.norm() < 4 * torch.finfo(dtype).eps * gradient("autograd").norm()

@@ -60,6 +60,7 @@ class LayerNorm(Rule):
             site.varies(weight, bias)
             or torch.is_autocast_enabled(x.device.type)
             or not x.numel()
+            or any(p is not None and p.dtype != x.dtype for p in (weight, bias))
             or list(x.shape[x.dim() - len(shape) :]) != shape
         ):
             return NotImplemented
