@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,3 +106,17 @@ def test_a_view_whose_base_was_overwritten():
         return torch.cat([y, z], 1)[:, :4]
 
     assert_agrees(lambda: network(write), images(), LabelLogit(), LABELS)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: F.softplus(z, torch.tensor(2.0), torch.tensor(1.0)),
+        lambda z: F.elu(z, torch.tensor(0.5).double()),
+        lambda z: F.leaky_relu(z, torch.tensor(0.3)),
+        lambda z: F.hardtanh(z, np.float32(-0.5), torch.tensor(0.4)),
+    ],
+    ids=["softplus", "elu", "leaky relu", "hardtanh"],
+)
+def test_numbers_that_are_tensors_or_numpys(function):
+    assert_agrees(lambda: network(function), images(), LabelLogit(), LABELS)

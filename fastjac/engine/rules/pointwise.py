@@ -58,6 +58,7 @@ class Negative(Identity):
 
 def clipped_gate(low: float, high: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Hardtanh's: open where low < y < high."""
+    low, high = float(low), float(high)  # PyTorch takes tensors of one element, too
     return lambda delta, y: aten.hardtanh_backward.default(delta, y, low, high)
 
 
@@ -66,6 +67,7 @@ def _relu_gate(delta: Tensor, y: Tensor) -> Tensor:
 
 
 def _leaky_gate(slope: float) -> Callable[[Tensor, Tensor], Tensor]:
+    slope = float(slope)
     return lambda delta, y: aten.leaky_relu_backward.default(delta, y, slope, True)
 
 

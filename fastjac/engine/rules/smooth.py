@@ -92,6 +92,8 @@ _MISH = Derivatives(aten.mish_backward.default, _second_of_mish)
 
 
 def _softplus(beta: float = 1, threshold: float = 20) -> Derivatives:
+    beta, threshold = float(beta), float(threshold)  # PyTorch takes tensors of one element, too
+
     def second(g: Tensor, x: Tensor) -> Tensor:
         return _sigmoid(beta * g, (beta * x).sigmoid_()).masked_fill_(beta * x > threshold, 0)
 
@@ -112,6 +114,7 @@ def _selu(inplace: bool = False) -> Derivatives | None:
 
 def _elu_like(alpha: float, scale: float, rate: float) -> Derivatives:
     """Of y = scale x from 0 on, and scale alpha (exp(rate x) - 1) below."""
+    alpha = float(alpha)
 
     def first(g: Tensor, x: Tensor) -> Tensor:
         return aten.elu_backward.default(g, alpha, scale, rate, False, x)
@@ -171,7 +174,7 @@ class Smooth(Pointwise):
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
         try:
             x, derivatives = args[0], _KNOWN[site.function](*args[1:], **kwargs)
-        except (IndexError, TypeError):  # input= or out=
+        except (IndexError, TypeError, ValueError):  # input= or out=
             return NotImplemented
         # Under autocast some give another type; a checkpoint may overwrite x, unseen.
         if (
