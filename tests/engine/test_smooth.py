@@ -120,3 +120,21 @@ def test_a_view_whose_base_was_overwritten():
 )
 def test_numbers_that_are_tensors_or_numpys(function):
     assert_agrees(lambda: network(function), images(), LabelLogit(), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "x"),
+    [
+        (F.softplus, (2, 1), 0.5),  # the threshold itself is the linear part's
+        (F.elu, (), float("nan")),
+        (torch.log, (), 1e-25),  # in float32, its square is none
+    ],
+    ids=["softplus", "elu", "log"],
+)
+def test_the_second_derivative_at_the_edges(function, options, x):
+    z = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(1e-20 * function(z, *options), z, create_graph=True)
+    (second,) = torch.autograd.grad(first, z)
+    narrow = z.detach().float()
+    got = _KNOWN[function](*options).second(torch.full_like(narrow, 1e-20), narrow)
+    torch.testing.assert_close(got, second.float(), rtol=1e-5, atol=0)

@@ -54,7 +54,7 @@ _EXPM1 = Derivatives(*[lambda g, y: torch.addcmul(g, g, y)] * 2, of_output=True)
 _SIN = Derivatives(lambda g, x: x.cos().mul_(g), lambda g, x: x.sin().mul_(g).neg_())
 _COS = Derivatives(lambda g, x: x.sin().mul_(g).neg_(), lambda g, x: x.cos().mul_(g).neg_())
 _SQUARE = Derivatives(lambda g, x: 2 * g * x, lambda g, x: 2 * g)
-_LOG = Derivatives(lambda g, x: g / x, lambda g, x: -g / (x * x), singular=True)
+_LOG = Derivatives(lambda g, x: g / x, lambda g, x: g / x / -x, singular=True)
 _LOG1P = Derivatives(lambda g, x: g / (x + 1), lambda g, x: -g / (x + 1).square())
 _SQRT = Derivatives(
     lambda g, y: g / (2 * y), lambda g, y: g / (-4 * y.pow(3)), of_output=True, singular=True
@@ -95,7 +95,7 @@ def _softplus(beta: float = 1, threshold: float = 20) -> Derivatives:
     beta, threshold = float(beta), float(threshold)  # PyTorch takes tensors of one element, too
 
     def second(g: Tensor, x: Tensor) -> Tensor:
-        return _sigmoid(beta * g, (beta * x).sigmoid_()).masked_fill_(beta * x > threshold, 0)
+        return _sigmoid(beta * g, (beta * x).sigmoid_()).masked_fill_(beta * x >= threshold, 0)
 
     return Derivatives(lambda g, x: aten.softplus_backward.default(g, x, beta, threshold), second)
 
@@ -119,7 +119,7 @@ def _elu_like(alpha: float, scale: float, rate: float) -> Derivatives:
     def first(g: Tensor, x: Tensor) -> Tensor:
         return aten.elu_backward.default(g, alpha, scale, rate, False, x)
 
-    return Derivatives(first, lambda g, x: first(g * rate, x).masked_fill_(x >= 0, 0))
+    return Derivatives(first, lambda g, x: first(g * rate, x).mul_(x < 0))
 
 
 def _power(exponent: Any) -> Derivatives | None:
