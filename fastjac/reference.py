@@ -28,7 +28,10 @@ from torch.utils.checkpoint import CheckpointError
 from fastjac.errors import FastjacError
 from fastjac.features import capture
 from fastjac.fusion.mode import takes_native_statistics, unfused
+from fastjac.replaced import original
 from fastjac.targets import Target, check_targets
+
+_BATCH_NORM = F.batch_norm  # as PyTorch has it, whatever a user puts there later
 
 
 class BatchStatistics(TorchFunctionMode):
@@ -47,8 +50,8 @@ class BatchStatistics(TorchFunctionMode):
         self.buffers: set[int] = set()  # of the second run, by identity
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
+        func, kwargs = original(func), kwargs or {}
+        if func is _BATCH_NORM:
             return self._batch_norm(*args, **kwargs)
         if func in (torch.batch_norm, torch.ops.aten.batch_norm, torch.ops.aten.batch_norm.default):
             return self._torch_batch_norm(*args, **kwargs)
@@ -84,16 +87,16 @@ class BatchStatistics(TorchFunctionMode):
     ) -> Tensor:
         x = input
         if not training:
-            return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+            return _BATCH_NORM(x, running_mean, running_var, weight, bias, False, momentum, eps)
         if self.replay is None:
             dims = [d for d in range(x.dim()) if d != 1]
             wide = x if x.dtype == torch.float64 else x.float()
             self.recorded.append(
                 (wide.mean(dims, keepdim=True), wide.var(dims, correction=0, keepdim=True))
             )
-            return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+            return _BATCH_NORM(x, running_mean, running_var, weight, bias, True, momentum, eps)
         if id(running_mean) in self.buffers:  # what a norm in eval mode may read after it
-            F.batch_norm(
+            _BATCH_NORM(
                 x.detach(), running_mean, running_var, training=True, momentum=momentum, eps=eps
             )
         mean, var = next(self.replay, (None, None))

@@ -344,7 +344,9 @@ class AttentionWindow(Target):
     def pooled(self, features: Tensor) -> Tensor:
         """P, ``[B, h - k + 1, w - k + 1]``."""
         k = self.side(features)
-        return torch.nn.functional.avg_pool2d(self.magnitude(features).mean(1, True), k, 1)[:, 0]
+        magnitude = self.magnitude(features).mean(1, True)
+        pooled: Tensor = torch.ops.aten.avg_pool2d(magnitude, k, 1)
+        return pooled[:, 0]
 
     def position(self, features: Tensor) -> Tensor:
         """P's argmax, ``[B, 2]`` int64: the first row and column of the window.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.engine.receptive_field import Region
@@ -26,7 +25,7 @@ def widen(value: Tensor, inner: Region, outer: Region) -> Tensor:
     top, left = inner.within(outer)
     bottom = outer.shape[0] - top - inner.shape[0]
     right = outer.shape[1] - left - inner.shape[1]
-    return F.pad(value, (*[0, 0] * (2 - inner.axis), left, right, top, bottom))
+    return torch.constant_pad_nd(value, (*[0, 0] * (2 - inner.axis), left, right, top, bottom))
 
 
 def _channels_second(value: Tensor, region: Region) -> Tensor:

@@ -38,9 +38,9 @@ from fastjac.fusion.mode import (
     writes_in_place,
 )
 
+_MULTI_HEAD_ATTENTION = F.multi_head_attention_forward
 _CONVERSIONS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
-# What gives a value's memory away under another version, or none.
-_UNVERSIONED = {Tensor.data.__get__, Tensor.untyped_storage}
+_UNVERSIONED = {Tensor.data.__get__, Tensor.untyped_storage}  # a value's memory, by no version
 _FLAGS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
 # Calls that compute nothing; an autograd node is of interest for the hooks that it may get.
 _SPECIAL = {*_CONVERSIONS, *_FLAGS, Tensor.register_hook, Tensor.grad_fn.__get__}
@@ -347,7 +347,7 @@ class Tape(Fusion):
             Site(self, function, trains).copy_before_writing(args[0])
             self._values.pop(id(args[0]))
             return self.run(function, args, kwargs)
-        if function is F.multi_head_attention_forward:  # of its parts, each has a rule
+        if function is _MULTI_HEAD_ATTENTION:  # of its parts, each has a rule
             return self.run_parts(function, args, kwargs)
         return self._record(function, args, kwargs, varying, trains)
 

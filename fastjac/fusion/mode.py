@@ -30,6 +30,7 @@ from fastjac.fusion.chains import (
 from fastjac.fusion.recompute import Recompute, recompute_convolution, recomputing, version_of
 from fastjac.ops._library import native
 from fastjac.ops.winograd import both_axes, winograd, winograd_is_faster
+from fastjac.replaced import original
 
 NESTED = (tuple, list, dict)  # what arguments may be nested in
 # Arguments that are no tensors and hold none.
@@ -54,7 +55,8 @@ QUERIES = {
 }
 _ALIASES = {Tensor.data.__get__, Tensor.detach, torch.detach, Tensor.numpy, Tensor.__array__}
 _ALIASES |= {Tensor.__dlpack__, Tensor.data.__set__}
-_FUNCTIONS = {type(F.relu), type(torch.relu), type(Tensor.relu), type(Tensor.__add__)}
+_BUILTINS = {type(torch.relu), type(Tensor.relu), type(Tensor.__add__), type(Tensor.shape.__get__)}
+_FUNCTIONS = {*_BUILTINS, type(F.relu)}
 _REQUIRES_GRAD = Tensor.requires_grad.__get__
 _SET_UP_HOOK = BackwardHook._apply_on_tensors.__code__
 _WRITERS = {
@@ -157,6 +159,8 @@ class Fusion(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if type(function) not in _BUILTINS:
+            function = original(function)
         if not args and "input" in kwargs and operation_name(function).endswith("_"):
             args = (kwargs["input"],)  # where a call in place is looked for what it writes to
             kwargs = {name: value for name, value in kwargs.items() if name != "input"}
@@ -456,8 +460,9 @@ def bind_batch_norm(
     return input, running_mean, running_var, weight, bias, training, momentum, eps
 
 
+_BATCH_NORM = F.batch_norm  # as PyTorch has it, whatever a user puts there later
 BATCH_NORMS = {
-    *(F.batch_norm, torch.batch_norm),
+    *(_BATCH_NORM, torch.batch_norm),
     *(torch.ops.aten.batch_norm, torch.ops.aten.batch_norm.default),
 }
 
@@ -466,7 +471,7 @@ def functional_batch_norm(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of one of :data:`BATCH_NORMS` as ``F.batch_norm`` takes them."""
-    if function is F.batch_norm:
+    if function is _BATCH_NORM:
         return args, kwargs
 
     def bind(

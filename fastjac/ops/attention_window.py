@@ -12,7 +12,6 @@ on a CPU for any number of threads. Nothing waits for the position on the host.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.errors import FastjacError
@@ -45,7 +44,7 @@ def attention_window(features: Tensor, k: int, power: float = 2) -> tuple[Tensor
 def attention_window_ref(features: Tensor, k: int, power: float = 2) -> tuple[Tensor, Tensor]:
     """:func:`attention_window` in plain PyTorch."""
     magnitude = features.to(accumulator(features.dtype)).abs().pow(power)
-    pooled = F.avg_pool2d(magnitude.mean(1, True), k, 1)[:, 0]
+    pooled = torch.ops.aten.avg_pool2d(magnitude.mean(1, True), k, 1)[:, 0]
     value, index = pooled.flatten(1).max(1)
     width = pooled.shape[2]
     return torch.stack([index.div(width, rounding_mode="floor"), index % width], 1), value

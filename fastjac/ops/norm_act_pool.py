@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.errors import FastjacError
@@ -59,14 +58,16 @@ _ACTIVATIONS = {
         lambda z, slope: z.relu(), lambda g, z, slope: aten.threshold_backward(g, z, 0)
     ),
     "relu6": _Activation(
-        lambda z, slope: F.hardtanh(z, 0, 6),
+        lambda z, slope: aten.hardtanh(z, 0, 6),
         lambda g, z, slope: aten.hardtanh_backward(g, z, 0, 6),
     ),
     "leaky_relu": _Activation(
-        lambda z, slope: F.leaky_relu(z, slope),
+        lambda z, slope: aten.leaky_relu(z, slope),
         lambda g, z, slope: aten.leaky_relu_backward(g, z, slope, False),
     ),
-    "silu": _Activation(lambda z, slope: F.silu(z), lambda g, z, slope: aten.silu_backward(g, z)),
+    "silu": _Activation(
+        lambda z, slope: aten.silu(z), lambda g, z, slope: aten.silu_backward(g, z)
+    ),
 }
 _POOLS = {"none": None, "2x2": (2, 2, 0), "3x3": (3, 2, 1), "3x3-unpadded": (3, 2, 0)}  # k, s, p
 _STATISTICS = ("fixed", "batch")
@@ -462,7 +463,7 @@ def _choose(a: Tensor, pool: str) -> tuple[Tensor, Tensor | None]:
     if a.numel() == 0:
         shape = pooled_shape("norm_act_pool", a, pool)
         return a.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=a.device)
-    return F.max_pool2d(a, *_POOLS[pool], return_indices=True)
+    return aten.max_pool2d_with_indices(a, *_POOLS[pool])
 
 
 def _unpool(gy: Tensor, z: Tensor, activation: str, slope: float, pool: str) -> Tensor:

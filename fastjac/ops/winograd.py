@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.errors import FastjacError
@@ -149,8 +148,8 @@ def winograd_ref(
 ) -> Tensor:
     """:func:`winograd` in plain PyTorch: a convolution."""
     if adjoint:
-        return F.conv_transpose2d(x, weight, None, 1, tuple(padding))
-    return F.conv2d(x, weight, bias, 1, tuple(padding))
+        return torch.conv_transpose2d(x, weight, None, 1, tuple(padding))
+    return torch.conv2d(x, weight, bias, 1, tuple(padding))
 
 
 def winograd_weight_ref(

@@ -29,6 +29,7 @@ from fastjac.engine.rules.generic import (
 )
 from fastjac.errors import FastjacError
 from fastjac.fusion.mode import in_checkpoint, operation_name, tensors_in
+from fastjac.replaced import original
 
 if TYPE_CHECKING:
     from fastjac.engine.tape import Tape, Value
@@ -239,6 +240,7 @@ class _WatchDerivatives(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        function = original(function)
         out = function(*args, **(kwargs or {}))
         name = operation_name(function)
         if name not in PIECEWISE_CONSTANT | _MAKES_CONSTANTS and self.lost is None:

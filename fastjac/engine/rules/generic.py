@@ -31,6 +31,7 @@ from fastjac.fusion.mode import function_name, tensors_in, writes_in_place
 if TYPE_CHECKING:
     from fastjac.engine.site import Site
 
+_ATTENTION = F.scaled_dot_product_attention  # as PyTorch has it, whatever a user puts there later
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -211,7 +212,7 @@ class _Context:
         self.device, self.draws = device, []
         kind = device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.attention = function is F.scaled_dot_product_attention
+        self.attention = function is _ATTENTION
         self.recurrent = function in _RECURRENT
 
     @contextmanager

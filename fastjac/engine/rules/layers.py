@@ -149,7 +149,7 @@ class Linear(Rule):
             count = delta.shape[:-1].numel()  # -1 would not do for a layer of no features
             rows = delta.reshape(count, delta.shape[-1])
             gradients = [rows.t() @ tangent.reshape(count, tangent.shape[-1])]
-        return F.linear(tangent, self.weight.to(self.dtype)), gradients
+        return aten.linear.default(tangent, self.weight.to(self.dtype)), gradients
 
     def input_regions(self, region: Region) -> list[Region]:
         if region.axis != 1:

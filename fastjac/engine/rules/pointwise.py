@@ -107,7 +107,7 @@ class ReLU(Gate):
 
     @classmethod
     def record(cls, site: Site, input: Tensor, inplace: bool = False) -> Recorded:
-        arguments = (inplace,) if site.function is F.relu else ()
+        arguments = (inplace,) if inplace else ()  # which F.relu alone takes
         return Gate.of(site, _relu_gate, input, *arguments)
 
 

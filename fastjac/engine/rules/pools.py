@@ -52,7 +52,7 @@ class MaxPool2d(Rule):
         stride = kernel_size if stride is None or stride == [] else stride
         geometry = (kernel_size, stride, padding, dilation, ceil_mode)
         joined = site.joined(input)
-        y, indices = F.max_pool2d(joined, *geometry, return_indices=True)
+        y, indices = aten.max_pool2d_with_indices.default(joined, *geometry)
         return y, cls((site.number(input),), site.keep(input), indices, geometry), ()
 
     def vjp(self, delta: Tensor) -> list[Tensor]:
@@ -76,7 +76,7 @@ class MaxPool2d(Rule):
         x = crops.gather(self.x, source, float("-inf"))
         kernel, stride, _, dilation, _ = self.geometry
         geometry = (kernel, stride, 0, dilation, False)
-        indices = F.max_pool2d(x, *geometry, return_indices=True)[1]
+        indices = aten.max_pool2d_with_indices.default(x, *geometry)[1]
         return self.changed(x=x, geometry=geometry, indices=indices)
 
 
@@ -116,7 +116,7 @@ class AvgPool2d(Rule):
         return [aten.avg_pool2d_backward.default(delta, x, *self.geometry)]
 
     def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
-        out = F.avg_pool2d(tangents[0], *self.geometry)
+        out = aten.avg_pool2d.default(tangents[0], *self.geometry)
         return out if self.scale is None else out * self.scale, ()
 
     def input_regions(self, region: Region) -> list[Region]:
@@ -125,9 +125,9 @@ class AvgPool2d(Rule):
     def crop(self, crops: Crops, region: Region) -> Rule:
         (source,) = self.input_regions(region)
         kernel, stride, padding, ceil_mode, include, _ = self.geometry
-        ones = self.like.new_ones(1, 1, *self.shape[2:])
-        mean = F.avg_pool2d(ones, *self.geometry)
-        scale = mean / F.avg_pool2d(ones, kernel, stride, padding, ceil_mode, include, 1)
+        ones, pool = self.like.new_ones(1, 1, *self.shape[2:]), aten.avg_pool2d.default
+        mean = pool(ones, *self.geometry)
+        scale = mean / pool(ones, kernel, stride, padding, ceil_mode, include, 1)
         return self.changed(
             geometry=(kernel, stride, 0, False, True, 1),
             shape=torch.Size(source.resized(self.shape)),

@@ -82,7 +82,7 @@ def _second_of_gelu(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _second_of_mish(g: Tensor, x: Tensor) -> Tensor:
-    s, t = x.sigmoid(), F.softplus(x).tanh()
+    s, t = x.sigmoid(), aten.softplus.default(x).tanh()
     return _tanh(g, t).mul_(s).mul_((1 - s - 2 * t * s).mul_(x).add_(2))
 
 

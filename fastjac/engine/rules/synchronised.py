@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
@@ -77,7 +76,7 @@ class SlottedSyncBatchNorm(torch.autograd.Function):
             unbiased = var * (count / (count - 1))
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         affine = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
-        y = F.batch_norm(u, mean, var, *affine, False, 0.0, eps)
+        y = torch.batch_norm(u, *affine, mean, var, False, 0.0, eps, False)
         invstd = (var + eps).rsqrt()
         ctx.save_for_backward(u, weight, mean, invstd, count)
         ctx.eps, ctx.group = eps, group
