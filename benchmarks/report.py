@@ -268,6 +268,8 @@ def penalties(*names: str) -> str:
             kind = {"r1": "R1", "wgan-gp": "WGAN-GP", "eikonal": "eikonal"}[result["penalty"]]
             network = PENALISED.get(result.get("network"), f"{result['norm'].capitalize()}Norm")
             for each in ("naive", "compiled", "fastjac"):
+                if each not in result["memory"]:
+                    continue
                 row = [f"{kind}, {network}", f"`{each}`"]
                 row += [f"{timed[each]['ratio']:.2f}" for timed in result["time"].values()]
                 for memory in (result["memory"], result["memory_needed"]):
@@ -343,6 +345,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets": lambda: scaling("targets.json"),
     "ablation": lambda: steps("ablation.json"),
     "penalties": lambda: penalties("penalty-cpu.json", "penalty-cpu-wgan-gp.json"),
+    "penalties-networks": lambda: penalties(
+        "penalty-cpu-networks.json", "penalty-cpu-convnext.json"
+    ),
     "trainer": lambda: trainer("trainer-cpu.json"),
     "exactness": exactness,
     "teacher-cache": lambda: teacher_cache("teacher-cache-cpu.json"),
