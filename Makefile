@@ -22,8 +22,8 @@ FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cuh' -o -name '*
 # The pinned versions of the `dev` extra.
 LINTERS := $(shell grep -oE '(ruff|clang-format|mypy)==[0-9.]+' pyproject.toml)
 
-# A process for each core, each with one thread.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadgroup
+# A process for each core, each with one thread. One that crashes ends the run: replaced, it may hang.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadgroup --max-worker-restart 0
 BENCH_OPTIONS := --benchmark-enable --benchmark-only --benchmark-quiet
 # An allocator that keeps its pages: else a CPU's page faults are timed, not its arithmetic.
 KEEP_PAGES := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456

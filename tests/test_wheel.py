@@ -182,8 +182,8 @@ def test_it_runs_beside_another_pytorch(other_python, record, tmp_path):
     assert not record["torch"].startswith("2.13.0")
 
     addopts = "addopts=--strict-markers --import-mode=importlib"
-    options = ("-q", "-n", "2", "--dist", "loadgroup", "-o", addopts, "-m", "not check")
-    options += ("-k", "not bits and not instruction_set", "tests")
+    options = ("-q", "-n", "2", "--dist", "loadgroup", "--max-worker-restart", "0", "-o", addopts)
+    options += ("-m", "not check", "-k", "not bits and not instruction_set", "tests")
     said = command(other_python, "-m", "pytest", *options, cwd=tmp_path)
     (passed,) = re.findall(r"(\d+) passed", said)
     assert int(passed) > 100

@@ -55,10 +55,16 @@ class GroupNorm(Rule):
         size = x.numel() // (batch * channels)
         if channels % num_groups or size * channels // num_groups < 2 or x.dim() < 3:
             return NotImplemented  # PyTorch's own function says what is wrong
-        dense = site.joined(x).contiguous(memory_format=_dense(x))
+        dense, form = site.joined(x), _dense(x)
+        # Until 2.14, PyTorch's backward crashes on a channels-last map that takes no gradient.
+        crashes = not dense.requires_grad and any(
+            p is not None and p.requires_grad for p in (weight, bias)
+        )
+        dense = dense.contiguous(memory_format=torch.contiguous_format if crashes else form)
         y, mean, rstd = torch.native_group_norm(
             dense, weight, bias, batch, channels, size, num_groups, eps
         )
+        y = y.contiguous(memory_format=form)
         receivers = (() if weight is None else site.receives(weight), site.receives(x, 0))
         rule = cls(
             *((site.number(x),), site.keep(x), None if weight is None else site.keep(weight)),
