@@ -66,7 +66,7 @@ class Linearization:
     ``deltas`` are the cotangents that the forward sweep reads, by a call's place in ``calls``.
     """
 
-    calls: list[Call | None]
+    calls: list[Call]
     target: int
     seed: Tensor
     hvp: Callable[[Tensor], Tensor] | None
@@ -192,7 +192,6 @@ class Linearization:
             del given, tangent
             if release:
                 self.deltas.pop(i, None)
-                self.calls[i] = None
         if self.head is not None:
             curvature = self.hvp(tangents[self.target])
             if plan is not None:

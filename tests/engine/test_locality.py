@@ -82,6 +82,9 @@ LOCAL = {
     "factor, last": last(lambda z: z * SCALES),
     "channels joined": lambda z: F.conv2d(torch.cat([z.sin(), z], 1), WIDE[:, :, None, None]),
     "channels joined, last": last(lambda z: F.linear(torch.cat([z.sin(), z], -1), WIDE)),
+    "channels joined, axis": lambda z: F.conv2d(
+        torch.cat([z.sin(), z], axis=1), WIDE[:, :, None, None]
+    ),
     "linear, last": last(lambda z: F.linear(z, WIDE[:, :C])),
     "layer norm, last": last(lambda z: F.layer_norm(z, [C], SCALES)),
     "pools": lambda z: F.avg_pool2d(F.max_pool2d(z, 3, 1, 1), 3, 1, 1),

@@ -209,6 +209,7 @@ class Volume(nn.Module):
 
 MODULES = {
     "LSTM": lambda: Recurrent(nn.LSTM, bidirectional=True, num_layers=2),
+    "LSTM with dropout": lambda: Recurrent(nn.LSTM, num_layers=2, dropout=0.3),
     "GRU": lambda: Recurrent(nn.GRU),
     "RNN": lambda: Recurrent(nn.RNN, nonlinearity="relu"),
     "multi-head attention": lambda: Tokens(nn.MultiheadAttention(4, 2, batch_first=True)),
