@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from small_network import LABELS, Apply, agrees, images, network
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastjac import LabelLogit, with_jacobian
 from fastjac.engine import Tape
@@ -277,6 +278,21 @@ def test_narrow_types_are_as_exact_as_the_double_backward(function, dtype):
 )
 def test_instance_norm(make, covered):
     check(make, covered=covered, name="InstanceNorm")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LayerNorm(4), lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm2d(4)]
+)
+def test_norms_in_a_checkpoint(make):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = make()
+
+        def forward(self, z: Tensor) -> Tensor:
+            return checkpoint(self.norm, z, use_reentrant=False) * z
+
+    agrees(lambda: network(Checkpointed()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from fastjac.engine.rules.base import Recorded, Rule, register_rule
+from fastjac.fusion.mode import in_checkpoint
 
 if TYPE_CHECKING:
     from fastjac.engine.site import Site
@@ -142,7 +143,10 @@ def _dense(x: Tensor) -> torch.memory_format:
 
 @register_rule(F.instance_norm)
 class InstanceNorm(GroupNorm):
-    """Each channel a group of its own, where there are no running statistics."""
+    """Each channel a group of its own, where there are no running statistics.
+
+    A checkpoint runs PyTorch's function again, which saves other shapes.
+    """
 
     @classmethod
     def record(
@@ -157,6 +161,7 @@ class InstanceNorm(GroupNorm):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Recorded | Any:
-        if running_mean is not None or running_var is not None or not use_input_stats:
+        tracks = running_mean is not None or running_var is not None
+        if tracks or not use_input_stats or in_checkpoint():
             return NotImplemented
         return super().record(site, input, input.shape[1], weight, bias, eps)
