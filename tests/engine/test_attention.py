@@ -11,7 +11,7 @@ from small_network import LABELS, Apply, agrees, images, network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastjac import LabelLogit, with_jacobian
+from fastjac import LabelLogit, Scalar, with_jacobian
 from fastjac.engine import Tape
 
 TOKENS, WIDTH = 16, 4  # of the map [3, 4, 4, 4] in the network's middle
@@ -278,6 +278,21 @@ def test_narrow_types_are_as_exact_as_the_double_backward(function, dtype):
 )
 def test_instance_norm(make, covered):
     check(make, covered=covered, name="InstanceNorm")
+
+
+def test_instance_norm_of_one_sample_whose_cotangent_is_channels_last():
+    """PyTorch's own backward is wrong there; a group norm's is not."""
+    weight = torch.rand(1, 4, 4, 4).double().to(memory_format=torch.channels_last)
+    running = (torch.zeros(4).double(), torch.ones(4).double())
+
+    def jacobian(norm) -> Tensor:
+        energy = Scalar(lambda z, y: (norm(z) * weight).sum((1, 2, 3)))
+        return with_jacobian(nn.Conv2d(3, 4, 5).double(), images()[:1], energy).jacobian
+
+    torch.manual_seed(0)
+    ours = jacobian(lambda z: F.instance_norm(z, *running))
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, jacobian(lambda z: F.group_norm(z, 4)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastjac.engine.rules.base import Recorded, Rule, register_rule
+from fastjac.engine.rules.base import Recorded, Rule, register_alternatives, register_rule
+from fastjac.engine.rules.generic import Generic
 from fastjac.fusion.mode import in_checkpoint
 
 if TYPE_CHECKING:
@@ -141,7 +142,6 @@ def _dense(x: Tensor) -> torch.memory_format:
     return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
 
 
-@register_rule(F.instance_norm)
 class InstanceNorm(GroupNorm):
     """Each channel a group of its own, where there are no running statistics.
 
@@ -165,3 +165,16 @@ class InstanceNorm(GroupNorm):
         if tracks or not use_input_stats or in_checkpoint():
             return NotImplemented
         return super().record(site, input, input.shape[1], weight, bias, eps)
+
+
+class OtherInstanceNorm(Generic):
+    """By autograd: of a channels-last cotangent of one sample, PyTorch's backward is wrong on a CPU."""
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return super().vjp(delta.contiguous())
+
+    def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Any, list[Tensor | None]]:
+        return super().jvp(tangents, None if delta is None else delta.contiguous())
+
+
+register_alternatives(F.instance_norm, rules=[InstanceNorm, OtherInstanceNorm])
