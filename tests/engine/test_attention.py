@@ -280,6 +280,12 @@ def test_instance_norm(make, covered):
     check(make, covered=covered, name="InstanceNorm")
 
 
+def test_instance_norm_of_a_channels_last_map_is_contiguous():
+    x = images().to(memory_format=torch.channels_last)
+    out = with_jacobian(Apply(F.instance_norm), x, Scalar(lambda z, y: z.sum((1, 2, 3))))
+    assert out.output.is_contiguous()
+
+
 def test_instance_norm_of_one_sample_whose_cotangent_is_channels_last():
     """PyTorch's own backward is wrong there; a group norm's is not."""
     weight = torch.rand(1, 4, 4, 4).double().to(memory_format=torch.channels_last)

@@ -57,7 +57,7 @@ class GroupNorm(Rule):
         size = x.numel() // (batch * channels)
         if channels % num_groups or size * channels // num_groups < 2 or x.dim() < 3:
             return NotImplemented  # PyTorch's own function says what is wrong
-        dense, form = site.joined(x), _dense(x)
+        dense, form = site.joined(x), cls.layout(x)
         # Until 2.14, PyTorch's backward crashes on a channels-last map that takes no gradient.
         crashes = not dense.requires_grad and any(
             p is not None and p.requires_grad for p in (weight, bias)
@@ -74,12 +74,17 @@ class GroupNorm(Rule):
         )
         return y, rule, receivers[0] + receivers[1]
 
+    @staticmethod
+    def layout(x: Tensor) -> torch.memory_format:
+        """Of the result, and what PyTorch's kernels expect: channels-last on a CPU, where x is."""
+        return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+
     def needs_delta(self) -> bool:
         return any(self.receives)
 
     def _projected(self, cotangent: Tensor, weight: Tensor | None) -> Tensor:
         """P(gamma c)."""
-        form = _dense(self.x)
+        form = self.layout(self.x)
         batch, channels = self.x.shape[:2]
         return aten.native_group_norm_backward.default(
             *(cotangent.contiguous(memory_format=form), self.x.contiguous(memory_format=form)),
@@ -137,16 +142,16 @@ class GroupNorm(Rule):
         return channels.to(self.x.dtype).view(*channels.shape, *[1] * (self.x.dim() - 2))
 
 
-def _dense(x: Tensor) -> torch.memory_format:
-    """The layout that PyTorch's kernels expect, as F.group_norm gives it: channels-last on a CPU."""
-    return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
-
-
 class InstanceNorm(GroupNorm):
     """Each channel a group of its own, where there are no running statistics.
 
     A checkpoint runs PyTorch's function again, which saves other shapes.
     """
+
+    @staticmethod
+    def layout(x: Tensor) -> torch.memory_format:
+        """Contiguous, as F.instance_norm gives it of any x."""
+        return torch.contiguous_format
 
     @classmethod
     def record(
