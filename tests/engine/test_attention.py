@@ -286,6 +286,25 @@ def test_instance_norm_of_a_channels_last_map_is_contiguous():
     assert out.output.is_contiguous()
 
 
+def test_instance_norm_of_means_far_from_zero_is_as_exact_as_the_double_backward():
+    def gradient(strategy: str, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        torch.manual_seed(seed)
+        x, model = torch.randn(4, 3, 8, 8) + 100, nn.Conv2d(3, 3, 1)
+        nn.init.dirac_(model.weight)
+        weight = torch.randn(4, 3, 8, 8).to(dtype)
+        energy = Scalar(lambda z, y: (F.instance_norm(z).square() * weight).sum((1, 2, 3)))
+        out = with_jacobian(model.to(dtype), x.to(dtype), energy, strategy=strategy)
+        (out.jacobian * weight.flip(0)).sum().backward()
+        return model.weight.grad.flatten().double()
+
+    def error(strategy: str) -> Tensor:
+        truth = [gradient("autograd", seed, torch.float64) for seed in range(5)]
+        found = [gradient(strategy, seed) for seed in range(5)]
+        return (torch.stack(found) - torch.stack(truth)).norm() / torch.stack(truth).norm()
+
+    assert error("auto") < 2 * error("autograd")
+
+
 def test_instance_norm_of_one_sample_whose_cotangent_is_channels_last():
     """PyTorch's own backward is wrong there; a group norm's is not."""
     weight = torch.rand(1, 4, 4, 4).double().to(memory_format=torch.channels_last)

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastjac.engine.rules.base import Recorded, Rule, register_alternatives, register_rule
+from fastjac.engine.rules.base import (
+    Recorded,
+    Rule,
+    compute_type,
+    register_alternatives,
+    register_rule,
+)
 from fastjac.engine.rules.generic import Generic
 from fastjac.fusion.mode import in_checkpoint
 
@@ -57,7 +63,8 @@ class GroupNorm(Rule):
         size = x.numel() // (batch * channels)
         if channels % num_groups or size * channels // num_groups < 2 or x.dim() < 3:
             return NotImplemented  # PyTorch's own function says what is wrong
-        dense, form = site.joined(x), cls.layout(x)
+        dense = cls.centred(site.joined(x))
+        kept, form = site.keep(dense), _layout(dense)
         # Until 2.14, PyTorch's backward crashes on a channels-last map that takes no gradient.
         crashes = not dense.requires_grad and any(
             p is not None and p.requires_grad for p in (weight, bias)
@@ -69,22 +76,22 @@ class GroupNorm(Rule):
         y = y.contiguous(memory_format=form)
         receivers = (() if weight is None else site.receives(weight), site.receives(x, 0))
         rule = cls(
-            *((site.number(x),), site.keep(x), None if weight is None else site.keep(weight)),
+            *((site.number(x),), kept, None if weight is None else site.keep(weight)),
             *(mean.detach(), rstd.detach(), num_groups, (bool(receivers[0]), bool(receivers[1]))),
         )
         return y, rule, receivers[0] + receivers[1]
 
     @staticmethod
-    def layout(x: Tensor) -> torch.memory_format:
-        """Of the result, and what PyTorch's kernels expect: channels-last on a CPU, where x is."""
-        return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+    def centred(x: Tensor) -> Tensor:
+        """What PyTorch's kernels run on."""
+        return x
 
     def needs_delta(self) -> bool:
         return any(self.receives)
 
     def _projected(self, cotangent: Tensor, weight: Tensor | None) -> Tensor:
         """P(gamma c)."""
-        form = self.layout(self.x)
+        form = _layout(self.x)
         batch, channels = self.x.shape[:2]
         return aten.native_group_norm_backward.default(
             *(cotangent.contiguous(memory_format=form), self.x.contiguous(memory_format=form)),
@@ -142,6 +149,11 @@ class GroupNorm(Rule):
         return channels.to(self.x.dtype).view(*channels.shape, *[1] * (self.x.dim() - 2))
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    """The layout that PyTorch's kernels expect, as F.group_norm gives it: channels-last on a CPU."""
+    return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+
+
 class InstanceNorm(GroupNorm):
     """Each channel a group of its own, where there are no running statistics.
 
@@ -149,9 +161,14 @@ class InstanceNorm(GroupNorm):
     """
 
     @staticmethod
-    def layout(x: Tensor) -> torch.memory_format:
-        """Contiguous, as F.instance_norm gives it of any x."""
-        return torch.contiguous_format
+    def centred(x: Tensor) -> Tensor:
+        """Contiguous, as F.instance_norm gives it of any x, and without means far from zero.
+
+        The sums of a group norm's kernels lose digits to those; of x less a constant they are the same.
+        """
+        if x.dtype != compute_type(x):
+            return x.contiguous()
+        return (x - x.detach().mean(list(range(2, x.dim())), keepdim=True)).contiguous()
 
     @classmethod
     def record(
