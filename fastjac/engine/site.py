@@ -53,10 +53,21 @@ class Site:
         """The call's result. Its graph ends where a trainable tensor joins what depends on x alone."""
         if self.trains and not in_checkpoint():
             in_place = writes_in_place(self.function, args, kwargs)
+            if in_place:
+                self._cut(args[0])
             rest = tuple(map(self.joined, args[in_place:]))
             args = args[:in_place] + rest
             kwargs = {name: self.joined(value) for name, value in kwargs.items()}
         return self.tape.run(self.function, args, kwargs)
+
+    def _cut(self, written: Tensor) -> None:
+        """Let go of the graph of what depends on x alone, before something trainable is written to it.
+
+        PyTorch cannot do so for a view.
+        """
+        value = self.tape.value(written)
+        if value is not None and not value.trainable and not written._is_view():
+            written.detach_()
 
     def joined(self, argument: Any) -> Any:
         """An argument without the graph of what depends on x alone, if something trainable joins in."""

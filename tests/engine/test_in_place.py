@@ -367,3 +367,46 @@ def test_values_that_are_set_keep_the_derivative():
         (out.jacobian.square().sum() + out.output.sum()).backward()
         found.append([out.output.detach(), out.jacobian.detach(), model.layer.weight.grad])
     torch.testing.assert_close(*found)
+
+
+def write_by_an_index(y: Tensor, p: Tensor) -> Tensor:
+    y[:, 0] = p[0]
+    return y
+
+
+def read_through_a_view(y: Tensor, p: Tensor) -> Tensor:
+    view = y[:, 1]
+    y += p
+    return y * view[:, None]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y, p: y.add_(p),
+        lambda y, p: y.mul_(2).add_(p),
+        write_by_an_index,
+        read_through_a_view,
+    ],
+)
+def test_a_parameter_that_is_written_to_what_depends_on_x_alone(write):
+    """Where x needs no gradient PyTorch allows it; the copy is what a double backward needs."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor([0.3, 0.8, 1.2, 0.5]).double())
+
+        def forward(self, x: Tensor, copies: bool) -> Tensor:
+            y = x.exp().clone() if copies else x.exp()
+            return write(y, self.p).square()
+
+    def gradients(strategy: str, copies: bool) -> list[Tensor]:
+        model, x = Model(), torch.linspace(-1, 1, 12).double().view(3, 4)
+        out = with_jacobian(model, x, Logits(), strategy=strategy, args=(copies,))
+        (out.jacobian.square().sum() + out.output.sin().sum()).backward()
+        return [out.jacobian.detach(), model.p.grad]
+
+    torch.testing.assert_close(
+        gradients("auto", False), gradients("autograd", True), rtol=1e-9, atol=1e-12
+    )
