@@ -457,7 +457,7 @@ def check_input(x: Any, model: nn.Module, name: str) -> None:
         return
     if parameter.device != x.device:
         raise FastjacError(f"x is on {x.device}; the {name} is on {parameter.device}")
-    other = parameter.is_floating_point() and parameter.dtype != x.dtype
+    other = parameter.is_floating_point() and all(p.dtype != x.dtype for p in model.parameters())
     if other and not torch.is_autocast_enabled(x.device.type):
         raise FastjacError(f"x is {x.dtype}; the {name} is {parameter.dtype}")
 

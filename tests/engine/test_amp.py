@@ -190,3 +190,25 @@ def test_a_linear_map_of_another_type_under_autocast():
         out.jacobian.square().sum().backward()
         found.append([out.jacobian.detach(), model.first.weight.grad])
     torch.testing.assert_close(*found, rtol=0.03, atol=0.01)
+
+
+def test_a_narrow_model_whose_first_parameter_is_wide():
+    """Scale is registered before the layers that it follows, and read in float32."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            seed_all(0)
+            self.scale = nn.Parameter(torch.rand(5))
+            self.layer = nn.Linear(6, 5).bfloat16()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).float().sin() * self.scale
+
+    def gradients(strategy: str) -> list[Tensor]:
+        model, x = Model(), torch.linspace(-1, 1, 24).view(4, 6).bfloat16()
+        out = with_jacobian(model, x, LabelLogit(), LABELS, strategy=strategy)
+        out.jacobian.float().square().sum().backward()
+        return [model.scale.grad, model.layer.weight.grad.float()]
+
+    torch.testing.assert_close(gradients("auto"), gradients("autograd"), rtol=0.02, atol=1e-3)
