@@ -72,6 +72,7 @@ GLOBAL = {
     "linear": (lambda z: F.linear(z, WEIGHT[:, :, 0, 0]), "it sees a whole row of its input"),
     "layer norm": (lambda z: F.layer_norm(z, [SIDE]), "it normalises over the map"),
     "layer norm, rows": (last(lambda z: F.layer_norm(z, [SIDE, C])), "it normalises over the map"),
+    "bounds over the map": (lambda z: z.clamp(max=MAP - 0.7), "clamp: its output sees the whole"),
     "vectors": (
         lambda z: F.gelu(z.flatten(2)).view_as(z),
         "its output sees the whole of its input",
@@ -92,6 +93,11 @@ LOCAL = {
     "pools, no strides": lambda z: F.avg_pool2d(z, 2, []) * F.max_pool2d(z, 2, []),
     "product": lambda z: z * z.sin(),
     "type as it was": lambda z: z.to(z.dtype) * 2,
+    "layout": lambda z: z.sin().to(memory_format=torch.channels_last),
+    "layout, last": last(lambda z: z.sin().to(memory_format=torch.channels_last)),
+    "types": lambda z: z.type_as(SCALES).double().type(torch.float64),
+    "clamped": lambda z: z.sin().clamp(-0.5, 0.5) + z.clamp(min=0).abs(),
+    "shrunk": lambda z: F.softshrink(z) + F.hardshrink(z, 0.1) + z.atan(),
     "running": lambda z: F.relu(norm(z, False)),
     # Outside of the map u is 0, which would be the largest value of a window there.
     "normalised, pooled": lambda z: F.max_pool2d(F.relu(norm(z - 5)), 3, 2, 1),

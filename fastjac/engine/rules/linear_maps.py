@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastjac.engine.crops import Crops
 from fastjac.engine.receptive_field import Region
 from fastjac.engine.rules.base import Recorded, Rule, register_rule
 from fastjac.fusion.mode import tensors_in
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     *(Tensor.roll, Tensor.flip, Tensor.rot90, Tensor.tile, Tensor.repeat_interleave),
     *(Tensor.mean, Tensor.sum, Tensor.cumsum, Tensor.index_select, Tensor.gather, Tensor.diagonal),
     *(Tensor.take_along_dim, Tensor.tril, Tensor.triu, Tensor.trace, Tensor.unfold),
-    *(Tensor.__iter__, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16),
-    *(Tensor.double, Tensor.cpu, Tensor.cuda, Tensor.conj, Tensor.broadcast_to),
+    *(Tensor.__iter__, Tensor.conj, Tensor.broadcast_to),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")),
     *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, F.fold, F.avg_pool1d),
     *(F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
@@ -195,7 +195,7 @@ LIKE = {Tensor.to, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.t
 """Methods that take another tensor's shape or type, whose values do not count."""
 
 
-@register_rule(*LIKE)
+@register_rule(Tensor.view_as, Tensor.reshape_as, Tensor.expand_as)
 class Like(LinearMap):
     """In another tensor's shape or type, or in a type that is given."""
 
@@ -210,6 +210,21 @@ class Like(LinearMap):
             return function(x, *args, **kwargs)
 
         return y, cls((number,), linear, input.shape, input.stride(), input.dtype, input.device), ()
+
+
+@register_rule(
+    *(Tensor.to, Tensor.type_as, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16),
+    *(Tensor.double, Tensor.cpu, Tensor.cuda),
+)
+class Cast(Like):
+    """The same elements in another type, layout or memory: it has crops."""
+
+    def input_regions(self, region: Region) -> list[Region]:
+        return [region]
+
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        shape = torch.Size(region.resized(self.shape))
+        return self.changed(shape=shape, strides=torch.empty(shape, device="meta").stride())
 
 
 def _without_values(value: Any) -> Any:

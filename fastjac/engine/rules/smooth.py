@@ -26,7 +26,7 @@ from fastjac.engine.rules.base import (
     register_alternatives,
 )
 from fastjac.engine.rules.generic import Generic
-from fastjac.fusion.mode import in_checkpoint
+from fastjac.fusion.mode import in_checkpoint, tensors_in
 
 if TYPE_CHECKING:
     from fastjac.engine.site import Site
@@ -216,12 +216,13 @@ class Smooth(Pointwise):
 
 
 class SmoothPointwise(Generic):
-    """A smooth function of each element, finite with its derivatives at 0: it has crops."""
+    """A function of each element alone, finite with its derivatives at 0: it has crops."""
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
         given = args[0] if args else kwargs.get("input")
-        if not site.varies(given) or site.varies(*args[1:], *kwargs.values()) or given.is_complex():
+        others = [t for t in tensors_in(args, kwargs) if t is not given]  # of a map's shape, say
+        if not site.varies(given) or others or given.is_complex():
             return NotImplemented
         return super().record(site, *args, **kwargs)
 
@@ -237,5 +238,7 @@ for _function, _known in _KNOWN.items():
     _others = [] if _known is _power or _known() in _SINGULAR else [SmoothPointwise]
     register_alternatives(_function, rules=[Smooth, *_others])
 register_alternatives(
-    *(F.hardswish, F.softsign, F.tanhshrink, torch.erf, Tensor.erf), rules=[SmoothPointwise]
+    *(F.hardswish, F.softsign, F.tanhshrink, F.hardshrink, F.softshrink, torch.erf, Tensor.erf),
+    *(torch.abs, Tensor.abs, torch.clamp, Tensor.clamp, torch.atan, Tensor.atan),
+    rules=[SmoothPointwise],
 )
