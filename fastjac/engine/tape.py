@@ -414,8 +414,10 @@ class Tape(Fusion):
         """The values that a call without gradients writes to, also through a view of them."""
         if torch.is_grad_enabled() or not writes_in_place(function, args, kwargs):
             return []
-        given = tensors_in(args[:1], kwargs.get("out"))
-        return [t for t in (*given, *(t._base for t in given)) if self.value(t) is not None]
+        written = tensors_in(args[:1], kwargs.get("out"))
+        bases = [t._base for t in written if t._base is not None]
+        whole = {id(t): t for t in (*written, *bases, *map(self._owner, bases))}
+        return [t for t in whole.values() if self.value(t) is not None]
 
     def _note_without_gradient(self, function: Any, out: Any) -> None:
         if operation_name(function) in PIECEWISE_CONSTANT:
@@ -467,7 +469,7 @@ class Tape(Fusion):
         site = Site(self, function, trains)
         in_place = writes_in_place(function, args, kwargs)
         base = args[0]._base if in_place and isinstance(args[0], Tensor) else None
-        owner = None if base is None else self._owner(base, args[0])
+        owner = None if base is None or self.value(args[0]) is None else self._owner(base)
         for written in (args[0], base, owner) if in_place else ():
             site.copy_before_writing(written)
         whole = None if base is None else self._base_value(base, owner)
@@ -503,12 +505,10 @@ class Tape(Fusion):
         value = self._values.get(id(made))
         return _differentiable(made) and (value is None or value.version != made._version)
 
-    def _owner(self, base: Tensor, view: Tensor) -> Tensor | None:
+    def _owner(self, base: Tensor) -> Tensor | None:
         """The view of ``base`` as a whole that a call has returned, as F.linear does of 3 dimensions."""
-        if id(base) in self._values or id(view) not in self._values:
-            return None
-        whole = (value.alive() for value in self._values.values())
-        views = (t for t in whole if t is not None and t._base is base)
+        known = () if id(base) in self._values else self._values.values()
+        views = (t for t in (v.alive() for v in known) if t is not None and t._base is base)
         return next((t for t in views if t.numel() == base.numel()), None)
 
     def _base_value(self, base: Tensor, owner: Tensor | None) -> Value | None:

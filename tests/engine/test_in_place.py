@@ -339,8 +339,19 @@ def one_of_several(z: Tensor) -> Tensor:
     return y.sin() + read_before[:, None]
 
 
+def part_of_a_product(z: Tensor) -> Tensor:
+    """What einsum gives is a view of a tensor that nobody has."""
+    y = torch.einsum("bct,st->bcs", z.flatten(2), torch.eye(z[0, 0].numel()).roll(1, 0).to(z))
+    part = y[:, :2]
+    with torch.no_grad():
+        part.mul_(0.5)
+    return y.view_as(z).sin() * z
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["x", "a map"])
-@pytest.mark.parametrize("write", [scaled_part, gated_twice, scaled_as_a_whole, one_of_several])
+@pytest.mark.parametrize(
+    "write", [scaled_part, gated_twice, scaled_as_a_whole, one_of_several, part_of_a_product]
+)
 def test_what_is_written_to_without_a_gradient(write, first):
     x, y = batch()
     assert_exact(network(write, first), network(torch.tanh, first), x, y, LabelLogit())
