@@ -155,3 +155,17 @@ def test_an_input_whose_channels_are_last_has_no_crops():
 @pytest.mark.parametrize("name", LOCAL)
 def test_what_has_crops_runs_on_them(name):
     check(LOCAL[name], "local")
+
+
+def test_layer_norms_over_the_channels_have_crops_under_autocast():
+    def gradients(strategy: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Between(last(nn.LayerNorm(C)))
+        target = AttentionWindow("layer", window=0.2).at(torch.tensor([[0, 0], [0, 3]]))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = with_jacobian(model, images().float(), target, strategy=strategy)
+        out.jacobian.square().sum().backward()
+        return [out.jacobian.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    local, dense = gradients("local"), gradients("dense")
+    assert all((a - b).norm() < 0.01 * b.norm() for a, b in zip(local, dense, strict=True))

@@ -123,4 +123,19 @@ class LayerNorm(Rule):
         return self.changed(x=x, mean=mean, rstd=rstd)
 
 
-register_alternatives(F.layer_norm, rules=[LayerNorm, Generic])
+class OtherLayerNorm(Generic):
+    """By autograd, in the types of autocast, say; it has the same crops."""
+
+    def input_regions(self, region: Region) -> list[Region]:
+        args, kwargs = self.template
+        shape = kwargs["normalized_shape"] if "normalized_shape" in kwargs else args[1]
+        over_channels = list(shape) == [self.leaves[0].shape[-1]]
+        if region.axis != 1 or not over_channels or len(self.sources) > 1:
+            raise NotLocalError("it normalises over the map")
+        return [region]
+
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        return self.changed(leaves=[crops.gather(self.leaves[0], region), *self.leaves[1:]])
+
+
+register_alternatives(F.layer_norm, rules=[LayerNorm, OtherLayerNorm])
