@@ -157,10 +157,13 @@ def test_what_has_crops_runs_on_them(name):
     check(LOCAL[name], "local")
 
 
-def test_layer_norms_over_the_channels_have_crops_under_autocast():
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(C), lambda z: F.layer_norm(input=z, normalized_shape=[C])]
+)
+def test_layer_norms_over_the_channels_have_crops_under_autocast(norm):
     def gradients(strategy: str) -> list[Tensor]:
         torch.manual_seed(0)
-        model = Between(last(nn.LayerNorm(C)))
+        model = Between(last(norm))
         target = AttentionWindow("layer", window=0.2).at(torch.tensor([[0, 0], [0, 3]]))
         with torch.autocast("cpu", torch.bfloat16):
             out = with_jacobian(model, images().float(), target, strategy=strategy)

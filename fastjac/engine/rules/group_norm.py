@@ -83,7 +83,7 @@ class GroupNorm(Rule):
 
     @staticmethod
     def centred(x: Tensor) -> Tensor:
-        """What PyTorch's kernels run on."""
+        """x as PyTorch's kernels read it; a kind of norm may take a constant from it."""
         return x
 
     def needs_delta(self) -> bool:

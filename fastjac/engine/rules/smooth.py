@@ -1,4 +1,4 @@
-"""Smooth functions of each element: common ones by their derivatives, others by autograd.
+"""Functions of each element: common smooth ones by their derivatives, others by autograd.
 
 For y = f(x): the cotangent f'(x) delta, the tangent f'(x) x', and the curvature f''(x) x' delta. Of
 some (tanh, exp, a root) both derivatives are functions of y, which autograd saves too.
@@ -215,7 +215,7 @@ class Smooth(Pointwise):
         return self.changed(z=crops.gather(self.z, region))
 
 
-class SmoothPointwise(Generic):
+class Elementwise(Generic):
     """A function of each element alone, finite with its derivatives at 0: it has crops."""
 
     @classmethod
@@ -235,10 +235,10 @@ class SmoothPointwise(Generic):
 
 _SINGULAR = (_LOG, _SQRT, _RSQRT, _RECIPROCAL)
 for _function, _known in _KNOWN.items():
-    _others = [] if _known is _power or _known() in _SINGULAR else [SmoothPointwise]
+    _others = [] if _known is _power or _known() in _SINGULAR else [Elementwise]
     register_alternatives(_function, rules=[Smooth, *_others])
 register_alternatives(
     *(F.hardswish, F.softsign, F.tanhshrink, F.hardshrink, F.softshrink, torch.erf, Tensor.erf),
     *(torch.abs, Tensor.abs, torch.clamp, Tensor.clamp, torch.atan, Tensor.atan),
-    rules=[SmoothPointwise],
+    rules=[Elementwise],
 )
