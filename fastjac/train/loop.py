@@ -368,7 +368,8 @@ class Training:
         self.folder.save_state(capture(self), best, self.options.keep_checkpoints)
 
     def _held(self, more: str = "") -> str:
-        """What is saved, and ``more`` about it."""
+        """What is saved, and ``more`` about it, for the error that the run ends with."""
+        ranks.ignore_end()
         path, held = position(self.folder)
         return f"{path} holds {held}{more}" if held else "nothing is saved"
 

@@ -206,11 +206,17 @@ def lost_another(error: BaseException) -> bool:
     return isinstance(error, Ended | dist.DistError) or "gloo" in str(error)
 
 
+def ignore_end() -> None:
+    """From here on this process says what went wrong, which ``torchrun`` must not cut short."""
+    if launched():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def fails_first() -> bool:
     """Whether no other process has said what went wrong, so that this one has to."""
     if not launched():
         return True
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # not while it says so
+    ignore_end()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         return _connect(_SECONDS_TO_SAY).add(f"failed in attempt {attempt}", 1) == 1

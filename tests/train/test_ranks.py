@@ -154,7 +154,17 @@ def ranks_of(launcher):
 def test_killed_and_resumed_by_as_many_and_by_one(torchrun, trainer, student, tmp_path):
     words = [*student, "--epochs", 300, "--checkpoint-steps", 1]
     folder = tmp_path / "runs" / "cut"
-    process = torchrun(2, *words, "--experiment", "cut")
+    # Torchrun ends the other process while it still reads what is saved, as on a slow disk.
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, time\n"
+        "from fastjac.train import loop\n"
+        "from fastjac.train.__main__ import main\n"
+        "read = loop.position\n"
+        "loop.position = lambda folder: (time.sleep(2), read(folder))[1]\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    process = torchrun(2, *words, "--experiment", "cut", program=[script])
     deadline = time.monotonic() + 60
     while not (folder / "metrics.jsonl").is_file() or len(lines(folder)) < 2:
         assert process.poll() is None, process.communicate()
