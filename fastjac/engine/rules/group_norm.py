@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,64 +89,91 @@ class GroupNorm(Rule):
     def needs_delta(self) -> bool:
         return any(self.receives)
 
-    def _projected(self, cotangent: Tensor, weight: Tensor | None) -> Tensor:
-        """P(gamma c)."""
-        form = _layout(self.x)
-        batch, channels = self.x.shape[:2]
-        return aten.native_group_norm_backward.default(
-            *(cotangent.contiguous(memory_format=form), self.x.contiguous(memory_format=form)),
-            *(self.mean, self.rstd, weight, batch, channels),
-            *(self.x.numel() // (batch * channels), self.groups, [True, False, False]),
-        )[0]
-
     def vjp(self, delta: Tensor) -> list[Tensor]:
-        return [self._projected(delta, self.weight)]
+        form, (batch, channels) = _layout(self.x), self.x.shape[:2]
+        pulled, _, _ = aten.native_group_norm_backward.default(
+            *(delta.contiguous(memory_format=form), self.x.contiguous(memory_format=form)),
+            *(self.mean, self.rstd, self.weight, batch, channels),
+            *(self.x[0, 0].numel(), self.groups, [True, False, False]),
+        )
+        return [pulled]
 
     def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        (tangent,) = tangents
-        pushed = self._projected(tangent, None)
-        column = (1, -1, *[1] * (self.x.dim() - 2))
-        gamma = None if self.weight is None else self.weight.to(pushed.dtype).view(column)
-        tangent_y = pushed if gamma is None else pushed * gamma
+        wide, form = compute_type(self.x), _layout(self.x)
+        x, tangent, delta = (
+            None if a is None else a.to(wide).contiguous(memory_format=form)
+            for a in (self.x, *tangents, delta)
+        )
+        gamma = None if self.weight is None else self._by_group(self.weight.to(wide))
+        pushed = self._projection(self._sums(tangent), self._sums(tangent, x), None)
+        factor, slope, offset = (a if gamma is None else a * gamma for a in pushed[:3])
+        tangent_y = self._combined(offset, (x, slope), (tangent, factor))
         if delta is None:
             return tangent_y, []
-        product = self._sums(delta, pushed)  # [B, C]
-        gradients = [product.sum(0)] if self.receives[0] else []
+        total, with_x = self._sums(delta), self._sums(delta, x)
+        product = self._sums(delta, tangent).mul_(pushed.factor)
+        product.addcmul_(with_x, pushed.slope).addcmul_(total, pushed.offset)  # delta P(x')
+        gradients = [product.sum(0).flatten()] if self.receives[0] else []
         if self.receives[1]:
-            gradients.append(self._curvature(delta, tangent, pushed, product))
+            mean, rstd = self._statistics()
+            pulled = self._projection(total, with_x, gamma)
+            p, q, slope = -rstd * pushed.normal, -rstd * pulled.normal, -rstd * rstd
+            slope = slope * self._means(product, gamma)  # of x - mean
+            offset = p * pulled.offset + q * pushed.offset - mean * slope
+            slope = p * pulled.slope + q * pushed.slope + slope
+            terms = (x, slope), (delta, p * pulled.factor), (tangent, q * pushed.factor)
+            gradients.append(self._combined(offset, *terms))
         return tangent_y, gradients
 
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and r, ``[B, G, 1]``."""
+        wide = compute_type(self.x)
+        mean, rstd = (a.to(wide).view(-1, self.groups, 1) for a in (self.mean, self.rstd))
+        return mean, rstd
+
+    def _by_group(self, per_channel: Tensor) -> Tensor:
+        """``[..., C]`` as ``[B, G, C / G]``."""
+        return per_channel.view(-1, self.groups, self.x.shape[1] // self.groups)
+
     def _sums(self, a: Tensor, b: Tensor | None = None) -> Tensor:
-        """The sums of a, or of a b, over each sample's channels, ``[B, C]``, as wide as the mean."""
-        dims = list(range(2, a.dim()))
-        return (a if b is None else a * b).sum(dims, dtype=self.mean.dtype)
+        """The sums of a, or of a b, over each channel of a sample, by group."""
+        return self._by_group((a if b is None else a * b).sum(list(range(2, a.dim()))))
 
-    def _means(self, sums: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Means over groups, ``[B, G]``, from sums over channels, weighted."""
-        sums = sums if weight is None else sums * weight.to(sums.dtype)
-        batch = self.x.shape[0]
-        count = self.x.numel() // (batch * self.groups)
-        return sums.view(batch, self.groups, -1).sum(2) / count
+    def _means(self, sums: Tensor, gamma: Tensor | None) -> Tensor:
+        """m(gamma c), from the sums of c."""
+        count = self.x[0].numel() // self.groups
+        return (sums if gamma is None else sums * gamma).sum(2, keepdim=True) / count
 
-    def _curvature(self, delta: Tensor, tangent: Tensor, pushed: Tensor, product: Tensor) -> Tensor:
-        weight, rstd = self.weight, self.rstd.view(-1, self.groups)
-        mean = self.mean.view(-1, self.groups)
+    def _projection(self, total: Tensor, with_x: Tensor, gamma: Tensor | None) -> _Projection:
+        """P(gamma c) from the sums of c and of c x."""
+        (mean, rstd), average = self._statistics(), self._means(total, gamma)
+        normal = (self._means(with_x, gamma) - mean * average) * rstd
+        slope = -rstd * rstd * normal
+        factor = rstd if gamma is None else rstd * gamma
+        return _Projection(factor, slope, -rstd * average - mean * slope, normal)
 
-        def mean_xhat(c: Tensor, gamma: Tensor | None) -> Tensor:
-            with_x, alone = self._sums(c, self.x), self._sums(c)
-            return (self._means(with_x, gamma) - mean * self._means(alone, gamma)) * rstd
+    def _combined(self, offset: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+        """The sum of maps, each times a factor for every group or channel, and of an offset."""
+        columns = (*self.x.shape[:2], *[1] * (self.x.dim() - 2))
 
-        of_tangent, of_delta = mean_xhat(tangent, None), mean_xhat(delta, weight)
-        slope = -rstd * rstd * self._means(product, weight)  # of x - mean
-        pulled = self._projected(delta, weight)
-        out = torch.addcmul(self._spread(-mean * slope), self.x, self._spread(slope))
-        out.addcmul_(pulled, self._spread(-rstd * of_tangent))
-        return out.addcmul_(pushed, self._spread(-rstd * of_delta))
+        def column(values: Tensor) -> Tensor:
+            size = self.x.shape[1] // self.groups
+            return values.expand(self.x.shape[0], -1, size).reshape(columns)
 
-    def _spread(self, per_group: Tensor) -> Tensor:
-        """``[B, G]`` as a factor of a map."""
-        channels = per_group.repeat_interleave(self.x.shape[1] // self.groups, 1)
-        return channels.to(self.x.dtype).view(*channels.shape, *[1] * (self.x.dim() - 2))
+        (first, factor), *others = terms
+        out = torch.addcmul(column(offset), first, column(factor))
+        for other, factor in others:
+            out.addcmul_(other, column(factor))
+        return out.to(self.x.dtype)
+
+
+class _Projection(NamedTuple):
+    """P(gamma c) = factor c + slope x + offset; normal = m(gamma c x^). By group, or by channel."""
+
+    factor: Tensor
+    slope: Tensor
+    offset: Tensor
+    normal: Tensor
 
 
 def _layout(x: Tensor) -> torch.memory_format:
