@@ -16,7 +16,6 @@ from fastjac.errors import FastjacError
 from fastjac.ops._library import CPU, call, cpu_isa, define, refuse_forward_mode
 from fastjac.ops._maps import check_strided
 
-aten = torch.ops.aten
 _DTYPES = (torch.float64, torch.float32)
 _LAST = torch.channels_last
 _FAST = CPU.loaded and cpu_isa() != "portable"
@@ -272,70 +271,3 @@ def both_axes(size: Any) -> tuple[int, ...]:
     """One size for both axes, or one for each."""
     sizes = (size,) if isinstance(size, int) else tuple(size)
     return sizes * 2 if len(sizes) == 1 else sizes
-
-
-def convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """PyTorch's convolution of any number of axes; by :func:`winograd` where that pays."""
-    if winograd_is_faster(x, weight, stride, padding, dilation, groups):
-        return winograd(x, weight, bias, padding)
-    zeros = [0] * len(stride)
-    return torch.convolution(x, weight, bias, stride, padding, dilation, False, zeros, groups)
-
-
-def convolution_input(
-    gy: Tensor,
-    weight: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """The cotangent of :func:`convolution`'s input, of ``shape``, in gy's layout."""
-    if winograd_is_faster(gy, weight, stride, padding, dilation, groups):
-        return winograd(gy, weight, None, padding, adjoint=True)
-    # It does not depend on the input: that only tells its shape and layout.
-    last = gy.dim() == 4 and gy.is_contiguous(memory_format=_LAST)
-    form = _LAST if last else torch.contiguous_format
-    x = torch.empty(shape, dtype=gy.dtype, device=gy.device, memory_format=form)
-    return _derivatives(gy, x, weight, stride, padding, dilation, groups, [True, False, False])[0]
-
-
-def convolution_weight(
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """The gradient of :func:`convolution`'s weight."""
-    geometry = (stride, padding, dilation, groups)
-    if winograd_is_faster(gy, weight, *geometry) and winograd_is_faster(x, weight, *geometry):
-        return winograd_weight(gy, x, weight, padding)
-    return _derivatives(gy, x, weight, *geometry, [False, True, False])[1]
-
-
-def _derivatives(
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    mask: list[bool],
-) -> Any:
-    zeros = [0] * len(stride)
-    return aten.convolution_backward.default(
-        gy, x, weight, None, stride, padding, dilation, False, zeros, groups, mask
-    )

@@ -22,7 +22,7 @@ from fastjac.engine.rules.base import (
 )
 from fastjac.errors import FastjacError
 from fastjac.fusion.mode import in_checkpoint
-from fastjac.ops.winograd import convolution, convolution_input, convolution_weight
+from fastjac.ops.convolution import convolution, convolution_input, convolution_weight
 
 if TYPE_CHECKING:
     from fastjac.engine.site import Site
