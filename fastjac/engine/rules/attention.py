@@ -81,19 +81,24 @@ class Attention(Rule):
     def needs_delta(self) -> bool:
         return any(self.receives)
 
-    def _weights(self) -> Tensor:
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v, contiguous, since each matrix product would copy them, and p."""
+        q, k, v = (t.contiguous() for t in self.tensors)
+        return q, k, v, self._weights(q, k)
+
+    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         """p."""
-        q, k, _ = self.tensors
         s = (q * self.scale) @ k.mT
         mask = self.mask
         if self.causal:
             mask = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
-        if mask is not None:
-            s = s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
+        if mask is None:
+            return torch.ops.aten._softmax.default(s, -1, False)
+        s = s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
         return torch.ops.aten._safe_softmax.default(s, -1)
 
     def vjp(self, delta: Tensor) -> list[Tensor]:
-        (q, k, v), p = self.tensors, self._weights()
+        (q, k, v, p), delta = self._kept(), delta.contiguous()
         pulled: dict[int, Tensor] = {}
         if {0, 1} & set(self.places):
             of_s = pushed(delta @ v.mT, p, -1).mul_(self.scale)
@@ -103,8 +108,9 @@ class Attention(Rule):
         return [pulled[place] for place in self.places]
 
     def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        (q, k, v), p = self.tensors, self._weights()
-        given = dict(zip(self.places, tangents, strict=True))
+        q, k, v, p = self._kept()
+        delta = None if delta is None else delta.contiguous()
+        given = {i: t.contiguous() for i, t in zip(self.places, tangents, strict=True)}
         tangent_q, tangent_k, tangent_v = (given.get(i) for i in range(3))
         tangent_s = _sum_of_products((tangent_q, k.mT), (q, _transposed(tangent_k)))
         tangent_p = None
