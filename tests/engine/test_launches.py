@@ -39,6 +39,7 @@ def test_a_fused_batch_norm_and_relu_launches_fewer_than_pytorch():
 
     u = torch.rand(2, 4, 6, 6)
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    step(fastjac.fuse(model))  # a process makes its placeholders' NaN once
     fused = launches(lambda: step(fastjac.fuse(model)))
     assert fused == {"add_": 1, "batch_norm_statistics": 2, "norm_act_pool": 1}
     assert fused.total() <= launches(lambda: step(model)).total()

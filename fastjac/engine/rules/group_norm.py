@@ -99,7 +99,7 @@ class GroupNorm(Rule):
         return [pulled]
 
     def jvp(self, tangents: Any, delta: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        wide, form = compute_type(self.x), _layout(self.x)
+        wide, form = compute_type(self.x), suggest_memory_format(self.x)
         x, tangent, delta = (
             None if a is None else a.to(wide).contiguous(memory_format=form)
             for a in (self.x, *tangents, delta)
