@@ -190,6 +190,13 @@ CASES = {
     "leaky": (lambda: nn.LeakyReLU(0.2, True), 4),
     "leaky, rising both ways": (lambda: nn.LeakyReLU(-0.2), 4),
     "PReLU": (lambda: nn.PReLU(4), 4),
+    "PReLU of one slope": (lambda: nn.Sequential(nn.PReLU(), nn.Conv2d(4, 4, 3, padding=1)), 4),
+    "zero padding": (lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(4, 4, 3)), 4),
+    "constant padding": (
+        lambda: nn.Sequential(nn.ReLU(), nn.ConstantPad2d((2, -1, 0, 3), 0.7), nn.MaxPool2d(3, 1)),
+        4,
+    ),
+    "padding of channels": (lambda: nn.ConstantPad3d((1, 0, 0, 1, 1, 2), 0.7), 7),
     "SiLU": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU(True)), 4),
     "GELU": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GELU()), 4),
     "Hardswish": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Hardswish(True)), 4),
@@ -200,8 +207,8 @@ CASES = {
 }
 GLOBAL = {"squeeze-excite", "split and shuffle", "attention", "group norm"}
 GLOBAL |= {"instance norm", "local response", "same padding", "reflected padding", "transposed"}
-GLOBAL |= {"bilinear", "pixel shuffle", "PReLU", "GLU", "alpha dropout", "leaky, rising both ways"}
-GLOBAL |= {"branches", *VIEWS}
+GLOBAL |= {"bilinear", "pixel shuffle", "GLU", "alpha dropout", "leaky, rising both ways"}
+GLOBAL |= {"branches", "padding of channels", *VIEWS}
 
 
 @pytest.mark.parametrize("batch_stats", ["frozen", "batch"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastjac.engine.rules.base import Recorded, register_alternatives, register_rule
 from fastjac.engine.rules.generic import Generic, map_tensors
-from fastjac.engine.rules.linear_maps import Difference, Pad
+from fastjac.engine.rules.linear_maps import ConstantPad, Difference, Pad
 from fastjac.engine.rules.pointwise import Add, Subtract, SubtractFrom
 from fastjac.fusion.mode import tensors_in, writes_in_place
 
@@ -89,6 +89,6 @@ for _rule, _functions in {
     Subtract: (torch.sub, Tensor.sub, Tensor.__sub__),
     SubtractFrom: (Tensor.__rsub__, torch.rsub),
     Difference: (torch.diff, Tensor.diff),
-    Pad: (F.pad,),
 }.items():
     register_alternatives(*_functions, rules=[_rule, AffineMap])
+register_alternatives(F.pad, rules=[ConstantPad, Pad, AffineMap])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastjac.engine.crops import Crops
 from fastjac.engine.receptive_field import Region
-from fastjac.engine.rules.base import Recorded, Rule, register_rule
+from fastjac.engine.rules.base import NotLocalError, Recorded, Rule, register_rule
 from fastjac.fusion.mode import tensors_in
 
 if TYPE_CHECKING:
@@ -245,23 +245,60 @@ class Difference(LinearMap):
         return super().record(site, *args, **kwargs)
 
 
-def _pads_with_zeros(
-    input: Tensor, pad: Any, mode: str = "constant", value: float | None = None
-) -> bool:
-    return mode in ("reflect", "replicate", "circular") or (mode == "constant" and not value)
+@dataclass
+class ConstantPad(Rule):
+    """A constant around the last axes; of negative sizes, less of them. On crops it only moves."""
+
+    pad: list[int]
+    axes: int
+
+    @classmethod
+    def record(
+        cls,
+        site: Site,
+        input: Tensor,
+        pad: Sequence[int],
+        mode: str = "constant",
+        value: float | None = None,
+    ) -> Recorded | Any:
+        if mode != "constant" or not isinstance(value, int | float | None):
+            return NotImplemented
+        y = site.run(input, pad, mode, value)
+        return y, cls((site.number(input),), [int(size) for size in pad], input.dim()), ()
+
+    def vjp(self, delta: Tensor) -> list[Tensor]:
+        return [self._padded(delta, [-size for size in self.pad])]
+
+    def jvp(self, tangents: Any, delta: Any) -> tuple[Tensor, tuple[()]]:
+        return self._padded(tangents[0], self.pad), ()
+
+    @staticmethod
+    def _padded(x: Tensor, pad: list[int]) -> Tensor:
+        return F.pad(x, pad) if any(pad) else x
+
+    def input_regions(self, region: Region) -> list[Region]:
+        before = [0] * self.axes
+        before[self.axes - len(self.pad) // 2 :] = self.pad[-2::-2]
+        moved = (region.axis, region.axis + 1)
+        if any(size for axis, size in enumerate(before) if axis not in moved):
+            raise NotLocalError("it pads the channels")
+        rows, cols = region.rows, region.cols
+        rows = rows._replace(offset=rows.offset - before[moved[0]])
+        return [Region(rows, cols._replace(offset=cols.offset - before[moved[1]]), region.axis)]
+
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        return self.changed(pad=[])
 
 
-@register_rule(F.pad)
 class Pad(LinearMap):
-    """F.pad, but for constants other than zero."""
+    """F.pad, but for constants."""
 
     @classmethod
     def record(cls, site: Site, *args: Any, **kwargs: Any) -> Recorded | Any:
-        return (
-            super().record(site, *args, **kwargs)
-            if _pads_with_zeros(*args, **kwargs)
-            else NotImplemented
-        )
+        linear = args[2:3] or (kwargs.get("mode"),)
+        if linear[0] not in ("reflect", "replicate", "circular"):
+            return NotImplemented
+        return super().record(site, *args, **kwargs)
 
 
 @register_rule(F.interpolate, F.upsample)

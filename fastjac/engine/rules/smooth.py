@@ -233,6 +233,18 @@ class Elementwise(Generic):
         return self.changed(leaves=[crops.gather(self.leaves[0], region)])
 
 
+class PReLU(Generic):
+    """y = x, or w x where x is negative; with crops, where w is not of x."""
+
+    def input_regions(self, region: Region) -> list[Region]:
+        if len(self.sources) > 1 or region.axis != 2:
+            raise NotLocalError("its slopes depend on x, or are along another axis")
+        return [region]
+
+    def crop(self, crops: Crops, region: Region) -> Rule:
+        return self.changed(leaves=[crops.gather(self.leaves[0], region), *self.leaves[1:]])
+
+
 _SINGULAR = (_LOG, _SQRT, _RSQRT, _RECIPROCAL)
 for _function, _known in _KNOWN.items():
     _others = [] if _known is _power or _known() in _SINGULAR else [Elementwise]
@@ -242,3 +254,4 @@ register_alternatives(
     *(torch.abs, Tensor.abs, torch.clamp, Tensor.clamp, torch.atan, Tensor.atan),
     rules=[Elementwise],
 )
+register_alternatives(F.prelu, Tensor.prelu, rules=[PReLU])
