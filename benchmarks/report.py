@@ -190,7 +190,7 @@ def cost() -> str:
 
 
 def floors(name: str) -> str:
-    """GFLOP of a step, and the time of these at a matrix product's rate over the step's own."""
+    """GFLOP of a step, and the time of these at a large product's rate over the step's own."""
     rows = []
     for result in results(name):
         setting = next(iter(result["time"]))

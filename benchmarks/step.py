@@ -32,8 +32,8 @@ Time: all contenders in turn in one process, each in its better memory layout (c
 channels-last); median with 20 % and 80 % quantiles, and the ratio to the first round by round. On a
 CPU it is taken under ``--allocators``: the default, and one that keeps its pages. Of fastjac's step,
 also the sweeps' time. Of every eager step, its FLOP (of a Winograd convolution, what it does), and
-beside them the FLOP per second of a large matrix product in that process: a step takes their quotient
-at least.
+beside them the FLOP per second of a large matrix product or 1 x 1 convolution in that process, the
+faster of the two: a step takes their quotient at least.
 First: in a new process and without any cache of the compiler, seconds from the networks to the end of
 the first step and of the tenth, and of the first step at another size of batch.
 Host: the same as time, with one image of the smallest size and networks of a few channels (``--width``),
