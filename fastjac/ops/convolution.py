@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.ops.winograd import winograd, winograd_is_faster, winograd_weight
@@ -139,7 +138,7 @@ def input_by_blocks(
     zeros: list[int] = []  # around the weight: the last axis stands first
     for k, s, n, r in zip(kernel, stride, taps, blocks, strict=True):
         zeros = [s * (n - 1) + r - k, r - s, *zeros]
-    f = F.pad(weight.flip(2, 3), zeros)
+    f = torch.constant_pad_nd(weight.flip(2, 3), zeros)
     for axis, (s, n, m) in enumerate(zip(stride, taps, steps, strict=True)):
         f = f.unfold(2 + axis, s * (n + m - 2) + 1, 1)[..., ::s]
     f = f.flip(2, 3).permute(2, 3, 1, 0, 4, 5)  # [r, r, C, K, taps, taps]
@@ -154,4 +153,5 @@ def input_by_blocks(
         x = out.permute(0, 3, 4, 1, 5, 2).reshape(-1, channels, height, width)
     top, left = (p + s * (m - 1) for p, s, m in zip(padding, stride, steps, strict=True))
     rows, columns = shape[2:]
-    return F.pad(x, (-left, left + columns - width, -top, top + rows - height))
+    around = (-left, left + columns - width, -top, top + rows - height)
+    return torch.constant_pad_nd(x, around)

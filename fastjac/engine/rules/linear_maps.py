@@ -274,7 +274,7 @@ class ConstantPad(Rule):
 
     @staticmethod
     def _padded(x: Tensor, pad: list[int]) -> Tensor:
-        return F.pad(x, pad) if any(pad) else x
+        return torch.constant_pad_nd(x, pad) if any(pad) else x
 
     def input_regions(self, region: Region) -> list[Region]:
         before = [0] * self.axes
