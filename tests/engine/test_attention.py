@@ -69,6 +69,19 @@ def test_attention_of_what_depends_on_x_and_of_parameters(varying, mask):
     check(lambda: Attention(varying, attn_mask=mask))
 
 
+@pytest.mark.parametrize(("varying", "frozen"), [("k", "q"), ("q", "k"), ("v", "qk"), ("k", "qv")])
+def test_attention_of_frozen_queries_keys_and_values(varying, frozen):
+    """Each of them may be the only one that takes a gradient."""
+
+    def module():
+        attention = Attention(varying)
+        for name in frozen:
+            getattr(attention, name).requires_grad_(False)
+        return attention
+
+    check(module)
+
+
 LOWER = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(-1)  # its first row sees nothing
 
 
